@@ -1,0 +1,107 @@
+"""From text to a dataset's folder: what all preparers share but for the source of the text."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configurator import FolioError
+from data.dataset import DATA, read_meta
+from data.tokenizer import Tokenizer, tokenizer_text
+
+
+def dataset_folder(name: str) -> Path:
+    """data/NAME; FolioError if NAME would lead elsewhere."""
+    if not name or name.startswith(".") or Path(name).name != name:
+        raise FolioError(f"--dataset={name}: a dataset's name is that of one folder under {DATA}")
+    return DATA / name
+
+
+def write_dataset(
+    folder: Path, tokenizer: Tokenizer, splits: dict[str, Iterable[str]], origin: dict[str, Any]
+) -> dict[str, Any]:
+    """Encode the texts of each split ("train", "val") into `folder`, and return its meta.json.
+
+    origin: what meta.json says of the text's source ("source", "sha256", ...).
+    The folder appears whole or not at all. One that is there already is replaced if it was made
+    from the same source, and moved aside otherwise.
+    Raises FolioError if a split holds no text, or a character the vocabulary lacks.
+    """
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    fresh = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        counts = {}
+        for split, texts in splits.items():
+            counts |= write_tokens(fresh / f"{split}.bin", split, texts, tokenizer, dtype)
+        meta = {**origin, **counts, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size}
+        (fresh / "tokenizer.json").write_text(tokenizer_text(tokenizer), encoding="utf-8")
+        (fresh / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        move_into_place(fresh, folder, meta)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return meta
+
+
+def write_tokens(path, split, texts, tokenizer, dtype) -> dict[str, int]:
+    tokens = characters = 0
+    with open(path, "wb") as file:
+        for text in texts:
+            ids = tokenizer.encode(text)
+            # A number too large for its type would wrap into another token without a word.
+            assert len(ids) == 0 or ids.max() <= np.iinfo(dtype).max
+            file.write(ids.astype(dtype).tobytes())
+            tokens += len(ids)
+            characters += len(text)
+        file.flush()
+        os.fsync(file.fileno())
+    if tokens < 2:
+        raise FolioError(f"the text is too short: nothing is left for the {split} split")
+    return {f"{split}_tokens": tokens, f"{split}_characters": characters}
+
+
+def move_into_place(fresh: Path, folder: Path, meta: dict[str, Any]) -> None:
+    """The same text prepared again, and a text's stand-in, are replaced; others moved aside."""
+    if folder.exists():
+        old = read_meta(folder)
+        texts_of_old = {old.get("source"), old.get("stands_in_for")} - {None}
+        if texts_of_old & {meta["source"], meta.get("stands_in_for")}:
+            shutil.rmtree(folder)
+        elif (folder / "train.bin").exists():
+            print(f"the dataset that was there is now {move_aside(folder)}")
+        else:
+            raise FolioError(f"{folder}: there is something else at this place; rename --dataset")
+    os.replace(fresh, folder)
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename `folder` to the first free of folder.1, folder.2, ... and return that name."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    return folder.rename(aside)
+
+
+def read_text(path: Path) -> str:
+    """A file's text, its line ends as they are; FolioError if it is missing, empty or not UTF-8."""
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FolioError(f"{path}: not UTF-8 text (byte {error.start:,} starts none)") from None
+    except OSError as error:
+        raise FolioError(f"{path}: cannot read this text: {error.strerror}") from None
+    if not text.strip():
+        raise FolioError(f"{path}: there is no text in this file")
+    return text
+
+
+def split_text(text: str, val_fraction: float = 0.1) -> dict[str, list[str]]:
+    """The beginning to train on, the end to validate with: 'abcdefghij' -> 'abcdefghi', 'j'."""
+    cut = int(len(text) * (1 - val_fraction))
+    return {"train": [text[:cut]], "val": [text[cut:]]}

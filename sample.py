@@ -1,0 +1,106 @@
+"""Write text with a trained GPT, token by token.
+
+    python sample.py                                     # from the newest run under out/
+    python sample.py --start="JULIET:" --num_samples=3
+    python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt
+    python sample.py --forever                           # infinite Shakespeare; Ctrl-C ends it
+
+Each token is drawn from the model's distribution over the next one and joins the context it was
+drawn from; a context that outgrows the block size is cropped. All it takes is the run's folder.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configurator import Count, FolioError, Fraction, NonNegative, Whole, configure, run
+from data.prepare import read_text
+from data.tokenizer import Tokenizer, load_tokenizer
+from training.checkpoint import load_model, newest_run, run_folder
+from training.world import Device, Precision, open_world
+
+
+@dataclass
+class SampleConfig:
+    # --- What to write ---
+    out_dir: str = ""  # the folder of a run, or of any GPT-2; empty takes the newest under out/
+    start: str = "\n"  # the text to go on from; FILE:path reads it from a file
+    num_samples: Count = 1  # texts, written side by side as one batch
+    max_new_tokens: Whole = 500  # length of each
+    forever: bool = False  # never end
+    # --- How to draw ---
+    temperature: NonNegative = 0.8  # below 1 plays safe, above 1 takes risks; 0 is greedy
+    top_k: Whole = 200  # candidates for each token, the likeliest ones; 0 means all
+    top_p: Fraction = 1.0  # only the likeliest tokens that together are this probable
+    seed: Whole = 1337  # of the draws: the same seed writes the same text
+    # --- Machine ---
+    device: Device = "auto"  # where to compute; auto takes the fastest there is
+    dtype: Precision = "auto"  # of the weights; auto is bfloat16 on GPUs that have it
+
+    def __post_init__(self):
+        if self.forever and self.num_samples > 1:
+            raise FolioError("--forever writes one text: it has no end after which others follow")
+
+
+def main() -> None:
+    config = configure(SampleConfig)
+    folder = run_folder(config.out_dir) if config.out_dir else newest_run()
+    tokenizer = load_tokenizer(folder)
+    world = open_world(config.device, config.dtype)
+    model = load_model(folder).to(world.device, world.dtype)
+    prompt, tokens = encode_prompt(config.start, tokenizer)
+    idx = torch.tensor([tokens] * config.num_samples, device=world.device)  # (B, T)
+    drawn = model.generate(
+        idx,
+        None if config.forever else config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        generator=world.generator(config.seed),
+    )
+    write(prompt, drawn, tokenizer, config.num_samples)
+
+
+def encode_prompt(start: str, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """The text to begin with and its ids; an empty text becomes what stands before every text."""
+    text = read_text(Path(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
+    try:
+        return text, tokenizer.encode(text).tolist() or [tokenizer.opening]
+    except FolioError as error:
+        raise FolioError(f"--start: {error}") from None
+
+
+def write(prompt: str, drawn: Iterator[torch.Tensor], tokenizer: Tokenizer, n: int) -> None:
+    """Print the first text as it is drawn, then the others whole.
+
+    drawn: (n,) ids at a time, one for each text.
+    """
+    others = [[] for _ in range(n - 1)]
+
+    def first_of_each():
+        for ids in drawn:
+            first, *rest = ids.tolist()
+            for tokens, token in zip(others, rest, strict=True):
+                tokens.append(token)
+            yield first
+
+    try:
+        show(prompt)
+        for piece in tokenizer.decode_stream(first_of_each()):
+            show(piece)
+        for tokens in others:
+            show(f"\n---------------\n{prompt}{tokenizer.decode(tokens)}")
+    finally:
+        show("\n")
+
+
+def show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,473 @@
+"""Train a GPT: read a stream of integers, learn to predict each from those before it.
+
+    python train.py config/shakespeare_char.py                  # two minutes on two CPU cores
+    python train.py config/shakespeare_char.py --max_iters=500  # flags win over files
+    python train.py config/shakespeare_char.py --init_from=resume
+    python train.py --help                                      # every setting
+
+The run's folder (config.json, model.safetensors, tokenizer.json, log.csv, loss.png, ...) opens in
+sample.py and in transformers alike; resume.pt in it is what an interrupted run goes on from.
+"""
+
+import contextlib
+import dataclasses
+import math
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import torch
+
+from configurator import (
+    Count, FolioError, Fraction, NonNegative, Range, SettingsError, Whole, as_json, configure,
+    read_settings, run,
+)  # fmt: skip
+from data.dataset import (
+    DATA, IGNORED, Dataset, evaluation_batches, open_dataset, prefetch, seed_for, training_batch,
+)  # fmt: skip
+from data.shakespeare import DATASETS, prepare_shakespeare, understudy_notice
+from data.tokenizer import load_tokenizer
+from model import GPT, GPTConfig
+from training.checkpoint import (
+    HERE, RESUME, SETTINGS, load_model, load_resume, occupied, read_config, run_folder, save_model,
+    save_resume, save_tokenizer, write_text,
+)  # fmt: skip
+from training.optimizer import make_optimizer, set_learning_rate
+from training.report import Report, Stopwatch, Update, clock
+from training.world import Device, Precision, StopSignal, Switch, World, open_world
+
+
+@dataclass
+class TrainConfig:
+    # --- The run ---
+    out_dir: str = "out/gpt"  # the run's folder; a relative path starts at Folio's own folder
+    init_from: str = "scratch"  # scratch; resume; auto, resume if possible; or a model's folder
+    max_iters: Whole = 2000  # updates of the weights
+    eval_interval: Count = 250  # steps between evaluations; each one saves a checkpoint
+    eval_tokens: Whole = 0  # validation tokens an evaluation predicts; 0 means all there are
+    eval_only: bool = False  # evaluate the model init_from names, then leave; writes nothing
+    log_interval: Count = 10  # steps between rows of log.csv
+    sample_tokens: Whole = 160  # tokens of text to show after each evaluation
+    seed: Whole = 1337  # of the first weights, the batches and dropout
+
+    # --- Data ---
+    dataset: str = "shakespeare_char"  # a folder under data/
+    batch_size: Count = 12  # sequences per forward pass, on each process
+    block_size: Count = 64  # tokens of context, T
+    gradient_accumulation_steps: Count = 1  # forward passes per update, of the whole job
+
+    # --- Model ---
+    n_layer: Count = 4  # blocks: rounds of communication and computation
+    n_head: Count = 4  # attention heads per block
+    n_embd: Count = 128  # numbers that make up a node, C; a multiple of n_head
+    dropout: Fraction = 0.0  # share of activations zeroed while training
+    bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has
+    pad_vocab_to: Count = 1  # pad the embedding, in memory, to a multiple of this many rows
+
+    # --- Optimizer ---
+    learning_rate: NonNegative = 4e-3  # at its peak
+    warmup_iters: Whole = 100  # steps over which the learning rate climbs from zero
+    weight_decay: NonNegative = 0.1  # pull of matrices towards zero, per unit of learning rate
+    beta1: Annotated[float, Range(0, 0.9999)] = 0.9  # memory of the mean gradient
+    beta2: Annotated[float, Range(0, 0.999999)] = 0.99  # memory of the mean squared gradient
+    grad_clip: NonNegative = 1.0  # greatest norm of the gradient; 0 does not clip
+
+    # --- Machine ---
+    device: Device = "auto"  # where to compute; auto takes the fastest there is
+    dtype: Precision = "auto"  # of matrix products; auto is bfloat16 on GPUs that have it
+    compile: Switch = "auto"  # fuse operations with torch.compile; auto does on CUDA
+
+    instead: ClassVar = {  # nanoGPT's settings that have no counterpart, and what Folio does
+        "lr_decay_iters": "the learning rate falls to zero at max_iters",
+        "min_lr": "the learning rate falls to zero at max_iters",
+        "decay_lr": "the learning rate always warms up, then falls to zero at max_iters",
+        "eval_iters": "evaluation covers fixed windows; --eval_tokens limits them",
+        "always_save_checkpoint": "resume.pt is always the latest, model.safetensors the best",
+        "backend": "NCCL serves CUDA, gloo the CPU",
+        "wandb_log": "log.csv and loss.png are in the run's folder",
+        "wandb_project": "log.csv and loss.png are in the run's folder",
+        "wandb_run_name": "log.csv and loss.png are in the run's folder",
+    }
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise SettingsError(
+                f"n_embd={self.n_embd} cannot be shared equally by n_head={self.n_head} heads; "
+                f"try --n_embd={math.ceil(self.n_embd / self.n_head) * self.n_head}"
+            )
+
+
+@dataclass
+class Training:
+    """All that the loop works with; `step`, `best_val_loss`, `tokens`, `seconds` change in it."""
+
+    config: TrainConfig
+    folder: Path
+    dataset: Dataset
+    world: World
+    model: GPT
+    runner: torch.nn.Module  # the model as the world runs it: compiled, or the model itself
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0  # updates made
+    best_val_loss: float = math.inf
+    tokens: int = 0  # read in training
+    seconds: float = 0.0  # spent on training
+
+
+# --- The story ---
+
+
+def main() -> None:
+    config = plan()
+    world = open_world(config.device, config.dtype, config.compile)
+    dataset = find_dataset(config)
+    with advice_when_out_of_memory():
+        if config.eval_only:
+            evaluate_only(begin(config, dataset, world))
+            return
+        continuing = config.init_from == "resume"
+        with occupied(run_folder(config.out_dir), continuing), StopSignal() as stop:
+            train(begin(config, dataset, world), stop)
+    sys.exit(stop.status)
+
+
+def train(run: Training, stop: StopSignal) -> None:
+    """From the step the run stands at to max_iters updates, or until somebody wishes to stop."""
+    config = run.config
+    write_text(run.folder / SETTINGS, as_json(config))
+    save_tokenizer(run.dataset.tokenizer, run.folder)
+    batches = training_batches(run)
+    saved_at = run.step if config.init_from == "resume" else None
+    with Report(run.folder, run.step, config.max_iters) as report:
+        report.say(banner(run))
+        while True:
+            finished = run.step >= config.max_iters
+            if (finished or run.step % config.eval_interval == 0) and run.step != saved_at:
+                evaluate_and_save(run, report)
+                saved_at = run.step
+            if finished or stop.wished:
+                break
+            with Stopwatch() as watch:
+                latest = update(run, batches)
+            run.step += 1
+            run.tokens += tokens_per_step(config)
+            run.seconds += watch.seconds
+            report.updated(run.step, run.tokens, run.seconds, latest)
+            if run.step % config.log_interval == 0 and run.step % config.eval_interval:
+                report.log()
+        if run.step != saved_at:  # stopped between two evaluations
+            save_resume(run.folder, snapshot(run))
+        report.say(summary(run))
+
+
+def update(run: Training, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Update:
+    """Forward, backward, and one step of the optimizer against the gradient of the loss."""
+    config, world = run.config, run.world
+    share = learning_rate_share(run.step, config)
+    set_learning_rate(run.optimizer, share)
+    loss = 0.0
+    for micro_batch in world.share(range(config.gradient_accumulation_steps)):
+        inputs, targets = world.send(*next(batches))  # (B, T) each
+        # Dropout then depends on nothing but these three, and needs no saved state.
+        torch.manual_seed(seed_for(config.seed, run.step, micro_batch))
+        with world.autocast():
+            _, batch_loss = run.runner(inputs, targets)
+        part = batch_loss / config.gradient_accumulation_steps  # the mean over all micro-batches
+        run.scaler.scale(part).backward()
+        loss = loss + part.detach()
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    loss, grad_norm = torch.stack((world.total(loss), grad_norm)).tolist()
+    stop_if_not_finite(loss, grad_norm, run)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return Update(loss, grad_norm, share * config.learning_rate)
+
+
+def learning_rate_share(step: int, config: TrainConfig) -> float:
+    """The share of the peak at which update number `step` is made: up to 1, then down to 0.
+
+    max_iters=10, warmup_iters=2: 1/2, 1, 1, 7/8, 6/8, ..., 1/8
+    """
+    climb = (step + 1) / max(config.warmup_iters, 1)
+    descent = (config.max_iters - step) / max(config.max_iters - config.warmup_iters, 1)
+    return min(climb, 1.0, descent)
+
+
+@torch.no_grad()
+def evaluate(run: Training) -> float:
+    """The mean loss, in nats per token, over the validation data (or its first eval_tokens)."""
+    config, world = run.config, run.world
+    run.model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)  # of losses; of tokens
+    batches = evaluation_batches(
+        run.dataset.val, config.batch_size, config.block_size, config.eval_tokens
+    )
+    for inputs, targets in world.share(batches):
+        count = int((targets != IGNORED).sum())
+        with world.autocast():
+            _, loss = run.runner(*world.send(inputs, targets))
+        sums += torch.tensor([loss.item() * count, count], dtype=torch.float64)
+    run.model.train()
+    total, count = world.total(sums).tolist()
+    return total / count
+
+
+def evaluate_and_save(run: Training, report: Report) -> None:
+    """Evaluate; keep the weights if they are the best so far, and what resuming needs; tell."""
+    val_loss = evaluate(run)
+    best = val_loss < run.best_val_loss
+    if best:
+        run.best_val_loss = val_loss
+        # First the weights, then the record of their loss: a kill in between loses neither.
+        save_model(run.model, run.folder, run.dataset.tokenizer.end_of_text)
+    save_resume(run.folder, snapshot(run))
+    report.log(val_loss)
+    report.draw_curve()
+    verdict = "the best so far" if best else f"the best was {run.best_val_loss:.4f}"
+    report.say(f"\nstep {run.step:,}: validation loss {val_loss:.4f}, {verdict}\n{sample(run)}")
+
+
+# --- Before the first step ---
+
+
+def plan() -> TrainConfig:
+    """The settings, `init_from` being decided: scratch, resume, or a trained model's folder."""
+    config = configure(TrainConfig)
+    folder, source = run_folder(config.out_dir), config.init_from
+    if source == "auto":
+        source = "resume" if (folder / RESUME).exists() else "scratch"
+    if source == "resume":
+        config = plan_to_resume(folder)
+    elif source != "scratch":
+        config = plan_to_finetune(run_folder(source))
+    return dataclasses.replace(config, init_from=source)
+
+
+# What must stay as it was, for the weights to fit and the losses to be comparable.
+FIXED = ("dataset", "block_size", "n_layer", "n_head", "n_embd", "bias", "pad_vocab_to")
+
+
+def plan_to_resume(folder: Path) -> TrainConfig:
+    """The settings the run was begun with, then files and flags; what changes is told."""
+    if not (folder / RESUME).exists():
+        raise FolioError(f"{folder}: there is no run to resume; --init_from=scratch begins one")
+    before = read_settings(folder / SETTINGS)
+    config = configure(TrainConfig, base=before)
+    for name, old in before.items():
+        new = getattr(config, name)
+        if new == old or name in ("init_from", "out_dir", "eval_only"):
+            continue
+        if name in FIXED:
+            raise FolioError(
+                f"--{name}={new}: this run has {name}={old}, which resuming cannot change; "
+                "--init_from=scratch begins anew"
+            )
+        print(f"resuming with {name} = {new}, until now {old}")
+    return config
+
+
+def plan_to_finetune(folder: Path) -> TrainConfig:
+    """The architecture of the weights in `folder`, then files and flags."""
+    found = read_config(folder)
+    shape = {name: getattr(found, name) for name in FIXED if hasattr(found, name)}
+    config = configure(TrainConfig, base=shape | {"dropout": found.dropout})
+    for name in ("n_layer", "n_head", "n_embd", "bias"):
+        if getattr(config, name) != shape[name]:
+            raise FolioError(
+                f"{name}={getattr(config, name)} does not fit {folder}, which has {shape[name]}"
+            )
+    return config
+
+
+def find_dataset(config: TrainConfig) -> Dataset:
+    """The dataset, checked; Shakespeare is prepared if he is not there yet."""
+    if config.dataset in DATASETS and not (DATA / config.dataset).exists():
+        prepare_shakespeare(DATASETS[config.dataset], config.dataset)
+    return open_dataset(config.dataset, config.block_size)
+
+
+def begin(config: TrainConfig, dataset: Dataset, world: World) -> Training:
+    """A model with its optimizer: fresh, from a folder of weights, or where a run stood."""
+    folder = run_folder(config.out_dir)
+    torch.manual_seed(config.seed)
+    adapt = {name: getattr(config, name) for name in ("block_size", "dropout", "pad_vocab_to")}
+    saved = None
+    if config.init_from == "resume":
+        saved = load_resume(folder)
+    if config.init_from in ("scratch", "resume"):
+        size = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
+        model = GPT(GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **size, **adapt))
+        owner = folder
+    else:
+        owner = run_folder(config.init_from)
+        model = load_model(owner, **adapt)
+    if config.init_from != "scratch" and load_tokenizer(owner) != dataset.tokenizer:
+        raise FolioError(
+            f"--dataset={config.dataset}: its tokenizer is not the one the model in {owner} reads"
+        )
+    runner = world.place(model)
+    optimizer = make_optimizer(
+        model, config.learning_rate, config.weight_decay, config.beta1, config.beta2
+    )
+    run = Training(config, folder, dataset, world, model, runner, optimizer, world.scaler())
+    if saved:
+        restore(run, saved)
+    return run
+
+
+PROGRESS = ("step", "best_val_loss", "tokens", "seconds")
+
+
+def snapshot(run: Training) -> dict:
+    """All that continuing needs, in plain containers."""
+    return {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        **{name: getattr(run, name) for name in PROGRESS},
+    }
+
+
+def restore(run: Training, saved: dict) -> None:
+    """Put the run where snapshot() found it; learning rates stay those of the settings."""
+    try:
+        run.model.load_state_dict(saved["model"])
+        groups = [dict(group) for group in run.optimizer.param_groups]
+        run.optimizer.load_state_dict(saved["optimizer"])
+        for group, wanted in zip(run.optimizer.param_groups, groups, strict=True):
+            group.update({key: value for key, value in wanted.items() if key != "params"})
+        run.scaler.load_state_dict(saved["scaler"])
+        for name in PROGRESS:
+            setattr(run, name, saved[name])
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FolioError(f"{run.folder / RESUME}: does not fit this run ({reason})") from None
+
+
+def training_batches(run: Training) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This process's micro-batches, from the run's step to its last, the next being prefetched."""
+    config, stream = run.config, run.dataset.train
+    accumulation = config.gradient_accumulation_steps
+    keys = (
+        (step, micro_batch)
+        for step in range(run.step, config.max_iters)
+        for micro_batch in run.world.share(range(accumulation))
+    )
+
+    def fetch(key):
+        return training_batch(stream, config.batch_size, config.block_size, config.seed, *key)
+
+    return prefetch(fetch, keys)
+
+
+def tokens_per_step(config: TrainConfig) -> int:
+    return config.gradient_accumulation_steps * config.batch_size * config.block_size
+
+
+# --- When something is wrong ---
+
+
+def stop_if_not_finite(loss: float, grad_norm: float, run: Training) -> None:
+    """Leave before a loss or gradient that is no number touches the weights."""
+    # In float16 a gradient may overflow: the scaler then skips the update and scales by less.
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or run.scaler.is_enabled()):
+        return
+    raise FolioError(
+        f"step {run.step}: the loss is {loss} and the gradient's norm {grad_norm}; stopped before "
+        f"the weights were changed. The last checkpoint in {run.folder} is as it was. "
+        "Try a smaller --learning_rate"
+    )
+
+
+@contextlib.contextmanager
+def advice_when_out_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise FolioError(
+            "out of memory: try half the --batch_size with twice the "
+            "--gradient_accumulation_steps (the same numbers), or a smaller --block_size or model"
+        ) from None
+
+
+# --- What the user sees ---
+
+
+def banner(run: Training) -> str:
+    """What is about to be done: data, model, steps, machine, folder."""
+    config, data = run.config, run.dataset
+    per_step = tokens_per_step(config)
+    left = config.max_iters - run.step
+    passes = left * per_step / len(data.train)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    origin = {"resume": f", from step {run.step:,}", "scratch": ""}.get(
+        config.init_from, f", from the weights in {config.init_from}"
+    )
+    lines = [
+        f"data     {config.dataset}: {len(data.train):,} tokens to train on, "
+        f"{len(data.val):,} to validate with, {data.tokenizer.vocab_size:,} symbols",
+        f"model    {parameters:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
+        f"{config.n_embd} channels, context {config.block_size}{origin}",
+        f"steps    {left:,} of {per_step:,} tokens: {passes:.1f} times through the data",
+        f"machine  {run.world.why}",
+        f"folder   {shown_path(run.folder)}",
+    ]
+    return "\n".join(lines + list(filter(None, [understudy_notice(data.meta)])))
+
+
+def summary(run: Training) -> str:
+    """What was done, and what to type next."""
+    config = run.config
+    how_far = "done" if run.step >= config.max_iters else "stopped, and saved"
+    best = f"{run.best_val_loss:.4f}" if run.best_val_loss < math.inf else "not measured"
+    lines = [
+        f"\n{how_far}: {run.step:,} of {config.max_iters:,} steps, {clock(run.seconds)} of "
+        f"training; best validation loss {best}"
+    ]
+    if (run.folder / "loss.png").exists():
+        lines.append(f"curve    {shown_path(run.folder / 'loss.png')}")
+    out_dir = "" if run.folder.parent == HERE / "out" else f" --out_dir={run.folder}"
+    lines.append(f"next     python sample.py{out_dir}")
+    if run.step < config.max_iters:
+        lines.append("or       the same command with --init_from=resume, to go on")
+    return "\n".join(lines + list(filter(None, [understudy_notice(run.dataset.meta)])))
+
+
+def shown_path(path: Path) -> Path:
+    """A path as short as it can be typed from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def sample(run: Training) -> str:
+    """A few lines of the model's own, indented; '' if none are asked for."""
+    if run.config.sample_tokens == 0:
+        return ""
+    tokenizer = run.dataset.tokenizer
+    start = torch.tensor([[tokenizer.opening]], device=run.world.device)
+    with run.world.autocast():
+        drawn = run.model.generate(
+            start, run.config.sample_tokens, generator=run.world.generator(run.config.seed)
+        )
+        text = tokenizer.decode(ids.item() for ids in drawn)
+    run.model.train()
+    return textwrap.indent(text.strip(), "    ")
+
+
+def evaluate_only(run: Training) -> None:
+    """Print the validation loss of the model as it is."""
+    where = {"scratch": "untrained", "resume": f"step {run.step:,} of {run.folder}"}
+    what = where.get(run.config.init_from, run.config.init_from)
+    print(banner(run))
+    print(f"validation loss {evaluate(run):.4f} ({what})")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,348 @@
+"""What a trained model is on disk: a run's folder, which is a Hugging Face model folder.
+
+    config.json             the architecture, in the keys of transformers' GPT2Config
+    model.safetensors       the best weights so far
+    tokenizer.json          the tokenizer, and tokenizer_config.json: how to open it
+    generation_config.json  how long a pipeline may write
+    settings.json           every setting of the run
+    resume.pt               all that continuing needs, of the latest checkpoint
+    log.csv, loss.png       the record and its curve
+
+So `AutoModelForCausalLM.from_pretrained(folder)` opens what Folio wrote, and load_model() opens a
+folder of GPT-2's published weights as it opens a run's. There is no exporter and no importer.
+
+A file is written beside its place, flushed and renamed: it is there whole or not at all.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from configurator import FolioError
+from data.prepare import move_aside
+from data.tokenizer import END_OF_TEXT, Tokenizer, tokenizer_text
+from model import GPT, GPTConfig
+
+HERE = Path(__file__).resolve().parent.parent
+WEIGHTS, RESUME, SETTINGS, LOCK = "model.safetensors", "resume.pt", "settings.json", ".lock"
+
+
+# --- The model and its tokenizer ---
+
+
+def save_model(model: GPT, folder: Path, end_of_text: int | None = None) -> None:
+    """Write config.json, generation_config.json and model.safetensors.
+
+    end_of_text: the id of the token that parts documents; None where there is none.
+    """
+    tensors = to_published(model)
+    dtype = str(model.transformer.wte.weight.dtype).removeprefix("torch.")
+    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
+    write_json(folder / "config.json", {**to_hugging_face(model.config), **ends, "dtype": dtype})
+    write_json(
+        folder / "generation_config.json",
+        {**ends, "do_sample": True, "max_length": model.config.block_size, "max_new_tokens": None},
+    )
+    with replacing(folder / WEIGHTS) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def load_model(folder: Path, **changes: Any) -> GPT:
+    """The model whose config.json and *.safetensors stand in `folder`: a run's, or published ones.
+
+    changes: block_size (positions beyond it are cut), dropout, pad_vocab_to.
+    Raises FolioError if a file is missing or damaged, if the architecture is not GPT-2's, or if the
+    weights do not fit it; the message names all that do not.
+    """
+    shape = read_config(folder)
+    config = dataclasses.replace(shape, **changes)
+    if config.block_size > shape.block_size:
+        raise FolioError(
+            f"--block_size={config.block_size}: {folder} has positions for {shape.block_size} only"
+        )
+    with torch.device("meta"):  # shapes only: the numbers come from the disk
+        model = GPT(config)
+    tensors = from_published(read_tensors(folder), shape, folder)
+    tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][: config.block_size]
+    rows = tensors["transformer.wte.weight"]
+    surplus = model.transformer.wte.weight.size(0) - len(rows)
+    tensors["transformer.wte.weight"] = torch.nn.functional.pad(rows, (0, 0, 0, surplus))
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json."""
+    write_text(folder / "tokenizer.json", tokenizer_text(tokenizer))
+    special = {} if tokenizer.end_of_text is None else {"eos_token": END_OF_TEXT}
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            # Without the class, AutoTokenizer takes the model's name for the tokenizer's and
+            # builds GPT-2's, even for characters.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,  # text is text, even one that spells a special token
+            **special,
+        },
+    )
+
+
+def to_hugging_face(config: GPTConfig) -> dict[str, Any]:
+    """The architecture in the keys of transformers' GPT2Config."""
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        "bias": config.bias,  # ours: GPT2Config knows no model without, so they are written as 0
+    }
+
+
+# What GPT-2 is; a config.json may leave these out but not differ. From transformers' GPT2Config.
+ONLY_GPT2 = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "tie_word_embeddings": (True,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+
+
+def read_config(folder: Path) -> GPTConfig:
+    """The architecture that config.json describes; FolioError if it is not GPT-2's."""
+    path = Path(folder) / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {
+            "block_size": found["n_positions"],
+            **{key: found[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
+        }
+        dropout, bias = found.get("resid_pdrop", 0.1), found.get("bias", True)
+        different = [key for key, good in ONLY_GPT2.items() if found.get(key, good[0]) not in good]
+        inner = found.get("n_inner")
+    except FileNotFoundError:
+        raise FolioError(f"{path}: there is no model here") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise FolioError(f"{path}: not the description of a GPT-2 ({reason})") from None
+    if different:
+        what = ", ".join(f"{key}={found[key]!r}" for key in different)
+        raise FolioError(f"{path}: not GPT-2's architecture ({what})")
+    if not all(type(size) is int and 0 < size < 2**24 for size in sizes.values()):
+        raise FolioError(f"{path}: no model has such sizes: {sizes}")
+    if inner not in (None, 4 * sizes["n_embd"]):
+        raise FolioError(f"{path}: not GPT-2's architecture (n_inner={inner!r})")
+    if type(bias) is not bool or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise FolioError(f"{path}: not the description of a GPT-2 ({bias=}, {dropout=})")
+    try:
+        return GPTConfig(**sizes, dropout=float(dropout), bias=bias)
+    except ValueError as error:
+        raise FolioError(f"{path}: {error}") from None
+
+
+# GPT-2 was published with the weights of its linear layers as (in, out); torch's are (out, in).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def to_published(model: GPT) -> dict[str, torch.Tensor]:
+    """The weights under GPT-2's names, in its layout, without padding, with zeros for no biases."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        if name == "transformer.wte.weight":
+            tensor = tensor[: model.config.vocab_size]
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.t()
+        tensors[name] = tensor.cpu().contiguous()
+        if not model.config.bias and ".wte." not in name and ".wpe." not in name:
+            bias = name.replace("weight", "bias")
+            tensors[bias] = torch.zeros(tensor.size(-1), dtype=tensor.dtype)
+    return tensors
+
+
+def from_published(
+    tensors: dict[str, torch.Tensor], config: GPTConfig, folder: Path
+) -> dict[str, torch.Tensor]:
+    """The other way: GPT-2's published weights as a state_dict of GPT(config), checked."""
+    ours = {}
+    for name, tensor in tensors.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # the causal mask: no weight
+        if not name.startswith(("transformer.", "lm_head.")):
+            name = f"transformer.{name}"
+        if name.endswith(TRANSPOSED) and tensor.dim() == 2:
+            tensor = tensor.t().contiguous()
+        ours[name] = tensor if tensor.dtype == torch.float64 else tensor.float()
+    head = ours.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, ours.get("transformer.wte.weight", head)):
+        raise FolioError(f"{folder}: its head is not tied to its embedding: not GPT-2's")
+    if not config.bias:
+        ours = {
+            name: tensor
+            for name, tensor in ours.items()
+            if not (name.endswith(".bias") and not tensor.any())
+        }
+    with torch.device("meta"):
+        wanted = {name: p.shape for name, p in GPT(config).named_parameters()}
+    problems = [f"{name} is missing" for name in wanted if name not in ours]
+    problems += [f"{name} is unknown" for name in ours if name not in wanted]
+    problems += [
+        f"{name} is {list(ours[name].shape)} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name in ours and ours[name].shape != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise FolioError(
+            f"{folder}: the weights do not fit config.json: {'; '.join(problems[:20])}{more}"
+        )
+    return ours
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of model.safetensors, or of the shards its index names."""
+    paths = [folder / WEIGHTS]
+    index = folder / f"{WEIGHTS}.index.json"
+    try:
+        if not paths[0].exists() and index.exists():
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            paths = [folder / Path(name).name for name in sorted(set(names))]
+        tensors = {}
+        for path in paths:
+            tensors |= safetensors.torch.load_file(path)
+        return tensors
+    except FileNotFoundError:
+        raise FolioError(f"{paths[0]}: there are no weights here (yet)") from None
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise FolioError(f"{folder}: damaged weights ({error})") from None
+
+
+# --- Resuming ---
+
+
+def save_resume(folder: Path, state: dict[str, Any]) -> None:
+    """Write resume.pt: state_dicts, numbers and texts in plain containers."""
+    with replacing(folder / RESUME) as temporary:
+        torch.save(state, temporary)
+
+
+def load_resume(folder: Path) -> dict[str, Any]:
+    """What save_resume() wrote, on the CPU; nothing in the file is ever executed."""
+    path = folder / RESUME
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FolioError(f"{path}: there is nothing to resume; --init_from=scratch") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FolioError(
+            f"{path}: damaged ({reason}); to go on from the best weights: --init_from={folder} "
+            "and another --out_dir"
+        ) from None
+
+
+# --- The folder ---
+
+
+def run_folder(out_dir: str) -> Path:
+    """out_dir as a path; a relative one starts where Folio stands, not where it is called."""
+    return HERE / Path(out_dir).expanduser()
+
+
+def newest_run() -> Path:
+    """The folder under out/ whose weights are the latest; FolioError where there is none."""
+    found = sorted((HERE / "out").glob(f"*/{WEIGHTS}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FolioError(
+            f"there is no trained model under {HERE / 'out'} yet: "
+            "python train.py config/shakespeare_char.py"
+        )
+    return found[-1].parent
+
+
+@contextlib.contextmanager
+def occupied(folder: Path, continuing: bool) -> Iterator[None]:
+    """Within it, the folder is this run's alone. A run that is there goes on or moves aside.
+
+    Raises FolioError if another process trains there, or if what is there is no run.
+    """
+    with locked(folder):
+        strangers = [] if continuing else [p.name for p in folder.iterdir() if p.name != LOCK]
+    if strangers:
+        if SETTINGS not in strangers:
+            raise FolioError(f"{folder}: holds files but no run ({strangers[0]}); use --out_dir")
+        print(f"the run that was there is now {move_aside(folder)}")
+    with locked(folder):
+        for temporary in folder.glob(".*.tmp"):
+            temporary.unlink()  # of a write that was killed
+        yield
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the operating system's lock on folder/.lock; it goes when the process goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+b") as file:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise FolioError(f"{folder}: another process is training here; use --out_dir") from None
+        yield
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what is written there takes its place at the end."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # the bytes are on the disk before the name is
+        os.replace(temporary, path)
+        if sys.platform != "win32":  # where a folder cannot be opened, nor need be
+            directory = os.open(path.parent, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        # torch and safetensors wrap what the operating system told them.
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise FolioError(f"{path}: cannot be written ({reason}); what was there is kept") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, contents: dict[str, Any]) -> None:
+    write_text(path, json.dumps(contents, indent=2) + "\n")

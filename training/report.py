@@ -1,0 +1,200 @@
+"""What the user sees of a run, and what stays of it: progress, log.csv, the curve, speed.
+
+log.csv has a row for every `log_interval` steps and for every evaluation:
+
+    step,tokens,seconds,train_loss,val_loss,learning_rate,grad_norm,tokens_per_second
+
+A row says how things stand after `step` updates. Losses are in nats per token; train_loss is the
+last update's mean over all its micro-batches; seconds are of training, evaluations left out.
+"""
+
+import csv
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.checkpoint import replacing
+
+try:
+    from tqdm import tqdm
+except ImportError:  # the bar is for the eyes only
+    tqdm = None
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+except ImportError:  # so is the curve
+    matplotlib = None
+
+COLUMNS = (
+    "step", "tokens", "seconds", "train_loss", "val_loss",
+    "learning_rate", "grad_norm", "tokens_per_second",
+)  # fmt: skip
+
+
+@dataclass
+class Update:
+    """What one update of the weights was like."""
+
+    loss: float  # nats per token, before the update
+    grad_norm: float  # of the whole gradient, before clipping
+    learning_rate: float
+
+
+class Report:
+    """Tells of a run while it goes on. Use as a context manager, so that the bar is put away.
+
+    A silent report (of a process that is not the main one) says and writes nothing.
+    """
+
+    def __init__(self, folder: Path, first_step: int, last_step: int, silent: bool = False):
+        self.folder, self.last_step, self.silent = folder, last_step, silent
+        self.rows = [] if silent else read_log(folder / "log.csv", first_step)
+        self.step = first_step
+        self.tokens, self.seconds = 0, 0.0
+        self.latest: Update | None = None
+        self.measured_from: tuple[int, float] | None = None  # (tokens, seconds) of the last row
+        self.bar = None
+
+    def __enter__(self) -> "Report":
+        if not self.silent:
+            write_log(self.folder / "log.csv", self.rows)
+            if tqdm and sys.stderr.isatty():
+                self.bar = tqdm(
+                    total=self.last_step, initial=self.step, unit="step", dynamic_ncols=True
+                )
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def say(self, text: str) -> None:
+        """Print, above the bar if there is one."""
+        if self.silent:
+            return
+        if self.bar is not None:
+            self.bar.clear()
+        print(text, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def updated(self, step: int, tokens: int, seconds: float, latest: Update) -> None:
+        """`step` updates have been made, from so many tokens, in so many seconds of training."""
+        if self.measured_from is None:
+            # The first update also warms things up (and compiles): speed is measured after it.
+            self.measured_from = (tokens, seconds)
+        self.step, self.tokens, self.seconds, self.latest = step, tokens, seconds, latest
+        if self.bar is not None:
+            self.bar.update()
+
+    def log(self, val_loss: float | None = None) -> None:
+        """Write a row of log.csv, and show the progress."""
+        if self.silent:
+            return
+        tokens_before, seconds_before = self.measured_from or (0, 0.0)
+        elapsed = self.seconds - seconds_before
+        speed = (self.tokens - tokens_before) / elapsed if elapsed > 0 else None
+        latest = self.latest
+        row = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "train_loss": latest and latest.loss,
+            "val_loss": val_loss,
+            "learning_rate": latest and latest.learning_rate,
+            "grad_norm": latest and latest.grad_norm,
+            "tokens_per_second": speed and round(speed),
+        }
+        append_row(self.folder / "log.csv", row)
+        self.rows.append(row)
+        if latest is None:
+            return
+        self.measured_from = (self.tokens, self.seconds)
+        pace = f"loss {latest.loss:.3f}" + (f", {speed:,.0f} tokens/s" if speed else "")
+        if self.bar is not None:
+            self.bar.set_postfix_str(pace)
+        elif val_loss is None:
+            left = (self.last_step - self.step) * self.seconds / self.step
+            self.say(f"step {self.step:,} of {self.last_step:,}: {pace}, {clock(left)} left")
+
+    def draw_curve(self) -> None:
+        """Draw loss.png: both losses against steps."""
+        if self.silent or matplotlib is None:
+            return
+        figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
+        axes = figure.subplots()
+        train = [(row["step"], row["train_loss"]) for row in self.rows if row["train_loss"]]
+        val = [(row["step"], row["val_loss"]) for row in self.rows if row["val_loss"]]
+        if train:
+            axes.plot(*zip(*train, strict=True), color="#9db4cf", lw=1.2, label="training batch")
+        if val:
+            axes.plot(*zip(*val, strict=True), "o-", color="#1f4e8c", ms=4, label="validation")
+            best = min(val, key=lambda point: point[1])
+            axes.annotate(
+                f"{best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="center"
+            )
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=self.folder.name)
+        axes.set_xlim(0, max(self.last_step, 1))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        with replacing(self.folder / "loss.png") as temporary:
+            figure.savefig(temporary, format="png")
+
+
+# --- log.csv ---
+
+
+def read_log(path: Path, last_step: int) -> list[dict]:
+    """The rows up to last_step; later ones belong to work that was lost. [] without a file."""
+    if last_step == 0 or not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = [{k: to_number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    whole = [row for row in rows if set(row) == set(COLUMNS) and row["step"] is not None]
+    return [row for row in whole if row["step"] <= last_step]
+
+
+def to_number(text: str | None) -> float | int | None:
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        pass
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def write_log(path: Path, rows: list[dict]) -> None:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def append_row(path: Path, row: dict) -> None:
+    with open(path, "a", encoding="utf-8", newline="") as file:
+        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+
+
+# --- Numbers for people ---
+
+
+def clock(seconds: float) -> str:
+    """75.2 -> '1:15'; 3675 -> '1:01:15'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Stopwatch:
+    """Seconds since it was started: with Stopwatch() as watch: ...; watch.seconds."""
+
+    def __enter__(self) -> "Stopwatch":
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.seconds = time.perf_counter() - self.start
