@@ -126,12 +126,13 @@ def main() -> None:
     world = open_world(config.device, config.dtype, config.compile)
     dataset = find_dataset(config)
     with advice_when_out_of_memory():
+        training = begin(config, dataset, world)
         if config.eval_only:
-            evaluate_only(begin(config, dataset, world))
+            evaluate_only(training)
             return
         continuing = config.init_from == "resume"
-        with occupied(run_folder(config.out_dir), continuing), StopSignal() as stop:
-            train(begin(config, dataset, world), stop)
+        with occupied(training.folder, continuing), StopSignal() as stop:
+            train(training, stop)
     sys.exit(stop.status)
 
 
@@ -454,7 +455,10 @@ def sample(run: Training) -> str:
     start = torch.tensor([[tokenizer.opening]], device=run.world.device)
     with run.world.autocast():
         drawn = run.model.generate(
-            start, run.config.sample_tokens, generator=run.world.generator(run.config.seed)
+            start,
+            run.config.sample_tokens,
+            temperature=0.8,
+            generator=run.world.generator(run.config.seed),
         )
         text = tokenizer.decode(ids.item() for ids in drawn)
     run.model.train()

@@ -93,11 +93,12 @@ def fetch_rest(url, part, size, headers, silence):
     headers = {**headers, "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
-    arrived = have
+    arrived, reached = have, False
     try:
         with requests.get(
             url, headers=headers, stream=True, timeout=(CONNECT_SECONDS, silence)
         ) as response:
+            reached = True
             arrived = have = check_answer(response, url, part, have)
             length = response.headers.get("Content-Length", "")
             total = have + int(length) if length.isdigit() else None
@@ -112,7 +113,7 @@ def fetch_rest(url, part, size, headers, silence):
                         raise DownloadError(f"{url}: more than its {size:,} bytes: another file")
     except requests.RequestException as error:
         # Nobody there: no use to insist. Broken off or silent on the way: try again.
-        if isinstance(error, requests.ConnectionError) and arrived == 0:
+        if isinstance(error, requests.ConnectionError) and not (reached or have):
             raise DownloadError(f"{url}: no connection ({root_cause(error)})") from None
         raise Interrupted(f"the transfer broke off ({root_cause(error)})") from None
     if arrived < (size or total or 0):

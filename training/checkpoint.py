@@ -45,6 +45,7 @@ def save_model(model: GPT, folder: Path, end_of_text: int | None = None) -> None
 
     end_of_text: the id of the token that parts documents; None where there is none.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = to_published(model)
     dtype = str(model.transformer.wte.weight.dtype).removeprefix("torch.")
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
@@ -83,6 +84,7 @@ def load_model(folder: Path, **changes: Any) -> GPT:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "tokenizer.json", tokenizer_text(tokenizer))
     special = {} if tokenizer.end_of_text is None else {"eos_token": END_OF_TEXT}
     write_json(

@@ -32,6 +32,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
+QUIET_SECONDS = 5  # between two plain lines of progress, where there is no bar
+
+
 @dataclass
 class Update:
     """What one update of the weights was like."""
@@ -54,6 +57,7 @@ class Report:
         self.tokens, self.seconds = 0, 0.0
         self.latest: Update | None = None
         self.measured_from: tuple[int, float] | None = None  # (tokens, seconds) of the last row
+        self.said_at = time.monotonic()
         self.bar = None
 
     def __enter__(self) -> "Report":
@@ -114,7 +118,8 @@ class Report:
         pace = f"loss {latest.loss:.3f}" + (f", {speed:,.0f} tokens/s" if speed else "")
         if self.bar is not None:
             self.bar.set_postfix_str(pace)
-        elif val_loss is None:
+        elif val_loss is None and time.monotonic() - self.said_at >= QUIET_SECONDS:
+            self.said_at = time.monotonic()
             left = (self.last_step - self.step) * self.seconds / self.step
             self.say(f"step {self.step:,} of {self.last_step:,}: {pace}, {clock(left)} left")
 

@@ -1,0 +1,94 @@
+"""What the lessons share: tiny models, a tiny dataset, and a way to run the scripts for real."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import dataset as dataset_module
+from data.prepare import split_text, write_dataset
+from data.tokenizer import CharTokenizer
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = 13
+
+RHYME = "twinkle, twinkle, little star,\nhow i wonder what you are!\nup above the world so high,\n"
+
+
+@pytest.fixture(autouse=True)
+def same_chance():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model() -> GPT:
+    """Two blocks, context 8, float64, with weights large enough for every token to matter."""
+    shape = GPTConfig(block_size=8, vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=16)
+    model = GPT(shape).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Three rows of eight tokens."""
+    return torch.randint(VOCABULARY, (3, 8))
+
+
+@pytest.fixture
+def data_folder(tmp_path, monkeypatch) -> Path:
+    """A folder to stand in for data/, so that no test touches the real one."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.setattr(dataset_module, "DATA", folder)
+    return folder
+
+
+@pytest.fixture
+def rhyme(tmp_path) -> Path:
+    """A prepared character dataset of about 3,500 tokens: the path of its folder."""
+    lines = RHYME.splitlines(keepends=True)
+    dice = np.random.default_rng(0)
+    text = "".join(lines[i] for i in dice.integers(len(lines), size=120))
+    write_dataset(tmp_path / "rhyme", CharTokenizer.of(text), split_text(text), {"source": "rhyme"})
+    return tmp_path / "rhyme"
+
+
+@pytest.fixture
+def tiny(rhyme, tmp_path) -> list[str]:
+    """Flags for a training run of a second or two, on the rhyme, into tmp_path/run."""
+    return [
+        f"--dataset={rhyme}", f"--out_dir={tmp_path / 'run'}", "--device=cpu",
+        "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4",
+        "--max_iters=8", "--warmup_iters=2", "--eval_interval=4", "--log_interval=2",
+        "--eval_tokens=64", "--sample_tokens=10",
+    ]  # fmt: skip
+
+
+def run_script(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python WORDS...` as a user would; its output is text."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess, *expected: str) -> None:
+    """Exit status 2, one line on stderr, no traceback, and the words it must contain."""
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in expected:
+        assert word in result.stderr

@@ -1,0 +1,272 @@
+"""From a text to a dataset's folder, and from a server to a file one can be sure of."""
+
+import hashlib
+import http.server
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from configurator import FolioError
+from data import download as download_module
+from data import prepare, shakespeare
+from data.dataset import open_dataset
+from data.download import DownloadError, download
+from data.prepare import dataset_folder, read_text, split_text, write_dataset
+from data.shakespeare import SHA256, prepare_shakespeare, understudy_notice
+from data.tokenizer import CharTokenizer
+from tests.conftest import ROOT, assert_one_line_error, run_script
+
+BODY = bytes(range(256)) * 1600  # 409,600 bytes
+CUT = 200_000  # where a transfer breaks off
+ARRIVED = 3 * 2**16  # the whole chunks before that
+SHA = hashlib.sha256(BODY).hexdigest()
+REAL = ROOT.parent / "shared" / "tinyshakespeare" / "input.txt"
+
+
+# --- Downloads ---
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A real server on loopback that misbehaves as told: one plan for each request."""
+
+    def __init__(self, *plans):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.plans = list(plans)
+        self.requests = []  # the Range header of each
+        self.daemon_threads = True
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/file"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        server.requests.append(self.headers.get("Range"))
+        plan = server.plans.pop(0) if len(server.plans) > 1 else server.plans[0]
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        if isinstance(plan, int):
+            return self.send_error(plan)
+        start = start if plan in ("ranges", "cut", "stall") else 0  # others know no ranges
+        body = b"<html>Please log in to this network</html>" if plan == "html" else BODY[start:]
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
+        if plan != "cut without length":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        whole = plan in ("ranges", "whole", "html")
+        self.wfile.write(body if whole else body[: max(CUT - start, 0)])
+        self.wfile.flush()
+        if plan == "stall":
+            time.sleep(3)
+
+    def log_message(self, *_):
+        pass
+
+
+def fetch(server, path, **how):
+    return download(server.url, path, size=len(BODY), sha256=SHA, pause=0.01, **how)
+
+
+@pytest.mark.parametrize(
+    "plans",
+    [
+        ["whole"],
+        [500, "whole"],
+        [503, 429, "whole"],
+        ["cut", "ranges"],
+        ["cut", "whole"],  # a server that knows no ranges sends it all again
+        ["cut without length", "ranges"],
+        ["cut", 416, "whole"],
+        ["stall", "ranges"],
+    ],
+    ids=str,
+)
+def test_what_another_attempt_can_mend_is_mended(plans, tmp_path):
+    server = Server(*plans)
+    path = fetch(server, tmp_path / "file", silence=0.5)
+    assert path.read_bytes() == BODY
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_broken_transfer_goes_on_where_it_broke_off(tmp_path):
+    server = Server("cut", "ranges")
+    fetch(server, tmp_path / "file")
+    assert server.requests == [None, f"bytes={ARRIVED}-"]
+
+
+@pytest.mark.parametrize(
+    ("plans", "message"),
+    [
+        ([404], "404"),
+        ([500], "500 .*4 times"),
+        (["html"], "another file"),
+        (["cut without length"], "ended after 200,000 of 409,600 bytes, 4 times"),
+        (["cut"], "broke off .*4 times"),
+    ],
+    ids=str,
+)
+def test_what_no_attempt_can_mend_is_one_clear_line_and_leaves_nothing(plans, message, tmp_path):
+    with pytest.raises(DownloadError, match=message):
+        fetch(Server(*plans), tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_with_another_hash_is_refused(tmp_path):
+    server = Server("whole")
+    with pytest.raises(DownloadError, match="SHA-256"):
+        download(server.url, tmp_path / "file", size=len(BODY), sha256="0" * 64, pause=0.01)
+    assert list(tmp_path.iterdir()) == []
+    assert len(server.requests) == 1
+
+
+def test_a_machine_without_network_is_told_at_once(tmp_path):
+    began = time.monotonic()
+    with pytest.raises(DownloadError, match="no connection"):
+        download("http://127.0.0.1:9/file", tmp_path / "file")
+    assert time.monotonic() - began < 2
+
+
+def test_a_large_file_may_go_on_in_a_later_call(tmp_path, monkeypatch):
+    monkeypatch.setattr(download_module, "ATTEMPTS", 1)
+    with pytest.raises(DownloadError):
+        fetch(Server("cut"), tmp_path / "file", keep_partial=True)
+    assert (tmp_path / "file.part").stat().st_size == ARRIVED
+    server = Server("ranges")
+    fetch(server, tmp_path / "file", keep_partial=True)
+    assert server.requests == [f"bytes={ARRIVED}-"]
+
+
+def test_the_beginning_of_another_file_is_not_built_upon(tmp_path):
+    (tmp_path / "file.part").write_bytes(b"\0" * 5000)
+    server = Server("ranges")
+    assert fetch(server, tmp_path / "file").read_bytes() == BODY
+    assert server.requests == ["bytes=5000-", None]
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(download_module, "verify", full)
+    with pytest.raises(DownloadError, match="No space left on device"):
+        fetch(Server("whole"), tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Texts ---
+
+
+def test_a_text_keeps_its_line_ends_and_loses_its_byte_order_mark(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes("\ufeffa\r\nb\x00👍\n".encode())
+    assert read_text(path) == "a\r\nb\x00👍\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"abc\xff", "byte 3 "), (b"", "no text"), (b" \n\n", "no text"), (None, "No such file")],
+)
+def test_what_is_no_text_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(FolioError, match=message):
+        read_text(path)
+
+
+def test_the_last_tenth_is_for_validation():
+    assert split_text("abcdefghij") == {"train": ["abcdefghi"], "val": ["j"]}
+    train, val = (len(part[0]) for part in split_text("x" * 1_115_394).values())
+    assert (train, val) == (1_003_854, 111_540)
+
+
+# --- Datasets ---
+
+
+def prepared(folder, text, **origin):
+    origin.setdefault("source", "a test")
+    return write_dataset(folder, CharTokenizer.of(text), split_text(text), origin)
+
+
+def test_a_vocabulary_beyond_sixteen_bits_is_stored_in_wider_numbers(tmp_path):
+    points = [*range(32, 0xD800), *range(0xE000, 0x20000)]
+    text = "".join(map(chr, points))
+    meta = prepared(tmp_path / "wide", text)
+    assert meta["dtype"] == "uint32"
+    dataset = open_dataset(str(tmp_path / "wide"), 8)
+    ids = dataset.val.windows(np.array([dataset.val.window_count(9) - 1]), 9)[0]
+    assert dataset.tokenizer.decode(ids) == text[-9:]
+
+
+def test_the_same_text_replaces_its_dataset_and_another_moves_it_aside(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    prepared(folder, "to be or not to be\n" * 9)
+    prepared(folder, "to be or not to be\n" * 9)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+    prepared(folder, "that is the question\n" * 9, source="another")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "mine.1"]
+    assert "mine.1" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_dataset_is_never_moved(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary").touch()
+    with pytest.raises(FolioError, match="something else"):
+        prepared(tmp_path / "mine", "to be or not to be\n" * 9)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_text_that_leaves_nothing_to_validate_with_is_too_short(tmp_path):
+    with pytest.raises(FolioError, match="too short"):
+        prepared(tmp_path / "mine", "ab")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "/tmp/x", "a/b", ".hidden"])
+def test_a_dataset_cannot_be_written_elsewhere(name):
+    with pytest.raises(FolioError, match="--dataset"):
+        dataset_folder(name)
+
+
+# --- Shakespeare ---
+
+
+@pytest.fixture
+def theatre(tmp_path, monkeypatch):
+    """A data/ folder of its own, and no network."""
+    for module in (prepare, shakespeare):
+        monkeypatch.setattr(module, "DATA", tmp_path)
+    monkeypatch.setattr(shakespeare, "URL", "http://127.0.0.1:9/input.txt")
+    return tmp_path
+
+
+def test_a_text_of_ones_own_is_prepared_from_a_file(theatre, tmp_path):
+    (tmp_path / "mine.txt").write_text("to be or not to be\n" * 9)
+    meta = prepare_shakespeare("char", "mine", tmp_path / "mine.txt")
+    assert meta["source"].endswith("mine.txt")
+    assert (meta["train_characters"], meta["val_characters"]) == (153, 18)
+    assert understudy_notice(meta) == ""
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="Shakespeare is not on this machine")
+def test_tiny_shakespeare_has_65_symbols_and_is_known_by_his_hash(theatre):
+    meta = prepare_shakespeare("char", "shakespeare_char", REAL)
+    assert (meta["train_tokens"], meta["val_tokens"]) == (1_003_854, 111_540)
+    assert (meta["vocab_size"], meta["sha256"]) == (65, SHA256)
+    assert json.loads((theatre / "shakespeare_char" / "meta.json").read_text()) == meta
+
+
+def test_a_mistake_in_preparing_is_one_line(tmp_path):
+    missing = tmp_path / "none.txt"
+    assert_one_line_error(run_script("prepare_shakespeare.py", f"--input={missing}"), "none.txt")
+    assert_one_line_error(run_script("prepare_shakespeare.py", "--tokenizer=words"), "char or gpt2")
+    (tmp_path / "text").write_text("to be or not to be\n" * 9)
+    there = run_script("prepare_shakespeare.py", f"--input={tmp_path / 'text'}", "--dataset=../x")
+    assert_one_line_error(there, "--dataset=../x")

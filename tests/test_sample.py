@@ -1,0 +1,112 @@
+"""Writing: the same seed writes the same text, streamed as it is drawn, from a run's folder alone."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from data.tokenizer import CharTokenizer
+from model import GPT, GPTConfig
+from sample import encode_prompt, write
+from tests.conftest import ROOT, assert_one_line_error, run_script
+from tests.test_tokenizer import toy_bpe
+from training.checkpoint import save_model, save_tokenizer
+
+LETTERS = CharTokenizer.of("\nabcdefgh")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=8))
+    save_model(model, tmp_path / "run")
+    save_tokenizer(LETTERS, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def sample(folder, *flags):
+    return run_script("sample.py", f"--out_dir={folder}", "--device=cpu", *flags)
+
+
+def test_a_prompt_goes_on_for_as_long_as_asked_far_beyond_the_block(folder):
+    result = sample(folder, "--start=abc", "--max_new_tokens=50")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("abc")
+    assert len(result.stdout) == 3 + 50 + 1  # and the line's end
+    assert set(result.stdout) <= set(LETTERS.characters)
+
+
+def test_the_same_seed_writes_the_same_text(folder):
+    texts = [sample(folder, "--max_new_tokens=40", f"--seed={seed}").stdout for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_several_samples_begin_alike_and_go_on_differently(folder):
+    result = sample(folder, "--start=ab", "--num_samples=3", "--max_new_tokens=30")
+    texts = result.stdout.rstrip("\n").split("\n---------------\n")
+    assert len(texts) == 3
+    assert all(text.startswith("ab") for text in texts)
+    assert len(set(texts)) == 3
+
+
+def test_the_prompt_may_come_from_a_file(folder, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("hagge")
+    result = sample(folder, f"--start=FILE:{prompt}", "--max_new_tokens=3")
+    assert result.stdout.startswith("hagge")
+    assert_one_line_error(sample(folder, f"--start=FILE:{tmp_path}/none"), "none")
+
+
+def test_an_empty_prompt_begins_where_texts_begin():
+    assert encode_prompt("", LETTERS) == ("", [0])  # a line's end
+    assert encode_prompt("", toy_bpe()) == ("", [261])  # end-of-text
+    assert encode_prompt("", CharTokenizer.of("xyz")) == ("", [0])
+
+
+def test_what_cannot_be_sampled_from_is_said_in_one_line(folder, tmp_path):
+    assert_one_line_error(sample(folder, "--start=abz"), "'z'", "position 2")
+    assert_one_line_error(sample(tmp_path / "nowhere"), "nowhere")
+    assert_one_line_error(sample(tmp_path), "no tokenizer")
+    assert_one_line_error(sample(folder, "--forever", "--num_samples=2"), "--forever")
+    assert_one_line_error(sample(folder, "--temperature=-1"), "temperature")
+
+
+def test_text_appears_as_it_is_drawn(capsys):
+    tokenizer = toy_bpe()
+    seen = []
+
+    def drawn():
+        for token in "né".encode():
+            yield torch.tensor([token, token])
+            seen.append(capsys.readouterr().out)
+
+    write("A", drawn(), tokenizer, 2)
+    assert seen == ["An", "", "é"]  # half a letter is never shown
+    assert capsys.readouterr().out == "\n---------------\nAné\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
+def test_forever_ends_with_ctrl_c_and_no_traceback(folder):
+    process = subprocess.Popen(
+        [sys.executable, "sample.py", f"--out_dir={folder}", "--forever"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert len(process.stdout.read(2000)) == 2000
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pipe of the shell")
+def test_a_reader_who_has_read_enough_hears_no_complaint(folder):
+    process = subprocess.Popen(
+        [sys.executable, "sample.py", f"--out_dir={folder}", "--forever"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.read(100)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=30) != 0

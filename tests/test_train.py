@@ -1,0 +1,403 @@
+"""Training: the same numbers every time, nothing lost, and a text learned as well as it can be."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from configurator import FolioError, configure
+from data.prepare import split_text, write_dataset
+from data.tokenizer import CharTokenizer
+from model import GPT
+from tests.conftest import ROOT, assert_one_line_error, run_script
+from train import TrainConfig, begin, evaluate, find_dataset, learning_rate_share, plan
+from training.checkpoint import RESUME, SETTINGS, WEIGHTS, load_model, load_resume
+from training.world import open_world
+
+
+@pytest.fixture
+def run_in_process(monkeypatch, capsys):
+    """Call train.py's main() with these flags; what it printed comes back."""
+
+    def call(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        with pytest.raises(SystemExit) as left:
+            train.main()
+        assert left.value.code == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def training_for(*flags: str) -> train.Training:
+    config = configure(TrainConfig, list(flags))
+    return begin(config, find_dataset(config), open_world("cpu", config.dtype))
+
+
+def log_of(folder) -> list[dict[str, str]]:
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+# --- The schedule ---
+
+
+def test_the_learning_rate_climbs_then_falls_to_zero():
+    config = TrainConfig(max_iters=10, warmup_iters=2)
+    shares = [learning_rate_share(step, config) for step in range(10)]
+    assert shares == [0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    assert learning_rate_share(0, TrainConfig(max_iters=1, warmup_iters=0)) == 1
+    assert learning_rate_share(0, TrainConfig(max_iters=1, warmup_iters=5)) == 1 / 5
+
+
+# --- One run ---
+
+
+def test_a_run_makes_exactly_max_iters_updates_and_leaves_its_record(
+    tiny, tmp_path, run_in_process
+):
+    told = run_in_process(*tiny)
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "generation_config.json", "settings.json", "resume.pt", "log.csv", "loss.png", ".lock",
+    }  # fmt: skip
+    rows = log_of(folder)
+    assert list(rows[0]) == [
+        "step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate", "grad_norm",
+        "tokens_per_second",
+    ]  # fmt: skip
+    assert [int(row["step"]) for row in rows] == [0, 2, 4, 6, 8]
+    assert [int(row["tokens"]) for row in rows] == [32 * s for s in (0, 2, 4, 6, 8)]
+    assert [bool(row["val_loss"]) for row in rows] == [True, False, True, False, True]
+    assert load_resume(folder)["step"] == 8
+    assert "8 of 8 steps" in told
+    assert "python sample.py" in told
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_folder_keeps_the_weights_of_the_lowest_validation_loss(
+    tiny, tmp_path, run_in_process, monkeypatch
+):
+    losses, seen = iter([3.0, 1.0, 2.0]), []
+
+    def pretended(run):
+        seen.append({name: p.detach().clone() for name, p in run.model.named_parameters()})
+        return next(losses)
+
+    monkeypatch.setattr(train, "evaluate", pretended)
+    told = run_in_process(*tiny)
+    assert "step 8: validation loss 2.0000, the best was 1.0000" in told
+    assert load_resume(tmp_path / "run")["best_val_loss"] == 1.0
+    for name, kept in load_model(tmp_path / "run").named_parameters():
+        assert torch.equal(kept, seen[1][name]), name
+        assert not torch.equal(kept, seen[2][name]), name
+
+
+def test_the_loss_over_the_validation_data_is_that_of_every_token_once(tiny):
+    run = training_for(*tiny, "--eval_tokens=0", "--dtype=float64")
+    stream, T = run.dataset.val, run.config.block_size
+    surprise, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(stream) - 1, T):
+            first = min(start, len(stream) - 1 - T)  # the last window reaches back to be whole
+            window = torch.from_numpy(stream.windows(np.array([first]), T + 1))
+            logits, _ = run.model(window[:, :-1])
+            losses = -torch.log_softmax(logits[0], dim=-1)[torch.arange(T), window[0, 1:]]
+            surprise += losses[start - first :].sum().item()
+            count += T - (start - first)
+    assert count == len(stream) - 1
+    assert evaluate(run) == pytest.approx(surprise / count, rel=1e-12)
+
+
+def test_accumulated_micro_batches_are_one_mean(tiny):
+    run = training_for(*tiny, "--dtype=float64", "--gradient_accumulation_steps=3")
+    batches = list(zip(range(3), train.training_batches(run), strict=False))
+    losses = [run.model(*batch)[1] for _, batch in batches]
+    mean = sum(losses) / 3
+    mean.backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in run.model.parameters()))
+    run.model.zero_grad()
+    done = train.update(run, (batch for _, batch in batches))
+    assert done.loss == pytest.approx(mean.item(), rel=1e-12)
+    assert done.grad_norm == pytest.approx(norm, rel=1e-9)
+
+
+# --- The same numbers ---
+
+
+WILD = ("--dropout=0.2", "--gradient_accumulation_steps=2")
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tiny, tmp_path, run_in_process):
+    run_in_process(*tiny, *WILD)
+    whole, part = tmp_path / "run", tmp_path / "part"
+    flags = [*tiny, *WILD, f"--out_dir={part}"]
+    stop_after(3, flags)
+    assert load_resume(part)["step"] == 3
+    run_in_process(*flags, "--init_from=resume")
+    assert_same_state(load_resume(whole), load_resume(part))
+    assert (whole / WEIGHTS).read_bytes() == (part / WEIGHTS).read_bytes()
+    assert without_clock(log_of(whole)) == without_clock(log_of(part))
+
+
+def stop_after(steps: int, flags: list[str]) -> None:
+    """Run train.py, and wish it to stop while update number `steps` is being made."""
+    script = (
+        "import os, signal, sys, train\n"
+        "real = train.update\n"
+        "def update(run, batches):\n"
+        f"    if run.step == {steps} - 1: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return real(run, batches)\n"
+        "train.update = update\n"
+        "train.run(train.main)\n"
+    )
+    stopped = run_script("-c", script, *flags)
+    assert stopped.returncode == 143, stopped.stderr
+    assert "stopped, and saved" in stopped.stdout
+    assert "--init_from=resume" in stopped.stdout
+
+
+def assert_same_state(left: dict, right: dict) -> None:
+    assert left.keys() == right.keys()
+    for key in left.keys() - {"seconds"}:
+        if isinstance(left[key], dict):
+            assert_same_state(left[key], right[key])
+        elif isinstance(left[key], torch.Tensor):
+            assert torch.equal(left[key], right[key]), key
+        else:
+            assert left[key] == right[key], key
+
+
+def test_evaluations_and_samples_change_nothing(tiny, tmp_path, run_in_process):
+    run_in_process(*tiny, *WILD)
+    other = tmp_path / "other"
+    run_in_process(
+        *tiny, *WILD, f"--out_dir={other}", "--eval_interval=3", "--sample_tokens=0",
+        "--log_interval=1", "--eval_tokens=8",
+    )  # fmt: skip
+    left, right = load_resume(tmp_path / "run"), load_resume(other)
+    assert_same_state(left["model"], right["model"])
+    assert_same_state(left["optimizer"], right["optimizer"])
+
+
+def test_another_seed_is_another_run(tiny):
+    first, same, other = (training_for(*tiny, f"--seed={seed}") for seed in (1, 1, 2))
+    weights = [run.model.transformer.wte.weight for run in (first, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    batches = [next(train.training_batches(run))[0] for run in (first, same, other)]
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
+
+
+# --- Learning ---
+
+
+def test_a_markov_text_is_learned_to_its_entropy(tmp_path, run_in_process):
+    """Each letter depends on the one before it alone: how well it can be predicted is known."""
+    dice = np.random.default_rng(0)
+    letters = 6
+    chances = dice.dirichlet(np.full(letters, 0.2), size=letters)  # row: what follows a letter
+    text, letter = [], 0
+    for u in dice.random(60_000):
+        letter = int(np.searchsorted(chances[letter].cumsum(), u).clip(max=letters - 1))
+        text.append("abcdef"[letter])
+    share = np.linalg.matrix_power(chances, 200)[0]  # of each letter, in the long run
+    entropy = -(share[:, None] * chances * np.log(chances)).sum()  # nats per letter
+
+    text = "".join(text)
+    write_dataset(tmp_path / "markov", CharTokenizer.of(text), split_text(text), {"source": "dice"})
+    run_in_process(
+        f"--dataset={tmp_path / 'markov'}", f"--out_dir={tmp_path / 'run'}", "--device=cpu",
+        "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=32",
+        "--max_iters=250", "--eval_interval=250", "--learning_rate=1e-2", "--sample_tokens=0",
+    )  # fmt: skip
+    first, last = (float(row["val_loss"]) for row in log_of(tmp_path / "run") if row["val_loss"])
+    assert first == pytest.approx(math.log(letters), rel=0.05)  # it begins by guessing
+    assert last == pytest.approx(entropy, rel=0.03)  # and ends knowing all there is to know
+    assert entropy < 0.75 * math.log(letters)
+
+
+# --- Going on, starting anew ---
+
+
+def test_auto_resumes_where_there_is_a_run_and_begins_one_where_there_is_none(
+    tiny, tmp_path, run_in_process
+):
+    run_in_process(*tiny, "--init_from=auto", "--max_iters=4")
+    told = run_in_process(*tiny, "--init_from=auto", "--max_iters=6")
+    assert "resuming with max_iters = 6, until now 4" in told
+    assert "from step 4" in told
+    assert load_resume(tmp_path / "run")["step"] == 6
+
+
+def test_resuming_remembers_the_settings_the_run_was_begun_with(tiny, tmp_path, run_in_process):
+    run_in_process(*tiny)
+    run_in_process(f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--max_iters=9")
+    settings = json.loads((tmp_path / "run" / SETTINGS).read_text())
+    assert (settings["n_embd"], settings["max_iters"]) == (16, 9)
+
+
+def test_resuming_refuses_another_architecture_or_dataset(tiny, tmp_path, run_in_process, rhyme):
+    run_in_process(*tiny)
+    for flag in ("--n_layer=3", "--block_size=16", "--bias", "--dataset=other"):
+        result = run_script("train.py", *tiny, flag, "--init_from=resume")
+        assert_one_line_error(result, flag.partition("=")[0], "cannot change")
+
+
+def test_a_finished_run_is_left_as_it_is(tiny, tmp_path, run_in_process):
+    run_in_process(*tiny)
+    before = (tmp_path / "run" / RESUME).read_bytes()
+    told = run_in_process(*tiny, "--init_from=resume")
+    assert "8 of 8 steps" in told
+    assert (tmp_path / "run" / RESUME).read_bytes() == before
+
+
+def test_scratch_moves_the_old_run_aside(tiny, tmp_path, run_in_process):
+    run_in_process(*tiny)
+    told = run_in_process(*tiny)
+    assert "run.1" in told
+    assert (tmp_path / "run.1" / WEIGHTS).exists()
+
+
+def test_resuming_cuts_the_log_back_to_its_step(tiny, tmp_path, run_in_process):
+    run_in_process(*tiny)
+    log = tmp_path / "run" / "log.csv"
+    whole = log.read_text()
+    log.write_text(whole + "9,288,1,1.0,,1e-3,1.0,100\n10,32")  # of work that a kill lost
+    run_in_process(*tiny, "--init_from=resume")
+    assert without_clock(log_of(tmp_path / "run")) == without_clock(
+        csv.DictReader(whole.splitlines())
+    )
+
+
+def test_finetuning_takes_the_architecture_of_the_weights(tiny, tmp_path, run_in_process, rhyme):
+    run_in_process(*tiny)
+    told = run_in_process(
+        f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'tuned'}", f"--dataset={rhyme}",
+        "--max_iters=1", "--block_size=4", "--dropout=0.1", "--device=cpu",
+    )  # fmt: skip
+    assert "from the weights in" in told
+    tuned = load_model(tmp_path / "tuned").config
+    assert (tuned.n_embd, tuned.block_size) == (16, 4)
+
+
+def test_finetuning_refuses_a_tokenizer_that_is_not_the_models(tiny, tmp_path, run_in_process):
+    run_in_process(*tiny)
+    text = "".join(map(chr, range(40, 64))) * 20  # other letters, though as many
+    write_dataset(tmp_path / "b", CharTokenizer.of(text), split_text(text), {"source": "b"})
+    result = run_script(
+        "train.py", f"--init_from={tmp_path / 'run'}", f"--dataset={tmp_path / 'b'}",
+        f"--out_dir={tmp_path / 'tuned'}",
+    )  # fmt: skip
+    assert_one_line_error(result, "its tokenizer is not the one")
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_eval_only_tells_the_loss_and_touches_nothing(tiny, tmp_path, run_in_process, capsys):
+    run_in_process(*tiny)
+    folder = tmp_path / "run"
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    result = run_script("train.py", *tiny, "--eval_only", "--init_from=resume")
+    assert f"validation loss {float(log_of(folder)[-1]['val_loss']):.4f}" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    untrained = run_script("train.py", *tiny, "--eval_only", f"--out_dir={tmp_path / 'none'}")
+    assert "untrained" in untrained.stdout
+    assert not (tmp_path / "none").exists()
+
+
+# --- Stopping ---
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
+def test_ctrl_c_finishes_the_step_saves_and_leaves(tiny, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *tiny, "--max_iters=1000000", "--eval_interval=1000000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "run" / "log.csv"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "stopped, and saved" in out
+    assert load_resume(tmp_path / "run")["step"] > 0
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(tiny):
+    run = training_for(*tiny)
+    with torch.no_grad():
+        run.model.transformer.ln_f.weight[0] = math.nan
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    with pytest.raises(FolioError, match=r"step 0: the loss is nan"):
+        train.update(run, train.training_batches(run))
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num()), name
+
+
+def test_running_out_of_memory_names_the_flags_to_change():
+    for error in (torch.OutOfMemoryError("CUDA"), RuntimeError("you can't allocate memory")):
+        with pytest.raises(FolioError, match="--batch_size"), train.advice_when_out_of_memory():
+            raise error
+    with pytest.raises(RuntimeError, match="a bug"), train.advice_when_out_of_memory():
+        raise RuntimeError("a bug")
+
+
+# --- Precision ---
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_every_precision_trains(tiny, dtype):
+    run = training_for(*tiny, f"--dtype={dtype}")
+    before = evaluate(run)
+    batches = train.training_batches(run)
+    for run.step in range(8):
+        train.update(run, batches)
+    assert evaluate(run) < before - 0.05
+    wanted = torch.float64 if dtype == "float64" else torch.float32
+    assert {p.dtype for p in run.model.parameters()} == {wanted}
+
+
+def test_a_plan_settles_where_the_weights_come_from(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *tiny, "--init_from=auto"])
+    assert plan().init_from == "scratch"
+    monkeypatch.setattr(sys, "argv", ["train.py", *tiny, "--init_from=resume"])
+    with pytest.raises(FolioError, match="no run to resume"):
+        plan()
+    monkeypatch.setattr(sys, "argv", ["train.py", *tiny, f"--init_from={tmp_path}"])
+    with pytest.raises(FolioError, match="no model here"):
+        plan()
+
+
+def test_weights_and_embeddings_decay_and_gains_do_not(tiny):
+    run = training_for(*tiny, "--bias", "--weight_decay=0.3")
+    decay = {
+        id(p): group["weight_decay"]
+        for group in run.optimizer.param_groups
+        for p in group["params"]
+    }
+    assert isinstance(run.model, GPT)
+    for name, parameter in run.model.named_parameters():
+        matrix = name.endswith("weight") and ".ln_" not in name
+        assert decay[id(parameter)] == (0.3 if matrix else 0.0), name
