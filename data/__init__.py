@@ -1,0 +1,1 @@
+"""From text to batches; the folders in here are prepared datasets."""

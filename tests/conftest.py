@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+import configurator
 from data import dataset as dataset_module
 from data.prepare import split_text, write_dataset
 from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # real texts and vocabularies, on machines that have them
 VOCABULARY = 13
 
 RHYME = "twinkle, twinkle, little star,\nhow i wonder what you are!\nup above the world so high,\n"
@@ -73,7 +75,7 @@ def tiny(rhyme, tmp_path) -> list[str]:
 
 
 def run_script(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """Run `python WORDS...` as a user would; its output is text."""
+    """Run `python WORDS...` as a user would, in a process of its own; its output is text."""
     return subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=cwd,
@@ -83,6 +85,23 @@ def run_script(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.
         encoding="utf-8",
         timeout=120,
     )
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call a script's main() with these flags, as its last line does, without a new process."""
+
+    def call(script, *flags: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        capsys.readouterr()
+        try:
+            configurator.run(script.main)
+            status = 0
+        except SystemExit as left:
+            status = left.code
+        return subprocess.CompletedProcess(sys.argv, status, *capsys.readouterr())
+
+    return call
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess, *expected: str) -> None:

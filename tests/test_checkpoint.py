@@ -1,4 +1,4 @@
-"""A run's folder is a Hugging Face model folder: what Folio writes, transformers opens, and back."""
+"""A run's folder is a Hugging Face folder: what Folio writes, transformers opens, and back."""
 
 import json
 import os
@@ -198,9 +198,10 @@ def test_damaged_weights_are_refused(tmp_path, damage):
 
 
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
-    with occupied(tmp_path / "run", continuing=False):
-        with pytest.raises(FolioError, match="another process"), locked(tmp_path / "run"):
-            pass
+    folder = tmp_path / "run"
+    refused = pytest.raises(FolioError, match="another process")
+    with occupied(folder, continuing=False), refused, locked(folder):
+        pass
     with locked(tmp_path / "run"):
         pass
 

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import pytest
 
+import train
 from configurator import (
     Count, Fraction, NonNegative, SettingsError, Whole, as_json, configure, read_settings,
 )  # fmt: skip
@@ -204,11 +205,11 @@ def test_damaged_settings_are_refused(tmp_path):
             configure(Config, [], base=json.loads(json.dumps(wrong)))
 
 
-def test_a_users_mistake_ends_in_one_line_and_status_2():
+def test_a_users_mistake_ends_in_one_line_and_status_2(call):
     assert_one_line_error(
         run_script("train.py", "--n_layr=3"), "--n_layr=3", "did you mean n_layer"
     )
-    assert_one_line_error(run_script("train.py", "--n_embd=30", "--n_head=4"), "n_embd=30")
-    assert_one_line_error(run_script("train.py", "--dtype=int3"), "--dtype=int3")
-    assert_one_line_error(run_script("train.py", "no/such.py"), "no/such.py")
-    assert_one_line_error(run_script("train.py", "--lr_decay_iters=9"), "falls to zero")
+    assert_one_line_error(call(train, "--n_embd=30", "--n_head=4"), "n_embd=30", "--n_embd=32")
+    assert_one_line_error(call(train, "--dtype=int3"), "--dtype=int3")
+    assert_one_line_error(call(train, "no/such.py"), "no/such.py")
+    assert_one_line_error(call(train, "--lr_decay_iters=9"), "falls to zero")

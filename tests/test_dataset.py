@@ -1,4 +1,4 @@
-"""One long stream of integers; windows of it; T examples in each; batches that never depend on luck."""
+"""One long stream of integers, windows of it, T examples in each, and batches without luck."""
 
 import json
 

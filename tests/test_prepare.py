@@ -1,5 +1,6 @@
 """From a text to a dataset's folder, and from a server to a file one can be sure of."""
 
+import functools
 import hashlib
 import http.server
 import json
@@ -9,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+import prepare_shakespeare as prepare_shakespeare_script
 from configurator import FolioError
 from data import download as download_module
 from data import prepare, shakespeare
@@ -17,13 +19,13 @@ from data.download import DownloadError, download
 from data.prepare import dataset_folder, read_text, split_text, write_dataset
 from data.shakespeare import SHA256, prepare_shakespeare, understudy_notice
 from data.tokenizer import CharTokenizer
-from tests.conftest import ROOT, assert_one_line_error, run_script
+from tests.conftest import SHARED, assert_one_line_error
 
 BODY = bytes(range(256)) * 1600  # 409,600 bytes
 CUT = 200_000  # where a transfer breaks off
 ARRIVED = 3 * 2**16  # the whole chunks before that
 SHA = hashlib.sha256(BODY).hexdigest()
-REAL = ROOT.parent / "shared" / "tinyshakespeare" / "input.txt"
+REAL = SHARED / "tinyshakespeare" / "input.txt"
 
 
 # --- Downloads ---
@@ -263,10 +265,9 @@ def test_tiny_shakespeare_has_65_symbols_and_is_known_by_his_hash(theatre):
     assert json.loads((theatre / "shakespeare_char" / "meta.json").read_text()) == meta
 
 
-def test_a_mistake_in_preparing_is_one_line(tmp_path):
-    missing = tmp_path / "none.txt"
-    assert_one_line_error(run_script("prepare_shakespeare.py", f"--input={missing}"), "none.txt")
-    assert_one_line_error(run_script("prepare_shakespeare.py", "--tokenizer=words"), "char or gpt2")
+def test_a_mistake_in_preparing_is_one_line(tmp_path, call):
+    prepare = functools.partial(call, prepare_shakespeare_script)
+    assert_one_line_error(prepare(f"--input={tmp_path / 'none.txt'}"), "none.txt")
+    assert_one_line_error(prepare("--tokenizer=words"), "char or gpt2")
     (tmp_path / "text").write_text("to be or not to be\n" * 9)
-    there = run_script("prepare_shakespeare.py", f"--input={tmp_path / 'text'}", "--dataset=../x")
-    assert_one_line_error(there, "--dataset=../x")
+    assert_one_line_error(prepare(f"--input={tmp_path / 'text'}", "--dataset=../x"), "--dataset")

@@ -1,4 +1,4 @@
-"""Writing: the same seed writes the same text, streamed as it is drawn, from a run's folder alone."""
+"""Writing: the same seed writes the same text, as it is drawn, from a run's folder alone."""
 
 import signal
 import subprocess
@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
+import sample
 from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
 from sample import encode_prompt, write
-from tests.conftest import ROOT, assert_one_line_error, run_script
+from tests.conftest import ROOT, assert_one_line_error
 from tests.test_tokenizer import toy_bpe
 from training.checkpoint import save_model, save_tokenizer
 
@@ -26,37 +27,39 @@ def folder(tmp_path):
     return tmp_path / "run"
 
 
-def sample(folder, *flags):
-    return run_script("sample.py", f"--out_dir={folder}", "--device=cpu", *flags)
+@pytest.fixture
+def written(call):
+    """What sample.py does, given a folder and flags."""
+    return lambda folder, *flags: call(sample, f"--out_dir={folder}", "--device=cpu", *flags)
 
 
-def test_a_prompt_goes_on_for_as_long_as_asked_far_beyond_the_block(folder):
-    result = sample(folder, "--start=abc", "--max_new_tokens=50")
+def test_a_prompt_goes_on_for_as_long_as_asked_far_beyond_the_block(written, folder):
+    result = written(folder, "--start=abc", "--max_new_tokens=50")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("abc")
     assert len(result.stdout) == 3 + 50 + 1  # and the line's end
     assert set(result.stdout) <= set(LETTERS.characters)
 
 
-def test_the_same_seed_writes_the_same_text(folder):
-    texts = [sample(folder, "--max_new_tokens=40", f"--seed={seed}").stdout for seed in (1, 1, 2)]
+def test_the_same_seed_writes_the_same_text(written, folder):
+    texts = [written(folder, "--max_new_tokens=40", f"--seed={seed}").stdout for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_several_samples_begin_alike_and_go_on_differently(folder):
-    result = sample(folder, "--start=ab", "--num_samples=3", "--max_new_tokens=30")
+def test_several_samples_begin_alike_and_go_on_differently(written, folder):
+    result = written(folder, "--start=ab", "--num_samples=3", "--max_new_tokens=30")
     texts = result.stdout.rstrip("\n").split("\n---------------\n")
     assert len(texts) == 3
     assert all(text.startswith("ab") for text in texts)
     assert len(set(texts)) == 3
 
 
-def test_the_prompt_may_come_from_a_file(folder, tmp_path):
+def test_the_prompt_may_come_from_a_file(written, folder, tmp_path):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("hagge")
-    result = sample(folder, f"--start=FILE:{prompt}", "--max_new_tokens=3")
+    result = written(folder, f"--start=FILE:{prompt}", "--max_new_tokens=3")
     assert result.stdout.startswith("hagge")
-    assert_one_line_error(sample(folder, f"--start=FILE:{tmp_path}/none"), "none")
+    assert_one_line_error(written(folder, f"--start=FILE:{tmp_path}/none"), "none")
 
 
 def test_an_empty_prompt_begins_where_texts_begin():
@@ -65,12 +68,12 @@ def test_an_empty_prompt_begins_where_texts_begin():
     assert encode_prompt("", CharTokenizer.of("xyz")) == ("", [0])
 
 
-def test_what_cannot_be_sampled_from_is_said_in_one_line(folder, tmp_path):
-    assert_one_line_error(sample(folder, "--start=abz"), "'z'", "position 2")
-    assert_one_line_error(sample(tmp_path / "nowhere"), "nowhere")
-    assert_one_line_error(sample(tmp_path), "no tokenizer")
-    assert_one_line_error(sample(folder, "--forever", "--num_samples=2"), "--forever")
-    assert_one_line_error(sample(folder, "--temperature=-1"), "temperature")
+def test_what_cannot_be_sampled_from_is_said_in_one_line(written, folder, tmp_path):
+    assert_one_line_error(written(folder, "--start=abz"), "'z'", "position 2")
+    assert_one_line_error(written(tmp_path / "nowhere"), "nowhere")
+    assert_one_line_error(written(tmp_path), "no tokenizer")
+    assert_one_line_error(written(folder, "--forever", "--num_samples=2"), "--forever")
+    assert_one_line_error(written(folder, "--temperature=-1"), "temperature")
 
 
 def test_text_appears_as_it_is_drawn(capsys):

@@ -12,7 +12,7 @@ from configurator import FolioError
 from data.tokenizer import (
     BPETokenizer, CharTokenizer, byte_alphabet, load_tokenizer, tokenizer_text,
 )  # fmt: skip
-from tests.conftest import ROOT, assert_one_line_error, run_script
+from tests.conftest import ROOT, SHARED, assert_one_line_error, run_script
 
 AWKWARD = "Zoë said: don't!\r\n\tnaïve e\u0301 — 12,345 👩‍👩‍👧 日本\x00   <|endoftext|>  \n\n "
 
@@ -27,7 +27,7 @@ def toy_bpe() -> BPETokenizer:
 
 @pytest.fixture(scope="module")
 def gpt2():
-    cache = ROOT.parent / "shared" / "tiktoken"
+    cache = SHARED / "tiktoken"
     if "TIKTOKEN_CACHE_DIR" not in os.environ and not cache.is_dir():
         pytest.skip("GPT-2's vocabulary is not on this machine")
     with pytest.MonkeyPatch.context() as patch:

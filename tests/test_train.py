@@ -25,17 +25,15 @@ from training.world import open_world
 
 
 @pytest.fixture
-def run_in_process(monkeypatch, capsys):
-    """Call train.py's main() with these flags; what it printed comes back."""
+def run_in_process(call):
+    """Train with these flags, successfully; what was printed comes back."""
 
-    def call(*flags: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-        with pytest.raises(SystemExit) as left:
-            train.main()
-        assert left.value.code == 0
-        return capsys.readouterr().out
+    def trained(*flags: str) -> str:
+        result = call(train, *flags)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
 
-    return call
+    return trained
 
 
 def training_for(*flags: str) -> train.Training:
@@ -252,10 +250,10 @@ def test_resuming_remembers_the_settings_the_run_was_begun_with(tiny, tmp_path, 
     assert (settings["n_embd"], settings["max_iters"]) == (16, 9)
 
 
-def test_resuming_refuses_another_architecture_or_dataset(tiny, tmp_path, run_in_process, rhyme):
+def test_resuming_refuses_another_architecture_or_dataset(tiny, run_in_process, call):
     run_in_process(*tiny)
     for flag in ("--n_layer=3", "--block_size=16", "--bias", "--dataset=other"):
-        result = run_script("train.py", *tiny, flag, "--init_from=resume")
+        result = call(train, *tiny, flag, "--init_from=resume")
         assert_one_line_error(result, flag.partition("=")[0], "cannot change")
 
 
@@ -296,27 +294,29 @@ def test_finetuning_takes_the_architecture_of_the_weights(tiny, tmp_path, run_in
     assert (tuned.n_embd, tuned.block_size) == (16, 4)
 
 
-def test_finetuning_refuses_a_tokenizer_that_is_not_the_models(tiny, tmp_path, run_in_process):
+def test_finetuning_refuses_a_tokenizer_that_is_not_the_models(
+    tiny, tmp_path, run_in_process, call
+):
     run_in_process(*tiny)
     text = "".join(map(chr, range(40, 64))) * 20  # other letters, though as many
     write_dataset(tmp_path / "b", CharTokenizer.of(text), split_text(text), {"source": "b"})
-    result = run_script(
-        "train.py", f"--init_from={tmp_path / 'run'}", f"--dataset={tmp_path / 'b'}",
+    result = call(
+        train, f"--init_from={tmp_path / 'run'}", f"--dataset={tmp_path / 'b'}",
         f"--out_dir={tmp_path / 'tuned'}",
     )  # fmt: skip
     assert_one_line_error(result, "its tokenizer is not the one")
     assert not (tmp_path / "tuned").exists()
 
 
-def test_eval_only_tells_the_loss_and_touches_nothing(tiny, tmp_path, run_in_process, capsys):
+def test_eval_only_tells_the_loss_and_touches_nothing(tiny, tmp_path, run_in_process):
     run_in_process(*tiny)
     folder = tmp_path / "run"
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    result = run_script("train.py", *tiny, "--eval_only", "--init_from=resume")
-    assert f"validation loss {float(log_of(folder)[-1]['val_loss']):.4f}" in result.stdout
+    told = run_in_process(*tiny, "--eval_only", "--init_from=resume")
+    assert f"validation loss {float(log_of(folder)[-1]['val_loss']):.4f}" in told
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    untrained = run_script("train.py", *tiny, "--eval_only", f"--out_dir={tmp_path / 'none'}")
-    assert "untrained" in untrained.stdout
+    told = run_in_process(*tiny, "--eval_only", f"--out_dir={tmp_path / 'none'}")
+    assert "untrained" in told
     assert not (tmp_path / "none").exists()
 
 

@@ -1,0 +1,127 @@
+"""The house: which room may know of which, and commands in the README that do what they say."""
+
+import ast
+import re
+import shlex
+import shutil
+import string
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import RHYME, ROOT
+
+STANDARD = sys.stdlib_module_names
+
+# What each room may import, beside the standard library. Imports run downwards only.
+DATA = {"configurator", "data", "numpy", "torch", "tiktoken", "requests", "tqdm"}
+ROOMS = {
+    "configurator.py": set(),
+    "model.py": {"torch"},
+    "train.py": {"configurator", "data", "model", "training", "torch"},
+    "sample.py": {"configurator", "data", "model", "training", "torch"},
+    "prepare_shakespeare.py": {"configurator", "data"},
+    "training/__init__.py": set(),
+    "training/optimizer.py": {"torch"},
+    "training/checkpoint.py": {"configurator", "data", "model", "safetensors", "torch"},
+    "training/world.py": {"configurator", "torch"},
+    "training/report.py": {"training", "tqdm", "matplotlib"},
+}
+
+
+def sources() -> list[str]:
+    rooms = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("training/*.py")]
+    return sorted(path.relative_to(ROOT).as_posix() for path in rooms if path.stat().st_size)
+
+
+def imports_of(path: str) -> set[str]:
+    """The names of the modules and packages that a file imports, of the outermost level."""
+    return {
+        (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+@pytest.mark.parametrize("path", sources())
+def test_a_room_knows_only_the_rooms_below(path):
+    allowed = DATA if path.startswith("data/") else ROOMS[path]
+    assert imports_of(path) - STANDARD <= allowed
+
+
+@pytest.mark.parametrize("path", sources())
+def test_nothing_happens_at_import(path):
+    """Outside functions stand only imports, definitions and constants; main() is guarded."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    for node in tree.body:
+        loose = isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
+        assert not loose, f"{path}:{node.lineno}"
+        assert not isinstance(node, ast.For | ast.While | ast.With), f"{path}:{node.lineno}"
+    assert ast.get_docstring(tree), f"{path} does not say what it is for"
+
+
+@pytest.mark.parametrize("path", [p.name for p in (ROOT / "config").glob("*.py")])
+def test_a_recipe_is_data_that_train_py_understands(path):
+    from configurator import configure
+    from train import TrainConfig
+
+    recipe = ROOT / "config" / path
+    assert ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8")))
+    assert configure(TrainConfig, [str(recipe)]).out_dir == f"out/{recipe.stem}"
+
+
+# --- The README ---
+
+
+def readme_commands() -> list[str]:
+    """What the README's shell blocks do with our scripts, each part of a chain by itself."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    commands = [
+        part.strip() for line in "\n".join(blocks).splitlines() for part in line.split("&&")
+    ]
+    return [command for command in commands if re.match(r"python \S+\.py", command)]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the house as a newcomer has it, Shakespeare having been prepared from a rhyme."""
+    folder = tmp_path_factory.mktemp("newcomer") / "folio"
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "mine.txt").write_text(RHYME * 40 + string.ascii_letters + string.punctuation)
+    command = "python prepare_shakespeare.py --input=mine.txt --dataset=shakespeare_char"
+    assert run_in(folder, command).returncode == 0
+    return folder
+
+
+def run_in(folder, command):
+    words = [sys.executable, *shlex.split(command, comments=True)[1:]]
+    if "train.py" in command:
+        words += ["--max_iters=2", "--eval_tokens=64", "--sample_tokens=4"]
+    if "sample.py" in command and "train.py" not in command:
+        words += ["--max_new_tokens=5"]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def test_the_readmes_commands_run(clone):
+    commands = [c for c in dict.fromkeys(readme_commands()) if can_run_here(c)]
+    assert len(commands) >= 6
+    assert any(c.startswith("python train.py config/shakespeare_char.py") for c in commands)
+    assert any(c.startswith("python sample.py") for c in commands)
+    for command in commands:
+        result = run_in(clone, command)
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+        assert "Traceback" not in result.stderr
+
+
+def can_run_here(command: str) -> bool:
+    """Not those that need a network or a large GPU, or that never end."""
+    return not any(word in command for word in ("--tokenizer=gpt2", "_gpu", "--forever"))
