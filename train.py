@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
@@ -29,7 +29,7 @@ from data.dataset import (
     DATA, IGNORED, Dataset, evaluation_batches, open_dataset, prefetch, seed_for, training_batch,
 )  # fmt: skip
 from data.shakespeare import DATASETS, prepare_shakespeare, understudy_notice
-from data.tokenizer import load_tokenizer
+from data.tokenizer import BPETokenizer, load_tokenizer
 from model import GPT, GPTConfig
 from training.checkpoint import (
     HERE, RESUME, SETTINGS, load_model, load_resume, occupied, read_config, run_folder, save_model,
@@ -49,12 +49,14 @@ class TrainConfig:
     eval_interval: Count = 250  # steps between evaluations; each one saves a checkpoint
     eval_tokens: Whole = 0  # validation tokens an evaluation predicts; 0 means all there are
     eval_only: bool = False  # evaluate the model init_from names, then leave; writes nothing
+    keep_every: Whole = 0  # steps between copies of the weights in step_* folders; 0 keeps none
     log_interval: Count = 10  # steps between rows of log.csv
     sample_tokens: Whole = 160  # tokens of text to show after each evaluation
     seed: Whole = 1337  # of the first weights, the batches and dropout
 
     # --- Data ---
     dataset: str = "shakespeare_char"  # a folder under data/
+    tokenizer: Literal["own", "gpt2"] = "own"  # the dataset's own; gpt2 for nanoGPT's .bin files
     batch_size: Count = 12  # sequences per forward pass, on each process
     block_size: Count = 64  # tokens of context, T
     gradient_accumulation_steps: Count = 1  # forward passes per update, of the whole job
@@ -160,6 +162,8 @@ def train(run: Training, stop: StopSignal) -> None:
             report.updated(run.step, run.tokens, run.seconds, latest)
             if run.step % config.log_interval == 0 and run.step % config.eval_interval:
                 report.log()
+            if config.keep_every and run.step % config.keep_every == 0:
+                save_copy(run)
         if run.step != saved_at:  # stopped between two evaluations
             save_resume(run.folder, snapshot(run))
         report.say(summary(run))
@@ -172,7 +176,7 @@ def update(run: Training, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) 
     set_learning_rate(run.optimizer, share)
     loss = 0.0
     for micro_batch in world.share(range(config.gradient_accumulation_steps)):
-        inputs, targets = world.send(*next(batches))  # (B, T) each
+        inputs, targets = next(batches)  # (B, T) each
         # Dropout then depends on nothing but these three, and needs no saved state.
         torch.manual_seed(seed_for(config.seed, run.step, micro_batch))
         with world.autocast():
@@ -234,6 +238,13 @@ def evaluate_and_save(run: Training, report: Report) -> None:
     report.say(f"\nstep {run.step:,}: validation loss {val_loss:.4f}, {verdict}\n{sample(run)}")
 
 
+def save_copy(run: Training) -> None:
+    """A folder step_000500 in the run's, to sample from later: --out_dir=out/.../step_000500."""
+    folder = run.folder / f"step_{run.step:06}"
+    save_model(run.model, folder, run.dataset.tokenizer.end_of_text)
+    save_tokenizer(run.dataset.tokenizer, folder)
+
+
 # --- Before the first step ---
 
 
@@ -290,7 +301,8 @@ def find_dataset(config: TrainConfig) -> Dataset:
     """The dataset, checked; Shakespeare is prepared if he is not there yet."""
     if config.dataset in DATASETS and not (DATA / config.dataset).exists():
         prepare_shakespeare(DATASETS[config.dataset], config.dataset)
-    return open_dataset(config.dataset, config.block_size)
+    tokenizer = BPETokenizer.gpt2() if config.tokenizer == "gpt2" else None
+    return open_dataset(config.dataset, config.block_size, tokenizer)
 
 
 def begin(config: TrainConfig, dataset: Dataset, world: World) -> Training:
@@ -352,7 +364,7 @@ def restore(run: Training, saved: dict) -> None:
 
 
 def training_batches(run: Training) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This process's micro-batches, from the run's step to its last, the next being prefetched."""
+    """This process's micro-batches on its device, the next one fetched while one is in use."""
     config, stream = run.config, run.dataset.train
     accumulation = config.gradient_accumulation_steps
     keys = (
@@ -362,7 +374,8 @@ def training_batches(run: Training) -> Iterator[tuple[torch.Tensor, torch.Tensor
     )
 
     def fetch(key):
-        return training_batch(stream, config.batch_size, config.block_size, config.seed, *key)
+        batch = training_batch(stream, config.batch_size, config.block_size, config.seed, *key)
+        return run.world.send(*batch)
 
     return prefetch(fetch, keys)
 
@@ -413,8 +426,8 @@ def banner(run: Training) -> str:
         config.init_from, f", from the weights in {config.init_from}"
     )
     lines = [
-        f"data     {config.dataset}: {len(data.train):,} tokens to train on, "
-        f"{len(data.val):,} to validate with, {data.tokenizer.vocab_size:,} symbols",
+        f"data     {config.dataset}: {len(data.train):,} tokens of "
+        f"{data.tokenizer.vocab_size:,} kinds, and {len(data.val):,} held out",
         f"model    {parameters:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
         f"{config.n_embd} channels, context {config.block_size}{origin}",
         f"steps    {left:,} of {per_step:,} tokens: {passes:.1f} times through the data",

@@ -40,16 +40,24 @@ class Dataset:
     val: "TokenStream"
 
 
-def open_dataset(name: str, block_size: int) -> Dataset:
+def open_dataset(name: str, block_size: int, tokenizer: Tokenizer | None = None) -> Dataset:
     """Map the dataset's files into memory and check them.
 
+    tokenizer: what the ids mean, of a folder that does not say so itself, as nanoGPT's do not.
     Raises FolioError if a file is missing, empty, odd-sized or cut short, if a stream is shorter
     than one window of block_size + 1 tokens, or holds an id outside the vocabulary.
     """
     folder = DATA / name
     if not folder.is_dir():
         raise FolioError(f"there is no dataset {name!r} in {DATA}{hint_for(name)}")
-    tokenizer, meta = load_tokenizer(folder), read_meta(folder)
+    if (folder / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(folder)
+    elif tokenizer is None:
+        raise FolioError(
+            f"{folder}: there is no tokenizer.json to say what its ids mean; prepare it again, "
+            "or, if they are GPT-2's, --tokenizer=gpt2"
+        )
+    meta = read_meta(folder)
     streams = [TokenStream(folder, split, meta, tokenizer.vocab_size) for split in ("train", "val")]
     for stream in streams:
         stream.check(block_size)

@@ -14,6 +14,7 @@ token. Only the preparation of a dataset puts end-of-text tokens between documen
 
 import codecs
 import json
+import sys
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -80,31 +81,28 @@ class CharTokenizer(Tokenizer):
     """The vocabulary is a list of characters; a token is a place in it."""
 
     def __init__(self, characters: str):
+        if len(set(characters)) != len(characters):
+            raise ValueError("a character stands twice in the vocabulary")
         self.characters = characters
         self.vocab_size = len(characters)
         self.end_of_text = None
-        points = code_points(characters)
-        if len(np.unique(points)) != len(points):
-            raise ValueError("a character stands twice in the vocabulary")
-        self._order = np.argsort(points)  # sorted, so that encoding is one binary search
-        self._sorted_points = points[self._order]
+        self._place = np.full(sys.maxunicode + 1, -1, dtype=np.int32)  # of each code point
+        self._place[code_points(characters)] = np.arange(self.vocab_size)
 
     @classmethod
     def of(cls, text: str) -> "CharTokenizer":
         """The vocabulary of a text: each of its characters once, in Unicode's order."""
-        return cls("".join(map(chr, np.unique(code_points(text)))))
+        return cls("".join(sorted(set(text))))
 
     def encode(self, text: str) -> np.ndarray:
-        points = code_points(text)
-        places = np.searchsorted(self._sorted_points, points).clip(max=self.vocab_size - 1)
-        unknown = self._sorted_points[places] != points
-        if unknown.any():
+        places = self._place[code_points(text)]
+        if (unknown := places < 0).any():
             position = int(unknown.argmax())
             raise FolioError(
                 f"the character {text[position]!r} at position {position} is not in the "
                 f"vocabulary of {self.vocab_size} characters"
             )
-        return self._order[places].astype(np.uint32)
+        return places.view(np.uint32)
 
     def token_bytes(self, token: int) -> bytes:
         return self.characters[token].encode()

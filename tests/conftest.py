@@ -12,7 +12,7 @@ import torch
 import configurator
 from data import dataset as dataset_module
 from data.prepare import split_text, write_dataset
-from data.tokenizer import CharTokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +72,17 @@ def tiny(rhyme, tmp_path) -> list[str]:
         "--max_iters=8", "--warmup_iters=2", "--eval_interval=4", "--log_interval=2",
         "--eval_tokens=64", "--sample_tokens=10",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> BPETokenizer:
+    """GPT-2's own vocabulary, on machines that have it."""
+    cache = SHARED / "tiktoken"
+    if "TIKTOKEN_CACHE_DIR" not in os.environ and not cache.is_dir():
+        pytest.skip("GPT-2's vocabulary is not on this machine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", str(cache)))
+        return BPETokenizer.gpt2()
 
 
 def run_script(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:

@@ -112,7 +112,7 @@ def test_an_id_outside_the_vocabulary_is_found_before_the_first_step(tmp_path):
         (lambda folder: (folder / "train.bin").write_bytes(b""), "empty"),
         (lambda folder: (folder / "train.bin").write_bytes(b"123"), "no whole number of uint16"),
         (lambda folder: (folder / "val.bin").write_bytes(b"\0" * 16), "too few for a window"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "--tokenizer=gpt2"),
         (lambda folder: (folder / "meta.json").write_text("{"), "damaged"),
         (lambda folder: (folder / "meta.json").write_text('{"dtype": "int8"}'), "damaged"),
     ],

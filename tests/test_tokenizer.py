@@ -1,7 +1,6 @@
 """Text becomes integers, by character or by byte pair encoding, and comes back unharmed."""
 
 import json
-import os
 import random
 
 import pytest
@@ -12,7 +11,7 @@ from configurator import FolioError
 from data.tokenizer import (
     BPETokenizer, CharTokenizer, byte_alphabet, load_tokenizer, tokenizer_text,
 )  # fmt: skip
-from tests.conftest import ROOT, SHARED, assert_one_line_error, run_script
+from tests.conftest import ROOT, assert_one_line_error, run_script
 
 AWKWARD = "Zoë said: don't!\r\n\tnaïve e\u0301 — 12,345 👩‍👩‍👧 日本\x00   <|endoftext|>  \n\n "
 
@@ -23,16 +22,6 @@ def toy_bpe() -> BPETokenizer:
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {token: 256 + i for i, token in enumerate(merged)}
     return BPETokenizer(ranks, end_of_text=261)
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    cache = SHARED / "tiktoken"
-    if "TIKTOKEN_CACHE_DIR" not in os.environ and not cache.is_dir():
-        pytest.skip("GPT-2's vocabulary is not on this machine")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", str(cache)))
-        return BPETokenizer.gpt2()
 
 
 def saved(tokenizer, folder):

@@ -401,3 +401,26 @@ def test_weights_and_embeddings_decay_and_gains_do_not(tiny):
     for name, parameter in run.model.named_parameters():
         matrix = name.endswith("weight") and ".ln_" not in name
         assert decay[id(parameter)] == (0.3 if matrix else 0.0), name
+
+
+def test_copies_of_the_weights_can_be_kept_to_compare_stages(tiny, tmp_path, run_in_process):
+    run_in_process(*tiny, "--keep_every=3")
+    folders = sorted(path.name for path in (tmp_path / "run").glob("step_*"))
+    assert folders == ["step_000003", "step_000006"]
+    early, late = (load_model(tmp_path / "run" / name) for name in folders)
+    assert not torch.equal(early.transformer.wte.weight, late.transformer.wte.weight)
+
+
+def test_nanogpts_bin_files_train_as_they_are(gpt2, tmp_path, run_in_process, monkeypatch):
+    monkeypatch.setattr(train.BPETokenizer, "gpt2", lambda: gpt2)
+    folder = tmp_path / "openwebtext"
+    folder.mkdir()
+    ids = gpt2.encode("All the world's a stage, and all the men and women merely players.\n" * 40)
+    for name in ("train.bin", "val.bin"):  # as nanoGPT writes them: no tokenizer, no meta
+        ids.astype(np.uint16).tofile(folder / name)
+    flags = [
+        f"--dataset={folder}", f"--out_dir={tmp_path / 'run'}", "--n_layer=1", "--n_head=1",
+        "--n_embd=8", "--max_iters=1", "--block_size=8", "--sample_tokens=3", "--device=cpu",
+    ]  # fmt: skip
+    told = run_in_process(*flags, "--tokenizer=gpt2")
+    assert "50,257 kinds" in told

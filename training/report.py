@@ -65,7 +65,11 @@ class Report:
             write_log(self.folder / "log.csv", self.rows)
             if tqdm and sys.stderr.isatty():
                 self.bar = tqdm(
-                    total=self.last_step, initial=self.step, unit="step", dynamic_ncols=True
+                    total=self.last_step,
+                    initial=self.step,
+                    dynamic_ncols=True,
+                    bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, "
+                    "{remaining} left{postfix}",
                 )
         return self
 
@@ -140,7 +144,7 @@ class Report:
                 f"{best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="center"
             )
         axes.set(xlabel="step", ylabel="loss (nats per token)", title=self.folder.name)
-        axes.set_xlim(0, max(self.last_step, 1))
+        axes.set_xlim(0, 1.03 * max(self.last_step, 1))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
