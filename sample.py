@@ -3,6 +3,7 @@
     python sample.py                                     # from the newest run under out/
     python sample.py --start="JULIET:" --num_samples=3
     python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt
+    python sample.py --init_from=gpt2 --start="The sea"  # with GPT-2's published weights
     python sample.py --forever                           # infinite Shakespeare; Ctrl-C ends it
 
 Each token is drawn from the model's distribution over the next one and joins the context it was
@@ -19,14 +20,15 @@ import torch
 from configurator import Count, FolioError, Fraction, NonNegative, Whole, configure, run
 from data.prepare import read_text
 from data.tokenizer import Tokenizer, load_tokenizer
-from training.checkpoint import load_model, newest_run, run_folder
+from training.checkpoint import load_model, model_folder, newest_run
 from training.world import Device, Precision, open_world
 
 
 @dataclass
 class SampleConfig:
     # --- What to write ---
-    out_dir: str = ""  # the folder of a run, or of any GPT-2; empty takes the newest under out/
+    out_dir: str = ""  # the run's folder; empty takes the newest under out/
+    init_from: str = ""  # instead of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder
     start: str = "\n"  # the text to go on from; FILE:path reads it from a file
     num_samples: Count = 1  # texts, written side by side as one batch
     max_new_tokens: Whole = 500  # length of each
@@ -47,10 +49,11 @@ class SampleConfig:
 
 def main() -> None:
     config = configure(SampleConfig)
-    folder = run_folder(config.out_dir) if config.out_dir else newest_run()
-    tokenizer = load_tokenizer(folder)
+    source = config.init_from or config.out_dir
+    folder = model_folder(source) if source else newest_run()
     world = open_world(config.device, config.dtype)
     model = load_model(folder).to(world.device, world.dtype)
+    tokenizer = load_tokenizer(folder)
     prompt, tokens = encode_prompt(config.start, tokenizer)
     idx = torch.tensor([tokens] * config.num_samples, device=world.device)  # (B, T)
     drawn = model.generate(

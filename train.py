@@ -32,8 +32,8 @@ from data.shakespeare import DATASETS, prepare_shakespeare, understudy_notice
 from data.tokenizer import BPETokenizer, load_tokenizer
 from model import GPT, GPTConfig
 from training.checkpoint import (
-    HERE, RESUME, SETTINGS, load_model, load_resume, occupied, read_config, run_folder, save_model,
-    save_resume, save_tokenizer, write_text,
+    HERE, RESUME, SETTINGS, load_model, load_resume, model_folder, occupied, read_config,
+    run_folder, save_model, save_resume, save_tokenizer, write_text,
 )  # fmt: skip
 from training.optimizer import make_optimizer, set_learning_rate
 from training.report import Report, Stopwatch, Update, clock
@@ -44,7 +44,7 @@ from training.world import Device, Precision, StopSignal, Switch, World, open_wo
 class TrainConfig:
     # --- The run ---
     out_dir: str = "out/gpt"  # the run's folder; a relative path starts at Folio's own folder
-    init_from: str = "scratch"  # scratch; resume; auto, resume if possible; or a model's folder
+    init_from: str = "scratch"  # scratch; resume; auto: resume if possible; gpt2...; or a folder
     max_iters: Whole = 2000  # updates of the weights
     eval_interval: Count = 250  # steps between evaluations; each one saves a checkpoint
     eval_tokens: Whole = 0  # validation tokens an evaluation predicts; 0 means all there are
@@ -257,7 +257,7 @@ def plan() -> TrainConfig:
     if source == "resume":
         config = plan_to_resume(folder)
     elif source != "scratch":
-        config = plan_to_finetune(run_folder(source))
+        config = plan_to_finetune(model_folder(source))
     return dataclasses.replace(config, init_from=source)
 
 
@@ -318,7 +318,7 @@ def begin(config: TrainConfig, dataset: Dataset, world: World) -> Training:
         model = GPT(GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **size, **adapt))
         owner = folder
     else:
-        owner = run_folder(config.init_from)
+        owner = model_folder(config.init_from)
         model = load_model(owner, **adapt)
     if config.init_from != "scratch" and load_tokenizer(owner) != dataset.tokenizer:
         raise FolioError(

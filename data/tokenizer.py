@@ -135,6 +135,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_json(cls, contents: dict) -> "CharTokenizer":
+        check_cut(contents, "Split")
         vocab = contents["model"]["vocab"]
         characters = sorted(vocab, key=vocab.get)
         if [vocab[c] for c in characters] != list(range(len(vocab))):
@@ -247,14 +248,26 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_json(cls, contents: dict) -> "BPETokenizer":
-        vocab = dict(contents["model"]["vocab"])
+        check_cut(contents, "ByteLevel")
+        if contents["pre_tokenizer"].get("add_prefix_space"):
+            raise ValueError("it puts a space before every text")
         end_of_text = None
         for token in contents.get("added_tokens") or []:
             if token["content"] != END_OF_TEXT:
                 raise ValueError(f"no use is known for the added token {token['content']!r}")
             end_of_text = token["id"]
-            vocab.pop(END_OF_TEXT, None)
-        return cls({from_printable(token): rank for token, rank in vocab.items()}, end_of_text)
+        model = contents["model"]
+        return cls.from_merges(model["vocab"], model["merges"], end_of_text)
+
+    @classmethod
+    def from_merges(cls, vocab: dict, merges: list, end_of_text: int | None) -> "BPETokenizer":
+        """From GPT-2's own format: {'Ġthe': 262, ...}, ['Ġ t', 'Ġ a', ...] or pairs of texts."""
+        ranks = {from_printable(t): i for t, i in vocab.items() if t != END_OF_TEXT}
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        order = [ranks[from_printable(left + right)] for left, right in pairs]
+        if order != sorted(order) or len(order) != len(ranks) - 256:
+            raise ValueError("its ids are not in the order of its merges")
+        return cls(ranks, end_of_text)
 
 
 def split_by_earlier_merges(token: bytes, rank: int, ranks: dict[bytes, int]):
@@ -297,6 +310,12 @@ def from_printable(token: str) -> bytes:
 # --- On disk ---
 
 
+def check_cut(contents: dict, wanted: str) -> None:
+    """ValueError if a tokenizer.json changes or cuts its text in another way than ours do."""
+    if contents.get("normalizer") or contents["pre_tokenizer"]["type"] != wanted:
+        raise ValueError("it changes or cuts the text in a way of its own")
+
+
 def tokenizer_text(tokenizer: Tokenizer) -> str:
     """The contents of a tokenizer.json, as text."""
     return json.dumps(tokenizer.as_json(), ensure_ascii=False, indent=1) + "\n"
@@ -305,19 +324,30 @@ def tokenizer_text(tokenizer: Tokenizer) -> str:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a dataset, a run, or a folder of published weights.
 
-    Raises FolioError if tokenizer.json is missing, damaged, or of a kind Folio does not have.
+    Reads tokenizer.json; where there is none, GPT-2's older pair of vocab.json and merges.txt.
+    Raises FolioError if they are missing, damaged, or of a kind Folio does not have.
     """
     path = Path(folder) / "tokenizer.json"
     try:
+        if not path.exists() and (Path(folder) / "vocab.json").exists():
+            return load_vocab_and_merges(Path(folder))
         contents = json.loads(path.read_text(encoding="utf-8"))
-        kind = contents["model"]["type"]
+        model = contents["model"]
+        kind = model.get("type") or ("BPE" if "merges" in model else None)  # older files lack it
         if kind == "WordLevel":
             return CharTokenizer.from_json(contents)
         if kind == "BPE":
             return BPETokenizer.from_json(contents)
         raise ValueError(f"a {kind!r} model is neither characters nor BPE")
-    except FileNotFoundError:
-        raise FolioError(f"{path}: there is no tokenizer here") from None
+    except FileNotFoundError as error:
+        raise FolioError(f"{error.filename}: there is no tokenizer here") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise FolioError(f"{path}: not a tokenizer Folio can read ({reason})") from None
+
+
+def load_vocab_and_merges(folder: Path) -> BPETokenizer:
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    return BPETokenizer.from_merges(vocab, merges, vocab.get(END_OF_TEXT))

@@ -71,7 +71,7 @@ def test_an_empty_prompt_begins_where_texts_begin():
 def test_what_cannot_be_sampled_from_is_said_in_one_line(written, folder, tmp_path):
     assert_one_line_error(written(folder, "--start=abz"), "'z'", "position 2")
     assert_one_line_error(written(tmp_path / "nowhere"), "nowhere")
-    assert_one_line_error(written(tmp_path), "no tokenizer")
+    assert_one_line_error(written(tmp_path), "no model here", "python train.py")
     assert_one_line_error(written(folder, "--forever", "--num_samples=2"), "--forever")
     assert_one_line_error(written(folder, "--temperature=-1"), "temperature")
 

@@ -29,6 +29,14 @@ def saved(tokenizer, folder):
     return folder
 
 
+def printable_files(tokenizer, folder):
+    """Write GPT-2's older pair of files, vocab.json and merges.txt."""
+    model = tokenizer.as_json()["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+
+
 def test_a_character_is_a_place_in_the_alphabet():
     tokenizer = CharTokenizer.of("hello")
     assert tokenizer.vocab_size == 4  # e h l o

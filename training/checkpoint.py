@@ -29,6 +29,7 @@ import safetensors.torch
 import torch
 
 from configurator import FolioError
+from data.gpt2 import PUBLISHED, fetch_gpt2
 from data.prepare import move_aside
 from data.tokenizer import END_OF_TEXT, Tokenizer, tokenizer_text
 from model import GPT, GPTConfig
@@ -144,7 +145,9 @@ def read_config(folder: Path) -> GPTConfig:
         different = [key for key, good in ONLY_GPT2.items() if found.get(key, good[0]) not in good]
         inner = found.get("n_inner")
     except FileNotFoundError:
-        raise FolioError(f"{path}: there is no model here") from None
+        raise FolioError(
+            f"{path}: there is no model here; python train.py config/shakespeare_char.py makes one"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise FolioError(f"{path}: not the description of a GPT-2 ({reason})") from None
@@ -270,6 +273,11 @@ def load_resume(folder: Path) -> dict[str, Any]:
 def run_folder(out_dir: str) -> Path:
     """out_dir as a path; a relative one starts where Folio stands, not where it is called."""
     return HERE / Path(out_dir).expanduser()
+
+
+def model_folder(source: str) -> Path:
+    """The folder of a model: that of a run, any other, or GPT-2's weights by name, fetched."""
+    return fetch_gpt2(source) if source in PUBLISHED else run_folder(source)
 
 
 def newest_run() -> Path:
