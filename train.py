@@ -35,7 +35,7 @@ from training.checkpoint import (
     HERE, RESUME, SETTINGS, load_model, load_resume, model_folder, occupied, read_config,
     run_folder, save_model, save_resume, save_tokenizer, write_text,
 )  # fmt: skip
-from training.optimizer import make_optimizer, set_learning_rate
+from training.optimizer import Both, make_optimizer, set_learning_rate
 from training.report import Report, Stopwatch, Update, clock
 from training.world import Device, Precision, StopSignal, Switch, World, open_world
 
@@ -70,7 +70,9 @@ class TrainConfig:
     pad_vocab_to: Count = 1  # pad the embedding, in memory, to a multiple of this many rows
 
     # --- Optimizer ---
-    learning_rate: NonNegative = 4e-3  # at its peak
+    optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; AdamW has the rest
+    learning_rate: NonNegative = 5e-3  # AdamW's, at its peak
+    muon_learning_rate: NonNegative = 0.02  # Muon's, at its peak
     warmup_iters: Whole = 100  # steps over which the learning rate climbs from zero
     weight_decay: NonNegative = 0.1  # pull of matrices towards zero, per unit of learning rate
     beta1: Annotated[float, Range(0, 0.9999)] = 0.9  # memory of the mean gradient
@@ -112,7 +114,7 @@ class Training:
     world: World
     model: GPT
     runner: torch.nn.Module  # the model as the world runs it: compiled, or the model itself
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Both
     scaler: torch.amp.GradScaler
     step: int = 0  # updates made
     best_val_loss: float = math.inf
@@ -262,7 +264,9 @@ def plan() -> TrainConfig:
 
 
 # What must stay as it was, for the weights to fit and the losses to be comparable.
-FIXED = ("dataset", "block_size", "n_layer", "n_head", "n_embd", "bias", "pad_vocab_to")
+FIXED = (
+    "dataset", "block_size", "n_layer", "n_head", "n_embd", "bias", "pad_vocab_to", "optimizer",
+)  # fmt: skip
 
 
 def plan_to_resume(folder: Path) -> TrainConfig:
@@ -326,7 +330,13 @@ def begin(config: TrainConfig, dataset: Dataset, world: World) -> Training:
         )
     runner = world.place(model)
     optimizer = make_optimizer(
-        model, config.learning_rate, config.weight_decay, config.beta1, config.beta2
+        model,
+        config.optimizer,
+        config.learning_rate,
+        config.muon_learning_rate,
+        config.weight_decay,
+        config.beta1,
+        config.beta2,
     )
     run = Training(config, folder, dataset, world, model, runner, optimizer, world.scaler())
     if saved:
