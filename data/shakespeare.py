@@ -36,16 +36,24 @@ def prepare_shakespeare(tokenizer: str, dataset: str, input_file: Path | None = 
         text, origin = read_text(input_file), {"source": str(input_file.resolve())}
     else:
         text, origin = find_shakespeare()
-    origin["sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    if origin["sha256"] == SHA256:  # Shakespeare is himself, whichever way he came
+    raw = text.encode()
+    origin["sha256"] = hashlib.sha256(raw).hexdigest()
+    if origin["sha256"] == SHA256:  # Shakespeare is himself, whichever way he came, and stays
         origin["source"] = SHAKESPEARE
+        kept_at().parent.mkdir(exist_ok=True)
+        kept_at().write_bytes(raw)
     encoder = CharTokenizer.of(text) if tokenizer == "char" else BPETokenizer.gpt2()
     return write_dataset(folder, encoder, split_text(text, val_fraction=0.1), origin)
 
 
+def kept_at() -> Path:
+    """Where his text stays once it is there, for the other tokenizers."""
+    return DATA / "shakespeare" / "input.txt"
+
+
 def find_shakespeare() -> tuple[str, dict[str, Any]]:
     """Tiny Shakespeare from the disk, else from the network, else the understudy's play."""
-    path = DATA / "shakespeare" / "input.txt"
+    path = kept_at()
     try:
         if not (path.exists() and hash_file(path) == SHA256):
             print(f"fetching tiny Shakespeare from {URL}")

@@ -4,6 +4,8 @@ import functools
 import hashlib
 import http.server
 import json
+import lzma
+import shutil
 import threading
 import time
 
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 
 import prepare_shakespeare as prepare_shakespeare_script
+import train
 from configurator import FolioError
+from data import dataset as dataset_module
 from data import download as download_module
 from data import prepare, shakespeare
 from data.dataset import open_dataset
@@ -19,7 +23,7 @@ from data.download import DownloadError, download
 from data.prepare import dataset_folder, read_text, split_text, write_dataset
 from data.shakespeare import SHA256, prepare_shakespeare, understudy_notice
 from data.tokenizer import CharTokenizer
-from tests.conftest import SHARED, assert_one_line_error
+from tests.conftest import ROOT, SHARED, assert_one_line_error
 
 BODY = bytes(range(256)) * 1600  # 409,600 bytes
 CUT = 200_000  # where a transfer breaks off
@@ -37,6 +41,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, *plans):
         super().__init__(("127.0.0.1", 0), Handler)
         self.plans = list(plans)
+        self.body = BODY
         self.requests = []  # the Range header of each
         self.daemon_threads = True
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -55,7 +60,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(plan, int):
             return self.send_error(plan)
         start = start if plan in ("ranges", "cut", "stall") else 0  # others know no ranges
-        body = b"<html>Please log in to this network</html>" if plan == "html" else BODY[start:]
+        body = (
+            b"<html>Please log in to this network</html>" if plan == "html" else server.body[start:]
+        )
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
@@ -271,3 +278,61 @@ def test_a_mistake_in_preparing_is_one_line(tmp_path, call):
     assert_one_line_error(prepare("--tokenizer=words"), "char or gpt2")
     (tmp_path / "text").write_text("to be or not to be\n" * 9)
     assert_one_line_error(prepare(f"--input={tmp_path / 'text'}", "--dataset=../x"), "--dataset")
+
+
+# --- The understudy ---
+
+
+def test_without_a_network_the_understudy_goes_on_and_everybody_is_told(
+    theatre, call, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(prepare_shakespeare_script, "DATA", theatre)
+    prepared = call(prepare_shakespeare_script)
+    assert prepared.returncode == 0, prepared.stderr
+    assert "understudy" in prepared.stdout.splitlines()[-1]
+    meta = json.loads((theatre / "shakespeare_char" / "meta.json").read_text())
+    assert meta["source"] == "the understudy"
+
+    for module in (dataset_module, train):
+        monkeypatch.setattr(module, "DATA", theatre)
+    trained = call(
+        train, f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--max_iters=1", "--n_layer=1",
+        "--n_head=1", "--n_embd=8", "--block_size=8", "--eval_tokens=64", "--sample_tokens=0",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.count("understudy") == 2  # before the first step and after the last
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="Shakespeare is not on this machine")
+def test_shakespeare_takes_his_place_back(theatre, monkeypatch):
+    def on_stage():
+        folders = sorted(path.name for path in theatre.glob("shakespeare_char*"))
+        assert folders == ["shakespeare_char"]
+        return json.loads((theatre / "shakespeare_char" / "meta.json").read_text())["source"]
+
+    prepare_shakespeare("char", "shakespeare_char")
+    assert on_stage() == "the understudy"
+    prepare_shakespeare("char", "shakespeare_char", REAL)  # --input
+    assert on_stage() == "tiny Shakespeare"
+    prepare_shakespeare("char", "shakespeare_char")
+    assert on_stage() == "tiny Shakespeare"  # who is there does not go for want of a network
+    server = Server("whole")
+    server.body = REAL.read_bytes()
+    monkeypatch.setattr(shakespeare, "URL", server.url)
+    for name in ("shakespeare", "shakespeare_char"):
+        shutil.rmtree(theatre / name)
+    assert prepare_shakespeare("char", "shakespeare_char")["sha256"] == SHA256
+    assert on_stage() == "tiny Shakespeare"
+
+
+def test_the_understudys_play_is_a_play():
+    text = (ROOT / "data" / "understudy.txt").read_text(encoding="utf-8")
+    assert len(text) >= 50 * 1024
+    assert text.isascii()
+    speeches = [speech.split("\n") for speech in text.rstrip("\n").split("\n\n")]
+    for name, *lines in speeches:
+        assert name.isupper() and name.endswith(":") and lines, name
+    assert len({name for name, *_ in speeches}) >= 12
+    lines = [line for _, *rest in speeches for line in rest]
+    assert len(set(lines)) == len(lines)  # no filler
+    assert len(lzma.compress(text.encode(), preset=9)) > 0.36 * len(text)
