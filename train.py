@@ -231,10 +231,10 @@ def evaluate_and_save(run: Training, report: Report) -> None:
     best = val_loss < run.best_val_loss
     if best:
         run.best_val_loss = val_loss
-        # First the weights, then the record of their loss: a kill in between loses neither.
         save_model(run.model, run.folder, run.dataset.tokenizer.end_of_text)
-    save_resume(run.folder, snapshot(run))
     report.log(val_loss)
+    # Last, for it says that all this has been done: a kill before it has it done again.
+    save_resume(run.folder, snapshot(run))
     report.draw_curve()
     verdict = "the best so far" if best else f"the best was {run.best_val_loss:.4f}"
     report.say(f"\nstep {run.step:,}: validation loss {val_loss:.4f}, {verdict}\n{sample(run)}")
@@ -263,10 +263,9 @@ def plan() -> TrainConfig:
     return dataclasses.replace(config, init_from=source)
 
 
-# What must stay as it was, for the weights to fit and the losses to be comparable.
-FIXED = (
-    "dataset", "block_size", "n_layer", "n_head", "n_embd", "bias", "pad_vocab_to", "optimizer",
-)  # fmt: skip
+SHAPE = ("n_layer", "n_head", "n_embd", "bias")  # of the model, whatever it was begun from
+# What resuming must leave as it was, for the weights to fit and the losses to be comparable.
+FIXED = (*SHAPE, "block_size", "pad_vocab_to", "optimizer", "dataset")
 
 
 def plan_to_resume(folder: Path) -> TrainConfig:
@@ -291,13 +290,12 @@ def plan_to_resume(folder: Path) -> TrainConfig:
 def plan_to_finetune(folder: Path) -> TrainConfig:
     """The architecture of the weights in `folder`, then files and flags."""
     found = read_config(folder)
-    shape = {name: getattr(found, name) for name in FIXED if hasattr(found, name)}
-    config = configure(TrainConfig, base=shape | {"dropout": found.dropout})
-    for name in ("n_layer", "n_head", "n_embd", "bias"):
-        if getattr(config, name) != shape[name]:
-            raise FolioError(
-                f"{name}={getattr(config, name)} does not fit {folder}, which has {shape[name]}"
-            )
+    names = (*SHAPE, "block_size", "dropout")
+    config = configure(TrainConfig, base={name: getattr(found, name) for name in names})
+    for name in SHAPE:
+        asked, there = getattr(config, name), getattr(found, name)
+        if asked != there:
+            raise FolioError(f"{name}={asked} does not fit {folder}, which has {there}")
     return config
 
 
@@ -314,12 +312,9 @@ def begin(config: TrainConfig, dataset: Dataset, world: World) -> Training:
     folder = run_folder(config.out_dir)
     torch.manual_seed(config.seed)
     adapt = {name: getattr(config, name) for name in ("block_size", "dropout", "pad_vocab_to")}
-    saved = None
-    if config.init_from == "resume":
-        saved = load_resume(folder)
     if config.init_from in ("scratch", "resume"):
-        size = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
-        model = GPT(GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **size, **adapt))
+        shape = {name: getattr(config, name) for name in SHAPE}
+        model = GPT(GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **shape, **adapt))
         owner = folder
     else:
         owner = model_folder(config.init_from)
@@ -329,18 +324,10 @@ def begin(config: TrainConfig, dataset: Dataset, world: World) -> Training:
             f"--dataset={config.dataset}: its tokenizer is not the one the model in {owner} reads"
         )
     runner = world.place(model)
-    optimizer = make_optimizer(
-        model,
-        config.optimizer,
-        config.learning_rate,
-        config.muon_learning_rate,
-        config.weight_decay,
-        config.beta1,
-        config.beta2,
-    )
-    run = Training(config, folder, dataset, world, model, runner, optimizer, world.scaler())
-    if saved:
-        restore(run, saved)
+    optimizer, scaler = make_optimizer(model, config), world.scaler()
+    run = Training(config, folder, dataset, world, model, runner, optimizer, scaler)
+    if config.init_from == "resume":
+        restore(run, load_resume(folder))
     return run
 
 

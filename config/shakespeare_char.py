@@ -1,6 +1,6 @@
 """Shakespeare, a character at a time, on any machine.
 
-Two CPU cores take about a minute and a half and reach a validation loss of about 1.76.
+On two CPU cores it takes a little over two minutes and reaches a validation loss of about 1.58.
 """
 
 out_dir = "out/shakespeare_char"
@@ -9,10 +9,11 @@ dataset = "shakespeare_char"
 n_layer = 4
 n_head = 4
 n_embd = 128
-block_size = 64
-batch_size = 12
+block_size = 128
+batch_size = 8
 bias = False
 
-max_iters = 2000
+max_iters = 1700
 warmup_iters = 100
-learning_rate = 4e-3
+learning_rate = 5e-3
+muon_learning_rate = 0.02

@@ -16,36 +16,35 @@ import itertools
 import torch
 
 
-def make_optimizer(
-    model: torch.nn.Module, name: str, learning_rate: float, muon_learning_rate: float,
-    weight_decay: float, beta1: float, beta2: float,
-):  # fmt: skip
+def make_optimizer(model: torch.nn.Module, config):
     """One optimizer for all parameters of a GPT.
 
-    | parameters                   | name="muon"                | name="adamw"         | decay |
-    |------------------------------|----------------------------|----------------------|-------|
-    | the blocks' matrices         | Muon at muon_learning_rate | AdamW at learning_rate | yes |
-    | embeddings                   | AdamW at learning_rate     | AdamW at learning_rate | yes |
-    | biases and layer norms       | AdamW at learning_rate     | AdamW at learning_rate | no  |
+    config: has optimizer, learning_rate, muon_learning_rate, weight_decay, beta1 and beta2.
+
+    | parameters             | optimizer="muon"           | ="adamw"               | decay |
+    |------------------------|----------------------------|------------------------|-------|
+    | the blocks' matrices   | Muon at muon_learning_rate | AdamW at learning_rate | yes   |
+    | embeddings             | AdamW at learning_rate     | the same               | yes   |
+    | biases and layer norms | AdamW at learning_rate     | the same               | no    |
 
     Decay keeps the many weights of a matrix product from growing together. Biases and the gains of
     layer norms have a scale of their own to keep, and are left alone.
     """
-    hidden, tables, vectors = [], [], []
-    for parameter_name, parameter in model.named_parameters():
-        is_hidden = parameter.dim() == 2 and ".h." in parameter_name
-        (hidden if is_hidden else tables if parameter.dim() == 2 else vectors).append(parameter)
+    named = list(model.named_parameters())
+    hidden = [p for name, p in named if p.dim() == 2 and ".h." in name]
+    tables = [p for name, p in named if p.dim() == 2 and ".h." not in name]
+    vectors = [p for _, p in named if p.dim() < 2]
+    with_muon = config.optimizer == "muon"
     groups = [
-        {"params": tables, "weight_decay": weight_decay},
+        {"params": tables if with_muon else tables + hidden, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    if name == "adamw":
-        groups[0]["params"] = tables + hidden
     # fused: one pass over all parameters instead of a dozen small operations on each.
-    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
-    optimizer = adamw
-    if name == "muon":
-        optimizer = Both(Muon(hidden, muon_learning_rate, weight_decay), adamw)
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
+    )
+    if with_muon:
+        optimizer = Both(Muon(hidden, config.muon_learning_rate, config.weight_decay), optimizer)
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer

@@ -157,7 +157,7 @@ class Report:
 
 def read_log(path: Path, last_step: int) -> list[dict]:
     """The rows up to last_step; later ones belong to work that was lost. [] without a file."""
-    if last_step == 0 or not path.exists():
+    if not path.exists():
         return []
     with open(path, encoding="utf-8", newline="") as file:
         rows = [{k: to_number(v) for k, v in row.items()} for row in csv.DictReader(file)]
