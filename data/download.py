@@ -149,16 +149,18 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def root_cause(error: Exception) -> str:
-    """The name of the innermost of a chain of exceptions: 'NameResolutionError'."""
+def root_cause(error: BaseException) -> str:
+    """What lies at the bottom of a chain of exceptions: 'Connection refused'."""
     while True:
-        inner = error.__cause__ or error.__context__ or getattr(error, "reason", None)
-        if not isinstance(inner, Exception):
-            nested = [arg for arg in error.args if isinstance(arg, Exception)]
-            inner = getattr(nested[0], "reason", nested[0]) if nested else None
-        if not isinstance(inner, Exception):
-            return type(error).__name__
+        wrapped = [arg for arg in (*error.args, getattr(error, "reason", None)) if is_error(arg)]
+        inner = error.__cause__ or error.__context__ or (wrapped[0] if wrapped else None)
+        if inner is None:
+            return getattr(error, "strerror", None) or type(error).__name__
         error = inner
+
+
+def is_error(thing) -> bool:
+    return isinstance(thing, BaseException)
 
 
 class progress:

@@ -71,6 +71,6 @@ def understudy_notice(meta: dict[str, Any]) -> str:
     if "stands_in_for" not in meta:
         return ""
     return (
-        "Shakespeare could not be fetched: his understudy, a shorter play from this repository, "
-        "stands in. For the real one, with a network: python prepare_shakespeare.py"
+        "NOTE     Shakespeare could not be fetched. His understudy, a shorter play,\n"
+        "         stands in. With a network: python prepare_shakespeare.py"
     )

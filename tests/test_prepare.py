@@ -289,7 +289,7 @@ def test_without_a_network_the_understudy_goes_on_and_everybody_is_told(
     monkeypatch.setattr(prepare_shakespeare_script, "DATA", theatre)
     prepared = call(prepare_shakespeare_script)
     assert prepared.returncode == 0, prepared.stderr
-    assert "understudy" in prepared.stdout.splitlines()[-1]
+    assert "His understudy" in prepared.stdout
     meta = json.loads((theatre / "shakespeare_char" / "meta.json").read_text())
     assert meta["source"] == "the understudy"
 
@@ -300,7 +300,7 @@ def test_without_a_network_the_understudy_goes_on_and_everybody_is_told(
         "--n_head=1", "--n_embd=8", "--block_size=8", "--eval_tokens=64", "--sample_tokens=0",
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
-    assert trained.stdout.count("understudy") == 2  # before the first step and after the last
+    assert trained.stdout.count("His understudy") == 2  # before the first step and after the last
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="Shakespeare is not on this machine")

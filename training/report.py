@@ -63,14 +63,6 @@ class Report:
     def __enter__(self) -> "Report":
         if not self.silent:
             write_log(self.folder / "log.csv", self.rows)
-            if tqdm and sys.stderr.isatty():
-                self.bar = tqdm(
-                    total=self.last_step,
-                    initial=self.step,
-                    dynamic_ncols=True,
-                    bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, "
-                    "{remaining} left{postfix}",
-                )
         return self
 
     def __exit__(self, *_) -> None:
@@ -92,6 +84,12 @@ class Report:
         if self.measured_from is None:
             # The first update also warms things up (and compiles): speed is measured after it.
             self.measured_from = (tokens, seconds)
+            if tqdm and sys.stderr.isatty() and not self.silent:
+                self.bar = tqdm(
+                    total=self.last_step, initial=self.step, dynamic_ncols=True, leave=False,
+                    bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, "
+                    "{remaining} left{postfix}",
+                )  # fmt: skip
         self.step, self.tokens, self.seconds, self.latest = step, tokens, seconds, latest
         if self.bar is not None:
             self.bar.update()
