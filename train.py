@@ -28,15 +28,15 @@ from configurator import (
 from data.dataset import (
     DATA, IGNORED, Dataset, evaluation_batches, open_dataset, prefetch, seed_for, training_batch,
 )  # fmt: skip
-from data.shakespeare import DATASETS, prepare_shakespeare, understudy_notice
+from data.shakespeare import DATASETS, prepare_shakespeare
 from data.tokenizer import BPETokenizer, load_tokenizer
 from model import GPT, GPTConfig
 from training.checkpoint import (
-    HERE, RESUME, SETTINGS, load_model, load_resume, model_folder, occupied, read_config,
+    RESUME, SETTINGS, load_model, load_resume, model_folder, occupied, read_config,
     run_folder, save_model, save_resume, save_tokenizer, write_text,
 )  # fmt: skip
 from training.optimizer import Both, make_optimizer, set_learning_rate
-from training.report import Report, Stopwatch, Update, clock
+from training.report import Report, Stopwatch, Update, banner, summary
 from training.world import Device, Precision, StopSignal, Switch, World, open_world
 
 
@@ -103,6 +103,10 @@ class TrainConfig:
                 f"try --n_embd={math.ceil(self.n_embd / self.n_head) * self.n_head}"
             )
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.gradient_accumulation_steps * self.batch_size * self.block_size
+
 
 @dataclass
 class Training:
@@ -159,7 +163,7 @@ def train(run: Training, stop: StopSignal) -> None:
             with Stopwatch() as watch:
                 latest = update(run, batches)
             run.step += 1
-            run.tokens += tokens_per_step(config)
+            run.tokens += config.tokens_per_step
             run.seconds += watch.seconds
             report.updated(run.step, run.tokens, run.seconds, latest)
             if run.step % config.log_interval == 0 and run.step % config.eval_interval:
@@ -377,10 +381,6 @@ def training_batches(run: Training) -> Iterator[tuple[torch.Tensor, torch.Tensor
     return prefetch(fetch, keys)
 
 
-def tokens_per_step(config: TrainConfig) -> int:
-    return config.gradient_accumulation_steps * config.batch_size * config.block_size
-
-
 # --- When something is wrong ---
 
 
@@ -409,52 +409,7 @@ def advice_when_out_of_memory() -> Iterator[None]:
         ) from None
 
 
-# --- What the user sees ---
-
-
-def banner(run: Training) -> str:
-    """What is about to be done: data, model, steps, machine, folder."""
-    config, data = run.config, run.dataset
-    per_step = tokens_per_step(config)
-    left = config.max_iters - run.step
-    passes = left * per_step / len(data.train)
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    origin = {"resume": f", from step {run.step:,}", "scratch": ""}.get(
-        config.init_from, f", from the weights in {config.init_from}"
-    )
-    lines = [
-        f"data     {config.dataset}: {len(data.train):,} tokens of "
-        f"{data.tokenizer.vocab_size:,} kinds, and {len(data.val):,} held out",
-        f"model    {parameters:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
-        f"{config.n_embd} channels, context {config.block_size}{origin}",
-        f"steps    {left:,} of {per_step:,} tokens: {passes:.1f} times through the data",
-        f"machine  {run.world.why}",
-        f"folder   {shown_path(run.folder)}",
-    ]
-    return "\n".join(lines + list(filter(None, [understudy_notice(data.meta)])))
-
-
-def summary(run: Training) -> str:
-    """What was done, and what to type next."""
-    config = run.config
-    how_far = "done" if run.step >= config.max_iters else "stopped, and saved"
-    best = f"{run.best_val_loss:.4f}" if run.best_val_loss < math.inf else "not measured"
-    lines = [
-        f"\n{how_far}: {run.step:,} of {config.max_iters:,} steps, {clock(run.seconds)} of "
-        f"training; best validation loss {best}"
-    ]
-    if (run.folder / "loss.png").exists():
-        lines.append(f"curve    {shown_path(run.folder / 'loss.png')}")
-    out_dir = "" if run.folder.parent == HERE / "out" else f" --out_dir={run.folder}"
-    lines.append(f"next     python sample.py{out_dir}")
-    if run.step < config.max_iters:
-        lines.append("or       the same command with --init_from=resume, to go on")
-    return "\n".join(lines + list(filter(None, [understudy_notice(run.dataset.meta)])))
-
-
-def shown_path(path: Path) -> Path:
-    """A path as short as it can be typed from here."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+# --- A glimpse of the model ---
 
 
 def sample(run: Training) -> str:

@@ -141,7 +141,8 @@ def test_a_head_of_its_own_is_not_gpt2s(tmp_path):
     [
         {"model_type": "llama"}, {"activation_function": "relu"}, {"n_inner": 7},
         {"scale_attn_by_inverse_layer_idx": True}, {"add_cross_attention": True},
-        {"n_embd": 10**12}, {"n_layer": -1}, {"n_head": 3}, {"vocab_size": "13"}, {"bias": "no"},
+        {"n_embd": 10**12}, {"n_layer": 10**7}, {"n_layer": -1}, {"n_head": 3},
+        {"vocab_size": "13"}, {"bias": "no"},
         {"tie_word_embeddings": False}, {"resid_pdrop": 7}, {"n_positions": None},
     ],
     ids=str,

@@ -26,7 +26,7 @@ ROOMS = {
     "training/optimizer.py": {"torch"},
     "training/checkpoint.py": {"configurator", "data", "model", "safetensors", "torch"},
     "training/world.py": {"configurator", "torch"},
-    "training/report.py": {"training", "tqdm", "matplotlib"},
+    "training/report.py": {"data", "training", "tqdm", "matplotlib"},
 }
 
 

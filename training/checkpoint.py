@@ -154,7 +154,8 @@ def read_config(folder: Path) -> GPTConfig:
     if different:
         what = ", ".join(f"{key}={found[key]!r}" for key in different)
         raise FolioError(f"{path}: not GPT-2's architecture ({what})")
-    if not all(type(size) is int and 0 < size < 2**24 for size in sizes.values()):
+    possible = all(type(size) is int and 0 < size < 2**24 for size in sizes.values())
+    if not possible or sizes["n_layer"] > 1000:
         raise FolioError(f"{path}: no model has such sizes: {sizes}")
     if inner not in (None, 4 * sizes["n_embd"]):
         raise FolioError(f"{path}: not GPT-2's architecture (n_inner={inner!r})")

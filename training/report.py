@@ -9,12 +9,14 @@ last update's mean over all its micro-batches; seconds are of training, evaluati
 """
 
 import csv
+import math
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.checkpoint import replacing
+from data.shakespeare import understudy_notice
+from training.checkpoint import HERE, replacing
 
 try:
     from tqdm import tqdm
@@ -184,6 +186,54 @@ def write_log(path: Path, rows: list[dict]) -> None:
 def append_row(path: Path, row: dict) -> None:
     with open(path, "a", encoding="utf-8", newline="") as file:
         csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+
+
+# --- Before the first step and after the last ---
+
+
+def banner(run) -> str:
+    """What train.py is about to do with `run`: data, model, steps, machine, folder."""
+    config, data = run.config, run.dataset
+    per_step = config.tokens_per_step
+    left = config.max_iters - run.step
+    passes = left * per_step / len(data.train)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    origin = {"resume": f", from step {run.step:,}", "scratch": ""}.get(
+        config.init_from, f", from the weights in {config.init_from}"
+    )
+    lines = [
+        f"data     {config.dataset}: {len(data.train):,} tokens of "
+        f"{data.tokenizer.vocab_size:,} kinds, and {len(data.val):,} held out",
+        f"model    {parameters:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
+        f"{config.n_embd} channels, context {config.block_size}{origin}",
+        f"steps    {left:,} of {per_step:,} tokens: {passes:.1f} times through the data",
+        f"machine  {run.world.why}",
+        f"folder   {shown_path(run.folder)}",
+    ]
+    return "\n".join(lines + list(filter(None, [understudy_notice(data.meta)])))
+
+
+def summary(run) -> str:
+    """What it did, and what to type next."""
+    config = run.config
+    how_far = "done" if run.step >= config.max_iters else "stopped, and saved"
+    best = f"{run.best_val_loss:.4f}" if run.best_val_loss < math.inf else "not measured"
+    lines = [
+        f"\n{how_far}: {run.step:,} of {config.max_iters:,} steps, {clock(run.seconds)} of "
+        f"training; best validation loss {best}"
+    ]
+    if (run.folder / "loss.png").exists():
+        lines.append(f"curve    {shown_path(run.folder / 'loss.png')}")
+    out_dir = "" if run.folder.parent == HERE / "out" else f" --out_dir={run.folder}"
+    lines.append(f"next     python sample.py{out_dir}")
+    if run.step < config.max_iters:
+        lines.append("or       the same command with --init_from=resume, to go on")
+    return "\n".join(lines + list(filter(None, [understudy_notice(run.dataset.meta)])))
+
+
+def shown_path(path: Path) -> Path:
+    """A path as short as it can be typed from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 # --- Numbers for people ---
