@@ -93,7 +93,9 @@ def read_text(path: Path) -> str:
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FolioError(f"{path}: not UTF-8 text (byte {error.start:,} starts none)") from None
+        raise FolioError(
+            f"{path}: not UTF-8 text (the byte at offset {error.start:,} belongs to no character)"
+        ) from None
     except OSError as error:
         raise FolioError(f"{path}: cannot read this text: {error.strerror}") from None
     if not text.strip():

@@ -186,7 +186,7 @@ def test_a_text_keeps_its_line_ends_and_loses_its_byte_order_mark(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"abc\xff", "byte 3 "), (b"", "no text"), (b" \n\n", "no text"), (None, "No such file")],
+    [(b"abc\xff", "offset 3 "), (b"", "no text"), (b" \n\n", "no text"), (None, "No such file")],
 )
 def test_what_is_no_text_is_refused_by_name(tmp_path, content, message):
     path = tmp_path / "text"

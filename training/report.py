@@ -133,8 +133,10 @@ class Report:
             return
         figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
         axes = figure.subplots()
-        train = [(row["step"], row["train_loss"]) for row in self.rows if row["train_loss"]]
-        val = [(row["step"], row["val_loss"]) for row in self.rows if row["val_loss"]]
+        train = [
+            (row["step"], row["train_loss"]) for row in self.rows if row["train_loss"] is not None
+        ]
+        val = [(row["step"], row["val_loss"]) for row in self.rows if row["val_loss"] is not None]
         if train:
             axes.plot(*zip(*train, strict=True), color="#9db4cf", lw=1.2, label="training batch")
         if val:

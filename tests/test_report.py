@@ -1,0 +1,62 @@
+"""What a run leaves to look at: a log that can be trusted, a curve, and figures for people."""
+
+import pytest
+
+from training.report import COLUMNS, Report, Update, clock, read_log
+
+
+def told(report: Report, step: int, val_loss: float | None = None) -> None:
+    report.updated(step, step * 100, step * 0.5, Update(3.0 / step, 1.0, 1e-3))
+    report.log(val_loss)
+
+
+def test_a_row_says_how_things_stand_after_a_step(tmp_path):
+    with Report(tmp_path, 0, 10) as report:
+        report.log(4.0)
+        told(report, 1)
+        told(report, 5, val_loss=2.0)
+    rows = read_log(tmp_path / "log.csv", 10)
+    assert [row["step"] for row in rows] == [0, 1, 5]
+    assert [row["val_loss"] for row in rows] == [4.0, None, 2.0]
+    assert rows[0]["train_loss"] is None  # nothing has been trained yet
+    assert rows[2]["train_loss"] == 0.6
+    assert rows[2]["tokens_per_second"] == 200  # 400 tokens in 2 seconds since the row before
+    assert tuple(rows[0]) == COLUMNS
+
+
+def test_a_log_is_cut_back_to_the_step_that_goes_on(tmp_path):
+    with Report(tmp_path, 0, 10) as report:
+        for step in (1, 2, 3, 4):
+            told(report, step)
+    with open(tmp_path / "log.csv", "a") as file:
+        file.write("5,500,2.")  # a row that a kill cut short
+    with Report(tmp_path, 2, 10) as report:
+        told(report, 3, val_loss=1.0)
+    rows = read_log(tmp_path / "log.csv", 10)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[2]["val_loss"] == 1.0
+
+
+def test_the_curve_is_drawn_from_the_rows(tmp_path, recwarn):
+    with Report(tmp_path, 0, 10) as report:
+        report.log(4.0)
+        report.draw_curve()
+        first = (tmp_path / "loss.png").read_bytes()
+        told(report, 5, val_loss=0.0)  # nothing is left to learn
+        report.draw_curve()
+    assert (tmp_path / "loss.png").read_bytes() != first
+    assert len(recwarn) == 0
+
+
+def test_a_silent_report_says_and_writes_nothing(tmp_path, capsys):
+    with Report(tmp_path, 0, 10, silent=True) as report:
+        report.say("hello")
+        told(report, 5, val_loss=1.0)
+        report.draw_curve()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.2, "1:15"), (3675, "1:01:15")])
+def test_time_is_told_as_on_a_clock(seconds, text):
+    assert clock(seconds) == text
