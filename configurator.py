@@ -11,7 +11,7 @@ The comment behind a setting is its help text, its annotation says what it may b
 stands once. Flags win over files, wherever they stand; later files win over earlier ones. A
 config file looks like Python (`name = value`) but is parsed, never executed.
 
-Errors are for people: whatever a user can get wrong raises FolioError, and `run(main)` turns it
+Errors are for people: whatever a user can get wrong raises FolioError, and `run_main` turns it
 into one line and exit status 2. A traceback means a bug in Folio.
 """
 
@@ -44,7 +44,7 @@ class SettingsError(FolioError):
     """A setting that is unknown, of the wrong type, or out of range."""
 
 
-def run(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Call a script's main(); an error for people becomes one line and exit status 2."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of the text

@@ -298,8 +298,9 @@ def draw(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
+    logits = logits.float()
     # Relative to the greatest, so that a tiny temperature cannot overflow.
-    logits = (logits - logits.max(dim=-1, keepdim=True).values).float() / temperature
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature
     if 0 < top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import configure, run
+from configurator import configure, run_main
 from data.dataset import DATA
 from data.shakespeare import prepare_shakespeare, understudy_notice
 
@@ -41,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import Count, FolioError, Fraction, NonNegative, Whole, configure, run
+from configurator import Count, FolioError, Fraction, NonNegative, Whole, configure, run_main
 from data.prepare import read_text
 from data.tokenizer import Tokenizer, load_tokenizer
 from training.checkpoint import load_model, model_folder, newest_run
@@ -106,4 +106,4 @@ def show(text: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -23,7 +23,7 @@ import torch
 
 from configurator import (
     Count, FolioError, Fraction, NonNegative, Range, SettingsError, Whole, as_json, configure,
-    read_settings, run,
+    read_settings, run_main,
 )  # fmt: skip
 from data.dataset import (
     DATA, IGNORED, Dataset, evaluation_batches, open_dataset, prefetch, seed_for, training_batch,
@@ -439,4 +439,4 @@ def evaluate_only(run: Training) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -106,7 +106,7 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
         capsys.readouterr()
         try:
-            configurator.run(script.main)
+            configurator.run_main(script.main)
             status = 0
         except SystemExit as left:
             status = left.code

@@ -164,7 +164,7 @@ def stop_after(steps: int, flags: list[str]) -> None:
         f"    if run.step == {steps} - 1: os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return real(run, batches)\n"
         "train.update = update\n"
-        "train.run(train.main)\n"
+        "train.run_main(train.main)\n"
     )
     stopped = run_script("-c", script, *flags)
     assert stopped.returncode == 143, stopped.stderr

@@ -1,0 +1,92 @@
+"""Where the work is done: the device, the precision and the compiler that a machine offers."""
+
+import os
+import signal
+import sys
+
+import pytest
+import torch
+
+from configurator import FolioError
+from training import world as world_module
+from training.world import StopSignal, choose_compile, choose_device, choose_dtype, open_world
+
+CPU, GPU, APPLE = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend to be another machine; this one has no GPU to ask."""
+
+    def pretend(cuda=False, mps=False, capability=(9, 0), triton=True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(world_module, "has_triton", lambda: triton)
+
+    return pretend
+
+
+def test_auto_takes_the_fastest_device_there_is(machine):
+    for there, wanted in (
+        ({"cuda": True}, "cuda"), ({"mps": True}, "mps"), ({"cuda": True, "mps": True}, "cuda"),
+        ({}, "cpu"),
+    ):  # fmt: skip
+        machine(**there)
+        assert choose_device("auto") == wanted
+        assert choose_device("cpu") == "cpu"
+
+
+def test_a_device_that_is_not_there_is_refused(machine):
+    machine()
+    for name in ("cuda", "mps"):
+        with pytest.raises(FolioError, match=f"--device={name}"):
+            choose_device(name)
+
+
+def test_auto_takes_the_precision_the_device_is_good_at(machine):
+    machine(cuda=True, capability=(8, 0))
+    assert choose_dtype("auto", GPU)[0] == torch.bfloat16
+    assert choose_dtype("auto", CPU)[0] == choose_dtype("auto", APPLE)[0] == torch.float32
+    machine(cuda=True, capability=(7, 5))
+    assert choose_dtype("auto", GPU)[0] == torch.float16
+    with pytest.raises(FolioError, match="--dtype=bfloat16"):
+        choose_dtype("bfloat16", GPU)
+    with pytest.raises(FolioError, match="--dtype=float64"):
+        choose_dtype("float64", APPLE)
+
+
+def test_auto_compiles_where_that_can_be_done_and_pays(machine):
+    machine(cuda=True)
+    assert choose_compile("auto", GPU)[0] is True
+    assert choose_compile("auto", CPU)[0] is choose_compile("auto", APPLE)[0] is False
+    assert choose_compile(True, CPU)[0] is True
+    machine(cuda=True, triton=False)
+    chosen, why = choose_compile("auto", GPU)
+    assert chosen is False and "Triton" in why
+
+
+def test_a_world_tells_what_it_chose_and_why():
+    world = open_world("cpu")
+    assert world.why.startswith("cpu (")
+    assert "float32" in world.why and "not compiled" in world.why
+
+
+def test_in_a_world_of_one_all_work_is_ones_own():
+    world = open_world("cpu")
+    assert list(world.share(range(5))) == [0, 1, 2, 3, 4]
+    world.rank, world.size = 1, 3
+    assert list(world.share(range(8))) == [1, 4, 7]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows delivers signals otherwise")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_is_a_wish_and_the_second_an_order(number, status):
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert not stop.wished
+        os.kill(os.getpid(), number)
+        assert stop.wished and stop.status == status
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
