@@ -178,15 +178,24 @@ def comments_of(cls: type) -> dict[str, tuple[str, str]]:
 # --- From the command line to the dataclass ---
 
 
-def configure(cls: type, argv: list[str] | None = None, base: dict[str, Any] | None = None) -> Any:
+def configure(
+    cls: type,
+    argv: list[str] | None = None,
+    base: dict[str, Any] | None = None,
+    inputs: list[Path] | None = None,
+) -> Any:
     """An instance of the dataclass `cls`, from config files and flags.
 
     argv: the words behind the script's name; None takes the command line's own.
     base: values that take the place of the dataclass's defaults; files and flags win over them.
+    inputs: where given, words that are no flags are added to it and not read as config files.
     Raises SettingsError for whatever does not fit; `--help` prints the settings and exits.
     """
     settings = settings_of(cls)
     files, flags = read_command_line(cls, settings, sys.argv[1:] if argv is None else argv)
+    if inputs is not None:
+        inputs += map(Path, files)
+        files = []
     values = {}
     for name, value in (base or {}).items():
         values[name] = known(cls, settings, name, "saved settings").check(value, "saved settings")

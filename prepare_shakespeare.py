@@ -2,6 +2,7 @@
 
     python prepare_shakespeare.py                    # data/shakespeare_char: a token per character
     python prepare_shakespeare.py --tokenizer=gpt2   # data/shakespeare_gpt2: GPT-2's vocabulary
+    python prepare_shakespeare.py --tokenizer=bpe    # data/shakespeare_bpe: merges of his own
     python prepare_shakespeare.py --input=mine.txt --dataset=mine
 
 The first nine tenths of the text are for training, the rest for validation. train.py runs this by
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import configure, run_main
+from configurator import Count, configure, run_main
 from data.dataset import DATA
 from data.shakespeare import prepare_shakespeare, understudy_notice
 
@@ -21,7 +22,8 @@ from data.shakespeare import prepare_shakespeare, understudy_notice
 class PrepareConfig:
     # --- Preparation ---
     input: str = ""  # a UTF-8 text file; empty fetches tiny Shakespeare
-    tokenizer: Literal["char", "gpt2"] = "char"  # a token per character, or GPT-2's vocabulary
+    tokenizer: Literal["char", "gpt2", "bpe"] = "char"  # characters; GPT-2's; or learned from him
+    vocab_size: Count = 1024  # tokens of a vocabulary that is learned (bpe)
     dataset: str = ""  # the folder under data/ to write; empty means shakespeare_ + tokenizer
 
 
@@ -29,7 +31,10 @@ def main() -> None:
     config = configure(PrepareConfig)
     dataset = config.dataset or f"shakespeare_{config.tokenizer}"
     meta = prepare_shakespeare(
-        config.tokenizer, dataset, Path(config.input) if config.input else None
+        config.tokenizer,
+        dataset,
+        Path(config.input) if config.input else None,
+        config.vocab_size,
     )
     print(
         f"{DATA / dataset}: {meta['vocab_size']:,} symbols, "

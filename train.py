@@ -211,37 +211,44 @@ def learning_rate_share(step: int, config: TrainConfig) -> float:
 
 
 @torch.no_grad()
-def evaluate(run: Training) -> float:
-    """The mean loss, in nats per token, over the validation data (or its first eval_tokens)."""
+def evaluate(run: Training) -> tuple[float, float]:
+    """How well the validation data (or its first eval_tokens) are predicted.
+
+    Returns the mean loss in nats per token, and the bits per byte of the text these tokens stand
+    for: the measure by which models with different vocabularies can be compared.
+    """
     config, world = run.config, run.world
     run.model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)  # of losses; of tokens
+    byte_lengths = torch.from_numpy(run.dataset.tokenizer.byte_lengths)
+    sums = torch.zeros(3, dtype=torch.float64)  # of losses; of tokens; of their bytes
     batches = evaluation_batches(
         run.dataset.val, config.batch_size, config.block_size, config.eval_tokens
     )
     for inputs, targets in world.share(batches):
-        count = int((targets != IGNORED).sum())
+        asked = targets[targets != IGNORED]
         with world.autocast():
             _, loss = run.runner(*world.send(inputs, targets))
-        sums += torch.tensor([loss.item() * count, count], dtype=torch.float64)
+        length = byte_lengths[asked].sum()
+        sums += torch.tensor([loss.item() * len(asked), len(asked), length], dtype=torch.float64)
     run.model.train()
-    total, count = world.total(sums).tolist()
-    return total / count
+    nats, tokens, bytes_of_text = world.total(sums).tolist()
+    return nats / tokens, nats / math.log(2) / max(bytes_of_text, 1)
 
 
 def evaluate_and_save(run: Training, report: Report) -> None:
     """Evaluate; keep the weights if they are the best so far, and what resuming needs; tell."""
-    val_loss = evaluate(run)
+    val_loss, bits_per_byte = evaluate(run)
     best = val_loss < run.best_val_loss
     if best:
         run.best_val_loss = val_loss
         save_model(run.model, run.folder, run.dataset.tokenizer.end_of_text)
-    report.log(val_loss)
+    report.log(val_loss, bits_per_byte)
     # Last, for it says that all this has been done: a kill before it has it done again.
     save_resume(run.folder, snapshot(run))
     report.draw_curve()
     verdict = "the best so far" if best else f"the best was {run.best_val_loss:.4f}"
-    report.say(f"\nstep {run.step:,}: validation loss {val_loss:.4f}, {verdict}\n{sample(run)}")
+    measured = f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte)"
+    report.say(f"\nstep {run.step:,}: {measured}, {verdict}\n{sample(run)}")
 
 
 def save_copy(run: Training) -> None:
@@ -435,7 +442,8 @@ def evaluate_only(run: Training) -> None:
     where = {"scratch": "untrained", "resume": f"step {run.step:,} of {run.folder}"}
     what = where.get(run.config.init_from, run.config.init_from)
     print(banner(run))
-    print(f"validation loss {evaluate(run):.4f} ({what})")
+    val_loss, bits_per_byte = evaluate(run)
+    print(f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte), {what}")
 
 
 if __name__ == "__main__":

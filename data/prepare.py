@@ -10,8 +10,23 @@ from typing import Any
 import numpy as np
 
 from configurator import FolioError
+from data.bpe import train_bpe
 from data.dataset import DATA, read_meta
-from data.tokenizer import Tokenizer, tokenizer_text
+from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, tokenizer_text
+
+
+def make_tokenizer(
+    kind: str, texts: Iterable[str], vocab_size: int, parts_documents: bool = False
+) -> Tokenizer:
+    """The tokenizer called `kind` ("char", "gpt2" or "bpe"), made for these texts if need be."""
+    if kind == "gpt2":
+        return BPETokenizer.gpt2()
+    if kind == "bpe":
+        return train_bpe(texts, vocab_size)
+    alphabet = set()
+    for text in texts:
+        alphabet.update(text)
+    return CharTokenizer.of(alphabet, parts_documents)
 
 
 def dataset_folder(name: str) -> Path:
@@ -22,10 +37,14 @@ def dataset_folder(name: str) -> Path:
 
 
 def write_dataset(
-    folder: Path, tokenizer: Tokenizer, splits: dict[str, Iterable[str]], origin: dict[str, Any]
+    folder: Path,
+    tokenizer: Tokenizer,
+    splits: dict[str, Iterable[str | None]],
+    origin: dict[str, Any],
 ) -> dict[str, Any]:
     """Encode the texts of each split ("train", "val") into `folder`, and return its meta.json.
 
+    splits: pieces of text, each encoded by itself; None puts an end-of-text token.
     origin: what meta.json says of the text's source ("source", "sha256", ...).
     The folder appears whole or not at all. One that is there already is replaced if it was made
     from the same source, and moved aside otherwise.
@@ -52,12 +71,12 @@ def write_tokens(path, split, texts, tokenizer, dtype) -> dict[str, int]:
     tokens = characters = 0
     with open(path, "wb") as file:
         for text in texts:
-            ids = tokenizer.encode(text)
+            ids = np.array([tokenizer.end_of_text]) if text is None else tokenizer.encode(text)
             # A number too large for its type would wrap into another token without a word.
             assert len(ids) == 0 or ids.max() <= np.iinfo(dtype).max
             file.write(ids.astype(dtype).tobytes())
             tokens += len(ids)
-            characters += len(text)
+            characters += len(text or "")
         file.flush()
         os.fsync(file.fileno())
     if tokens < 2:

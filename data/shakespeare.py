@@ -12,8 +12,7 @@ from typing import Any
 from configurator import FolioError
 from data.dataset import DATA
 from data.download import DownloadError, download, hash_file
-from data.prepare import dataset_folder, read_text, split_text, write_dataset
-from data.tokenizer import BPETokenizer, CharTokenizer
+from data.prepare import dataset_folder, make_tokenizer, read_text, split_text, write_dataset
 
 # Collected by Andrej Karpathy for char-rnn (2015).
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -21,14 +20,17 @@ SIZE = 1_115_394  # bytes
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE = "tiny Shakespeare"
 UNDERSTUDY = DATA / "understudy.txt"
-TOKENIZERS = ("char", "gpt2")
+TOKENIZERS = ("char", "gpt2", "bpe")
 DATASETS = {f"shakespeare_{tokenizer}": tokenizer for tokenizer in TOKENIZERS}
 
 
-def prepare_shakespeare(tokenizer: str, dataset: str, input_file: Path | None = None) -> dict:
+def prepare_shakespeare(
+    tokenizer: str, dataset: str, input_file: Path | None = None, vocab_size: int = 1024
+) -> dict:
     """Write `data/DATASET/` from the text in input_file, or from tiny Shakespeare; its meta.json.
 
-    tokenizer: "char", one token per character, or "gpt2", GPT-2's byte pair encoding.
+    tokenizer: "char", one token per character; "gpt2", GPT-2's byte pair encoding; or "bpe", one of
+    vocab_size tokens learned from the text.
     Raises FolioError if the file cannot be read, or GPT-2's vocabulary cannot be had.
     """
     folder = dataset_folder(dataset)
@@ -42,8 +44,11 @@ def prepare_shakespeare(tokenizer: str, dataset: str, input_file: Path | None = 
         origin["source"] = SHAKESPEARE
         kept_at().parent.mkdir(exist_ok=True)
         kept_at().write_bytes(raw)
-    encoder = CharTokenizer.of(text) if tokenizer == "char" else BPETokenizer.gpt2()
-    return write_dataset(folder, encoder, split_text(text, val_fraction=0.1), origin)
+    splits = split_text(text, val_fraction=0.1)
+    # An alphabet may come from all of the text; merges are learned, from what is for learning.
+    learn_from = [text] if tokenizer == "char" else splits["train"]
+    encoder = make_tokenizer(tokenizer, learn_from, vocab_size)
+    return write_dataset(folder, encoder, splits, origin)
 
 
 def kept_at() -> Path:

@@ -57,6 +57,14 @@ class Tokenizer:
         for token in tokens:
             yield decoder.decode(self.token_bytes(int(token)))
 
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """(vocab_size,) how many bytes of text each token stands for; none for end-of-text."""
+        lengths = [len(self.token_bytes(token)) for token in range(self.vocab_size)]
+        if self.end_of_text is not None:
+            lengths[self.end_of_text] = 0
+        return np.array(lengths)
+
     @property
     def opening(self) -> int:
         """What stands before a text: end-of-text, else a line's end, else the first token."""
@@ -80,19 +88,22 @@ class Tokenizer:
 class CharTokenizer(Tokenizer):
     """The vocabulary is a list of characters; a token is a place in it."""
 
-    def __init__(self, characters: str):
+    def __init__(self, characters: str, parts_documents: bool = False):
         if len(set(characters)) != len(characters):
             raise ValueError("a character stands twice in the vocabulary")
         self.characters = characters
-        self.vocab_size = len(characters)
-        self.end_of_text = None
+        self.vocab_size = len(characters) + parts_documents
+        self.end_of_text = len(characters) if parts_documents else None
         self._place = np.full(sys.maxunicode + 1, -1, dtype=np.int32)  # of each code point
-        self._place[code_points(characters)] = np.arange(self.vocab_size)
+        self._place[code_points(characters)] = np.arange(len(characters))
 
     @classmethod
-    def of(cls, text: str) -> "CharTokenizer":
-        """The vocabulary of a text: each of its characters once, in Unicode's order."""
-        return cls("".join(sorted(set(text))))
+    def of(cls, text: Iterable[str], parts_documents: bool = False) -> "CharTokenizer":
+        """The vocabulary of a text: each of its characters once, in Unicode's order.
+
+        parts_documents: whether it also has an end-of-text token, to stand between documents.
+        """
+        return cls("".join(sorted(set(text))), parts_documents)
 
     def encode(self, text: str) -> np.ndarray:
         places = self._place[code_points(text)]
@@ -100,23 +111,26 @@ class CharTokenizer(Tokenizer):
             position = int(unknown.argmax())
             raise FolioError(
                 f"the character {text[position]!r} at position {position} is not in the "
-                f"vocabulary of {self.vocab_size} characters"
+                f"vocabulary of {len(self.characters)} characters"
             )
         return places.view(np.uint32)
 
     def token_bytes(self, token: int) -> bytes:
-        return self.characters[token].encode()
+        return (END_OF_TEXT if token == self.end_of_text else self.characters[token]).encode()
 
     @property
     def identity(self):
-        return self.characters
+        return self.characters, self.end_of_text
 
     def as_json(self) -> dict:
+        vocab = {character: i for i, character in enumerate(self.characters)}
+        if self.end_of_text is not None:
+            vocab[END_OF_TEXT] = self.end_of_text
         return {
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [],
+            "added_tokens": special_tokens(self.end_of_text),
             "normalizer": None,
             "pre_tokenizer": {
                 "type": "Split",
@@ -128,7 +142,7 @@ class CharTokenizer(Tokenizer):
             "decoder": {"type": "Fuse"},
             "model": {
                 "type": "WordLevel",
-                "vocab": {character: i for i, character in enumerate(self.characters)},
+                "vocab": vocab,
                 "unk_token": "<unk>",  # the format wants a name; no character has it
             },
         }
@@ -140,9 +154,11 @@ class CharTokenizer(Tokenizer):
         characters = sorted(vocab, key=vocab.get)
         if [vocab[c] for c in characters] != list(range(len(vocab))):
             raise ValueError("the ids are not 0, 1, 2, ...")
+        parts_documents = characters[-1:] == [END_OF_TEXT]
+        characters = characters[: len(characters) - parts_documents]
         if any(len(character) != 1 for character in characters) or not characters:
             raise ValueError("the vocabulary is not one of single characters")
-        return cls("".join(characters))
+        return cls("".join(characters), parts_documents)
 
 
 def code_points(text: str) -> np.ndarray:
@@ -217,17 +233,14 @@ class BPETokenizer(Tokenizer):
 
     def as_json(self) -> dict:
         vocab = {printable(token): rank for token, rank in self.ranks.items()}
-        special = []
         if self.end_of_text is not None:
             vocab[END_OF_TEXT] = self.end_of_text
-            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-            special = [{"id": self.end_of_text, "content": END_OF_TEXT, **flags, "special": True}]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         return {
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": special,
+            "added_tokens": special_tokens(self.end_of_text),
             "normalizer": None,
             "pre_tokenizer": {**byte_level, "use_regex": True},
             "post_processor": None,
@@ -308,6 +321,14 @@ def from_printable(token: str) -> bytes:
 
 
 # --- On disk ---
+
+
+def special_tokens(end_of_text: int | None) -> list[dict]:
+    """What a tokenizer.json says of end-of-text, if there is such a token."""
+    if end_of_text is None:
+        return []
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return [{"id": end_of_text, "content": END_OF_TEXT, **flags, "special": True}]
 
 
 def check_cut(contents: dict, wanted: str) -> None:

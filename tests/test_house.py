@@ -15,7 +15,7 @@ from tests.conftest import RHYME, ROOT
 STANDARD = sys.stdlib_module_names
 
 # What each room may import, beside the standard library. Imports run downwards only.
-DATA = {"configurator", "data", "numpy", "torch", "tiktoken", "requests", "tqdm"}
+DATA = {"configurator", "data", "numpy", "torch", "tiktoken", "regex", "requests", "tqdm"}
 ROOMS = {
     "configurator.py": set(),
     "model.py": {"torch"},

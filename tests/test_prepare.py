@@ -281,7 +281,7 @@ def test_tiny_shakespeare_has_65_symbols_and_is_known_by_his_hash(theatre):
 def test_a_mistake_in_preparing_is_one_line(tmp_path, call):
     prepare = functools.partial(call, prepare_shakespeare_script)
     assert_one_line_error(prepare(f"--input={tmp_path / 'none.txt'}"), "none.txt")
-    assert_one_line_error(prepare("--tokenizer=words"), "char or gpt2")
+    assert_one_line_error(prepare("--tokenizer=words"), "char or gpt2 or bpe")
     (tmp_path / "text").write_text("to be or not to be\n" * 9)
     assert_one_line_error(prepare(f"--input={tmp_path / 'text'}", "--dataset=../x"), "--dataset")
 

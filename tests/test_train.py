@@ -18,6 +18,7 @@ from configurator import FolioError, configure
 from data.prepare import split_text, write_dataset
 from data.tokenizer import CharTokenizer
 from tests.conftest import ROOT, assert_one_line_error, run_script
+from tests.test_tokenizer import toy_bpe
 from train import TrainConfig, begin, evaluate, find_dataset, learning_rate_share, plan
 from training.checkpoint import RESUME, SETTINGS, WEIGHTS, load_model, load_resume
 from training.world import open_world
@@ -75,7 +76,7 @@ def test_a_run_makes_exactly_max_iters_updates_and_leaves_its_record(
     rows = log_of(folder)
     assert list(rows[0]) == [
         "step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate", "grad_norm",
-        "tokens_per_second",
+        "tokens_per_second", "bits_per_byte",
     ]  # fmt: skip
     assert [int(row["step"]) for row in rows] == [0, 2, 4, 6, 8]
     assert [int(row["tokens"]) for row in rows] == [32 * s for s in (0, 2, 4, 6, 8)]
@@ -93,11 +94,11 @@ def test_the_folder_keeps_the_weights_of_the_lowest_validation_loss(
 
     def pretended(run):
         seen.append({name: p.detach().clone() for name, p in run.model.named_parameters()})
-        return next(losses)
+        return next(losses), 1.0
 
     monkeypatch.setattr(train, "evaluate", pretended)
     told = run_in_process(*tiny)
-    assert "step 8: validation loss 2.0000, the best was 1.0000" in told
+    assert "step 8: validation loss 2.0000 (1.000 bits per byte), the best was 1.0000" in told
     assert load_resume(tmp_path / "run")["best_val_loss"] == 1.0
     for name, kept in load_model(tmp_path / "run").named_parameters():
         assert torch.equal(kept, seen[1][name]), name
@@ -117,7 +118,21 @@ def test_the_loss_over_the_validation_data_is_that_of_every_token_once(tiny):
             surprise += losses[start - first :].sum().item()
             count += T - (start - first)
     assert count == len(stream) - 1
-    assert evaluate(run) == pytest.approx(surprise / count, rel=1e-12)
+    loss, bits_per_byte = evaluate(run)
+    assert loss == pytest.approx(surprise / count, rel=1e-12)
+    assert bits_per_byte == pytest.approx(loss / math.log(2), rel=1e-12)  # a byte a character
+
+
+def test_bits_per_byte_count_the_bytes_of_the_tokens_predicted(tiny, tmp_path):
+    text = "low lower é 🙂\n" * 90  # with tokens of one byte, of several, and of none
+    pieces = {"train": [text, None], "val": [text, None]}
+    write_dataset(tmp_path / "bpe", toy_bpe(), pieces, {"source": "a test"})
+    run = training_for(*tiny, f"--dataset={tmp_path / 'bpe'}", "--eval_tokens=0")
+    loss, bits_per_byte = evaluate(run)
+    ids = toy_bpe().encode(text)
+    predicted = text.encode()[len(toy_bpe().token_bytes(ids[0])) :]  # all but the first token
+    nats = loss * len(ids)  # the end-of-text token is predicted too
+    assert bits_per_byte == pytest.approx(nats / math.log(2) / len(predicted), rel=1e-9)
 
 
 def test_accumulated_micro_batches_are_one_mean(tiny):
@@ -374,11 +389,11 @@ def test_running_out_of_memory_names_the_flags_to_change():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_every_precision_trains(tiny, dtype, optimizer):
     run = training_for(*tiny, f"--dtype={dtype}", f"--optimizer={optimizer}")
-    before = evaluate(run)
+    before, _ = evaluate(run)
     batches = train.training_batches(run)
     for run.step in range(8):
         train.update(run, batches)
-    assert evaluate(run) < before - 0.05
+    assert evaluate(run)[0] < before - 0.05
     wanted = torch.float64 if dtype == "float64" else torch.float32
     assert {p.dtype for p in run.model.parameters()} == {wanted}
 

@@ -2,9 +2,10 @@
 
 log.csv has a row for every `log_interval` steps and for every evaluation:
 
-    step,tokens,seconds,train_loss,val_loss,learning_rate,grad_norm,tokens_per_second
+    step,tokens,seconds,train_loss,val_loss,learning_rate,grad_norm,tokens_per_second,bits_per_byte
 
-A row says how things stand after `step` updates. Losses are in nats per token; train_loss is the
+A row says how things stand after `step` updates. Losses are in nats per token, and bits_per_byte is
+what val_loss comes to, whatever the vocabulary. train_loss is the
 last update's mean over all its micro-batches; seconds are of training, evaluations left out.
 """
 
@@ -30,7 +31,7 @@ except ImportError:  # so is the curve
 
 COLUMNS = (
     "step", "tokens", "seconds", "train_loss", "val_loss",
-    "learning_rate", "grad_norm", "tokens_per_second",
+    "learning_rate", "grad_norm", "tokens_per_second", "bits_per_byte",
 )  # fmt: skip
 
 
@@ -96,7 +97,7 @@ class Report:
         if self.bar is not None:
             self.bar.update()
 
-    def log(self, val_loss: float | None = None) -> None:
+    def log(self, val_loss: float | None = None, bits_per_byte: float | None = None) -> None:
         """Write a row of log.csv, and show the progress."""
         if self.silent:
             return
@@ -113,6 +114,7 @@ class Report:
             "learning_rate": latest and latest.learning_rate,
             "grad_norm": latest and latest.grad_norm,
             "tokens_per_second": speed and round(speed),
+            "bits_per_byte": bits_per_byte,
         }
         append_row(self.folder / "log.csv", row)
         self.rows.append(row)
