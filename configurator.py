@@ -80,7 +80,7 @@ class Range(typing.NamedTuple):
 
     def __str__(self):
         low = f"at least {self.low}" if self.low > -math.inf else "finite"
-        return f"{low} and at most {self.high}" if self.high < math.inf else low
+        return f"{low} and at most {self.high if self.high < math.inf else 2**63 - 1}"
 
 
 Count = Annotated[int, Range(1)]  # 1, 2, 3, ...
@@ -178,18 +178,27 @@ def comments_of(cls: type) -> dict[str, tuple[str, str]]:
 # --- From the command line to the dataclass ---
 
 
-def configure(
-    cls: type,
-    argv: list[str] | None = None,
-    base: dict[str, Any] | None = None,
-    inputs: list[Path] | None = None,
-) -> Any:
+def configure(cls: type, argv: list[str] | None = None, base: dict[str, Any] | None = None) -> Any:
     """An instance of the dataclass `cls`, from config files and flags.
 
     argv: the words behind the script's name; None takes the command line's own.
     base: values that take the place of the dataclass's defaults; files and flags win over them.
-    inputs: where given, words that are no flags are added to it and not read as config files.
     Raises SettingsError for whatever does not fit; `--help` prints the settings and exits.
+    """
+    settings = settings_of(cls)
+    saved = {
+        name: known(cls, settings, name, "saved settings").check(value, "saved settings")
+        for name, value in (base or {}).items()
+    }
+    return cls(**saved | given_settings(cls, argv))
+
+
+def given_settings(
+    cls: type, argv: list[str] | None = None, inputs: list[Path] | None = None
+) -> dict[str, Any]:
+    """The settings that files and flags name, checked one by one; configure() adds the others.
+
+    inputs: where given, words that are no flags are added to it and not read as config files.
     """
     settings = settings_of(cls)
     files, flags = read_command_line(cls, settings, sys.argv[1:] if argv is None else argv)
@@ -197,15 +206,13 @@ def configure(
         inputs += map(Path, files)
         files = []
     values = {}
-    for name, value in (base or {}).items():
-        values[name] = known(cls, settings, name, "saved settings").check(value, "saved settings")
     for file in files:
         for name, value, where in read_file(Path(file)):
             values[name] = known(cls, settings, name, where).check(value, where)
     for name, text in flags.items():
         where = f"--{name}={shown(text, quote=False)}"
         values[name] = settings[name].check(settings[name].read(text), where)
-    return cls(**values)
+    return values
 
 
 def as_json(config: Any) -> str:
@@ -246,7 +253,8 @@ def read_command_line(cls, settings, argv) -> tuple[list[str], dict[str, str]]:
         )
     found, unknown = parser.parse_known_intermixed_args(spell_out(argv, settings))
     for word in unknown:
-        known(cls, settings, word.lstrip("-").partition("=")[0], word)
+        name = known(cls, settings, word.lstrip("-").partition("=")[0], word).name
+        raise SettingsError(f"{word}: a flag begins with two dashes, --{name}=...")
     flags = vars(found)
     return flags.pop("files"), flags
 

@@ -136,14 +136,14 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The start that GPT-2's paper describes.
+        """The start of GPT (Radford et al. 2018), with the one change of GPT-2's paper.
 
-        | parameters                           | start                      |
-        |--------------------------------------|----------------------------|
-        | embeddings and linear weights        | normal, std 0.02           |
-        | the two projections into the stream  | normal, 0.02 / sqrt(2 L)   |
-        | biases                               | 0                          |
-        | layer norms                          | 1                          |
+        | parameters                           | start                      | source |
+        |--------------------------------------|----------------------------|--------|
+        | embeddings and linear weights        | normal, std 0.02           | GPT    |
+        | the two projections into the stream  | normal, 0.02 / sqrt(2 L)   | GPT-2  |
+        | biases                               | 0                          | GPT    |
+        | layer norms                          | 1                          | GPT    |
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -211,6 +211,7 @@ class GPT(nn.Module):
     ) -> Iterator[torch.Tensor]:
         """Continue each row of idx (B, T), yielding (B,) ids as they are drawn.
 
+        Puts the model into evaluation mode: dropout is for training.
         max_new_tokens: how many; None never ends.
         temperature, top_k, top_p: see draw().
         keep: tokens of a full context that go on into the next; None is half of block_size.
@@ -221,7 +222,7 @@ class GPT(nn.Module):
         keep = block_size // 2 if keep is None else keep
         if not 0 <= keep < block_size:
             raise ValueError(f"keep={keep} is not in 0 ... {block_size - 1}")
-        self.eval()  # dropout is for training
+        self.eval()
         context = idx[:, -block_size:]
         caches = None
         ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
@@ -239,7 +240,7 @@ class GPT(nn.Module):
                 ids = ids.masked_fill(ended, stop_token)
                 ended |= ids == stop_token
             yield ids
-            if ended.all():
+            if stop_token is not None and ended.all():
                 return
             context = torch.cat((context, ids[:, None]), dim=1)
             drawn += 1
@@ -296,14 +297,14 @@ def draw(
     top_p: only the likeliest tokens that together reach this probability (nucleus sampling,
     Holtzman et al. 2020); 1 means all.
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # as good as 0
         return logits.argmax(dim=-1)
     logits = logits.float()
     # Relative to the greatest, so that a tiny temperature cannot overflow.
     logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature
     if 0 < top_k < logits.size(-1):
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        best = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -math.inf).scatter(1, best.indices, best.values)
     probs = F.softmax(logits, dim=-1)
     if top_p < 1:
         descending, order = probs.sort(dim=-1, descending=True)

@@ -21,7 +21,7 @@ from configurator import Count, FolioError, Fraction, NonNegative, Whole, config
 from data.prepare import read_text
 from data.tokenizer import Tokenizer, load_tokenizer
 from training.checkpoint import load_model, model_folder, newest_run
-from training.world import Device, Precision, open_world
+from training.world import Device, Precision, advice_when_out_of_memory, open_world
 
 
 @dataclass
@@ -54,8 +54,13 @@ def main() -> None:
     world = open_world(config.device, config.dtype)
     model = load_model(folder).to(world.device, world.dtype)
     tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise FolioError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size:,} tokens and its model "
+            f"{model.config.vocab_size:,}: they do not belong together"
+        )
     prompt, tokens = encode_prompt(config.start, tokenizer)
-    idx = torch.tensor([tokens] * config.num_samples, device=world.device)  # (B, T)
+    idx = torch.tensor([tokens], device=world.device).expand(config.num_samples, -1)  # (B, T)
     drawn = model.generate(
         idx,
         None if config.forever else config.max_new_tokens,
@@ -64,7 +69,8 @@ def main() -> None:
         top_p=config.top_p,
         generator=world.generator(config.seed),
     )
-    write(prompt, drawn, tokenizer, config.num_samples)
+    with advice_when_out_of_memory("fewer --num_samples"):
+        write(prompt, drawn, tokenizer, config.num_samples)
 
 
 def encode_prompt(start: str, tokenizer: Tokenizer) -> tuple[str, list[int]]:
@@ -95,7 +101,8 @@ def write(prompt: str, drawn: Iterator[torch.Tensor], tokenizer: Tokenizer, n: i
         for piece in tokenizer.decode_stream(first_of_each()):
             show(piece)
         for tokens in others:
-            show(f"\n---------------\n{prompt}{tokenizer.decode(tokens)}")
+            whole = "".join(tokenizer.decode_stream(tokens))
+            show(f"\n---------------\n{prompt}{whole}")
     finally:
         show("\n")
 

@@ -9,7 +9,6 @@ The run's folder (config.json, model.safetensors, tokenizer.json, log.csv, loss.
 sample.py and in transformers alike; resume.pt in it is what an interrupted run goes on from.
 """
 
-import contextlib
 import dataclasses
 import math
 import sys
@@ -17,13 +16,13 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
 from configurator import (
     Count, FolioError, Fraction, NonNegative, Range, SettingsError, Whole, as_json, configure,
-    read_settings, run_main,
+    given_settings, read_settings, run_main,
 )  # fmt: skip
 from data.dataset import (
     DATA, IGNORED, Dataset, evaluation_batches, open_dataset, prefetch, seed_for, training_batch,
@@ -32,12 +31,14 @@ from data.shakespeare import DATASETS, prepare_shakespeare
 from data.tokenizer import BPETokenizer, load_tokenizer
 from model import GPT, GPTConfig
 from training.checkpoint import (
-    RESUME, SETTINGS, load_model, load_resume, model_folder, occupied, read_config,
+    RESUME, SETTINGS, load_model, load_resume, locked, make_room, model_folder, read_config,
     run_folder, save_model, save_resume, save_tokenizer, write_text,
 )  # fmt: skip
 from training.optimizer import Both, make_optimizer, set_learning_rate
 from training.report import Report, Stopwatch, Update, banner, summary
-from training.world import Device, Precision, StopSignal, Switch, World, open_world
+from training.world import (
+    Device, Precision, StopSignal, Switch, World, advice_when_out_of_memory, open_world,
+)  # fmt: skip
 
 
 @dataclass
@@ -47,7 +48,7 @@ class TrainConfig:
     init_from: str = "scratch"  # scratch; resume; auto: resume if possible; gpt2...; or a folder
     max_iters: Whole = 2000  # updates of the weights
     eval_interval: Count = 250  # steps between evaluations; each one saves a checkpoint
-    eval_tokens: Whole = 0  # validation tokens an evaluation predicts; 0 means all there are
+    eval_tokens: Whole = 0  # tokens an evaluation predicts, in whole windows; 0 means all
     eval_only: bool = False  # evaluate the model init_from names, then leave; writes nothing
     keep_every: Whole = 0  # steps between copies of the weights in step_* folders; 0 keeps none
     log_interval: Count = 10  # steps between rows of log.csv
@@ -110,7 +111,7 @@ class TrainConfig:
 
 @dataclass
 class Training:
-    """All that the loop works with; `step`, `best_val_loss`, `tokens`, `seconds` change in it."""
+    """All that the loop works with; what stands from `step` on changes in it."""
 
     config: TrainConfig
     folder: Path
@@ -121,6 +122,7 @@ class Training:
     optimizer: torch.optim.Optimizer | Both
     scaler: torch.amp.GradScaler
     step: int = 0  # updates made
+    evaluated_at: int = -1  # the step of the latest evaluation
     best_val_loss: float = math.inf
     tokens: int = 0  # read in training
     seconds: float = 0.0  # spent on training
@@ -130,17 +132,16 @@ class Training:
 
 
 def main() -> None:
-    config = plan()
-    world = open_world(config.device, config.dtype, config.compile)
-    dataset = find_dataset(config)
-    with advice_when_out_of_memory():
-        training = begin(config, dataset, world)
-        if config.eval_only:
-            evaluate_only(training)
-            return
-        continuing = config.init_from == "resume"
-        with occupied(training.folder, continuing), StopSignal() as stop:
-            train(training, stop)
+    given = given_settings(TrainConfig)
+    if given.get("eval_only", TrainConfig.eval_only):
+        evaluate_only(begin(given))
+        return
+    folder = run_folder(given.get("out_dir", TrainConfig.out_dir))
+    with locked(folder):  # before anything is read: another process may be about to save there
+        run = begin(given)
+        make_room(folder, continuing=run.config.init_from == "resume")
+        with StopSignal() as stop:
+            train(run, stop)
     sys.exit(stop.status)
 
 
@@ -150,15 +151,15 @@ def train(run: Training, stop: StopSignal) -> None:
     write_text(run.folder / SETTINGS, as_json(config))
     save_tokenizer(run.dataset.tokenizer, run.folder)
     batches = training_batches(run)
-    saved_at = run.step if config.init_from == "resume" else None
-    with Report(run.folder, run.step, config.max_iters) as report:
+    with (
+        Report(run.folder, run.step, config.max_iters) as report,
+        advice_when_out_of_memory(ADVICE),
+    ):
         report.say(banner(run))
         while True:
-            finished = run.step >= config.max_iters
-            if (finished or run.step % config.eval_interval == 0) and run.step != saved_at:
+            if is_evaluation_due(run):
                 evaluate_and_save(run, report)
-                saved_at = run.step
-            if finished or stop.wished:
+            if run.step >= config.max_iters or stop.wished:
                 break
             with Stopwatch() as watch:
                 latest = update(run, batches)
@@ -166,13 +167,25 @@ def train(run: Training, stop: StopSignal) -> None:
             run.tokens += config.tokens_per_step
             run.seconds += watch.seconds
             report.updated(run.step, run.tokens, run.seconds, latest)
-            if run.step % config.log_interval == 0 and run.step % config.eval_interval:
+            if run.step % config.log_interval == 0 and not is_evaluation_due(run):
                 report.log()
             if config.keep_every and run.step % config.keep_every == 0:
                 save_copy(run)
-        if run.step != saved_at:  # stopped between two evaluations
+        if run.evaluated_at != run.step:  # stopped between two evaluations
             save_resume(run.folder, snapshot(run))
         report.say(summary(run))
+
+
+ADVICE = (
+    "half the --batch_size with twice the --gradient_accumulation_steps (nearly the same numbers), "
+    "or a smaller --block_size or model"
+)
+
+
+def is_evaluation_due(run: Training) -> bool:
+    """Before the first update, every eval_interval, and after the last; once at each step."""
+    at_interval = run.step % run.config.eval_interval == 0
+    return (at_interval or run.step >= run.config.max_iters) and run.evaluated_at != run.step
 
 
 def update(run: Training, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Update:
@@ -238,6 +251,7 @@ def evaluate(run: Training) -> tuple[float, float]:
 def evaluate_and_save(run: Training, report: Report) -> None:
     """Evaluate; keep the weights if they are the best so far, and what resuming needs; tell."""
     val_loss, bits_per_byte = evaluate(run)
+    run.evaluated_at = run.step
     best = val_loss < run.best_val_loss
     if best:
         run.best_val_loss = val_loss
@@ -261,16 +275,18 @@ def save_copy(run: Training) -> None:
 # --- Before the first step ---
 
 
-def plan() -> TrainConfig:
-    """The settings, `init_from` being decided: scratch, resume, or a trained model's folder."""
-    config = configure(TrainConfig)
-    folder, source = run_folder(config.out_dir), config.init_from
+def plan(given: dict[str, Any]) -> TrainConfig:
+    """All settings, `init_from` being decided: scratch, resume, or a trained model's folder."""
+    folder = run_folder(given.get("out_dir", TrainConfig.out_dir))
+    source = given.get("init_from", TrainConfig.init_from)
     if source == "auto":
         source = "resume" if (folder / RESUME).exists() else "scratch"
-    if source == "resume":
-        config = plan_to_resume(folder)
-    elif source != "scratch":
-        config = plan_to_finetune(model_folder(source))
+    if source == "scratch":
+        config = TrainConfig(**given)
+    elif source == "resume":
+        config = plan_to_resume(folder, given)
+    else:
+        config = plan_to_finetune(model_folder(source), given)
     return dataclasses.replace(config, init_from=source)
 
 
@@ -279,14 +295,13 @@ SHAPE = ("n_layer", "n_head", "n_embd", "bias")  # of the model, whatever it was
 FIXED = (*SHAPE, "block_size", "pad_vocab_to", "optimizer", "dataset")
 
 
-def plan_to_resume(folder: Path) -> TrainConfig:
-    """The settings the run was begun with, then files and flags; what changes is told."""
+def plan_to_resume(folder: Path, given: dict[str, Any]) -> TrainConfig:
+    """The settings the run was begun with, then those that are given; what changes is told."""
     if not (folder / RESUME).exists():
         raise FolioError(f"{folder}: there is no run to resume; --init_from=scratch begins one")
     before = read_settings(folder / SETTINGS)
-    config = configure(TrainConfig, base=before)
-    for name, old in before.items():
-        new = getattr(config, name)
+    for name, new in given.items():
+        old = before.get(name, new)
         if new == old or name in ("init_from", "out_dir", "eval_only"):
             continue
         if name in FIXED:
@@ -295,19 +310,18 @@ def plan_to_resume(folder: Path) -> TrainConfig:
                 "--init_from=scratch begins anew"
             )
         print(f"resuming with {name} = {new}, until now {old}")
-    return config
+    return configure(TrainConfig, base=before)
 
 
-def plan_to_finetune(folder: Path) -> TrainConfig:
-    """The architecture of the weights in `folder`, then files and flags."""
+def plan_to_finetune(folder: Path, given: dict[str, Any]) -> TrainConfig:
+    """The architecture of the weights in `folder`, and the settings that are given."""
     found = read_config(folder)
-    names = (*SHAPE, "block_size", "dropout")
-    config = configure(TrainConfig, base={name: getattr(found, name) for name in names})
     for name in SHAPE:
-        asked, there = getattr(config, name), getattr(found, name)
+        asked, there = given.get(name, getattr(found, name)), getattr(found, name)
         if asked != there:
             raise FolioError(f"{name}={asked} does not fit {folder}, which has {there}")
-    return config
+    names = (*SHAPE, "block_size", "dropout")
+    return TrainConfig(**{name: getattr(found, name) for name in names} | given)
 
 
 def find_dataset(config: TrainConfig) -> Dataset:
@@ -318,31 +332,40 @@ def find_dataset(config: TrainConfig) -> Dataset:
     return open_dataset(config.dataset, config.block_size, tokenizer)
 
 
-def begin(config: TrainConfig, dataset: Dataset, world: World) -> Training:
+def begin(given: dict[str, Any]) -> Training:
     """A model with its optimizer: fresh, from a folder of weights, or where a run stood."""
+    config = plan(given)
     folder = run_folder(config.out_dir)
+    world = open_world(config.device, config.dtype, config.compile)
+    dataset = find_dataset(config)
     torch.manual_seed(config.seed)
     adapt = {name: getattr(config, name) for name in ("block_size", "dropout", "pad_vocab_to")}
-    if config.init_from in ("scratch", "resume"):
-        shape = {name: getattr(config, name) for name in SHAPE}
-        model = GPT(GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **shape, **adapt))
-        owner = folder
-    else:
-        owner = model_folder(config.init_from)
-        model = load_model(owner, **adapt)
-    if config.init_from != "scratch" and load_tokenizer(owner) != dataset.tokenizer:
-        raise FolioError(
-            f"--dataset={config.dataset}: its tokenizer is not the one the model in {owner} reads"
-        )
-    runner = world.place(model)
-    optimizer, scaler = make_optimizer(model, config), world.scaler()
-    run = Training(config, folder, dataset, world, model, runner, optimizer, scaler)
-    if config.init_from == "resume":
-        restore(run, load_resume(folder))
+    with advice_when_out_of_memory(ADVICE):
+        if config.init_from in ("scratch", "resume"):
+            shape = {name: getattr(config, name) for name in SHAPE}
+            model = GPT(GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **shape, **adapt))
+            owner = folder
+        else:
+            owner = model_folder(config.init_from)
+            model = load_model(owner, **adapt)
+            config = dataclasses.replace(config, bias=model.config.bias)
+        if config.init_from != "scratch" and (
+            load_tokenizer(owner) != dataset.tokenizer
+            or model.config.vocab_size != dataset.tokenizer.vocab_size
+        ):
+            raise FolioError(
+                f"--dataset={config.dataset}: its tokenizer is not the one the model in {owner} "
+                "reads"
+            )
+        runner = world.place(model)
+        optimizer, scaler = make_optimizer(model, config), world.scaler()
+        run = Training(config, folder, dataset, world, model, runner, optimizer, scaler)
+        if config.init_from == "resume":
+            restore(run, load_resume(folder))
     return run
 
 
-PROGRESS = ("step", "best_val_loss", "tokens", "seconds")
+PROGRESS = ("step", "evaluated_at", "best_val_loss", "tokens", "seconds")
 
 
 def snapshot(run: Training) -> dict:
@@ -351,19 +374,27 @@ def snapshot(run: Training) -> dict:
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
+        "text": run.dataset.meta.get("sha256"),
         **{name: getattr(run, name) for name in PROGRESS},
     }
 
 
 def restore(run: Training, saved: dict) -> None:
     """Put the run where snapshot() found it; learning rates stay those of the settings."""
+    text = run.dataset.meta.get("sha256")
+    if saved.get("text", text) != text:
+        raise FolioError(
+            f"--dataset={run.config.dataset}: holds another text than when {run.folder} was begun; "
+            "--init_from=scratch begins anew"
+        )
     try:
         run.model.load_state_dict(saved["model"])
         groups = [dict(group) for group in run.optimizer.param_groups]
         run.optimizer.load_state_dict(saved["optimizer"])
         for group, wanted in zip(run.optimizer.param_groups, groups, strict=True):
             group.update({key: value for key, value in wanted.items() if key != "params"})
-        run.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty where the precision needed none
+            run.scaler.load_state_dict(saved["scaler"])
         for name in PROGRESS:
             setattr(run, name, saved[name])
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
@@ -394,26 +425,16 @@ def training_batches(run: Training) -> Iterator[tuple[torch.Tensor, torch.Tensor
 def stop_if_not_finite(loss: float, grad_norm: float, run: Training) -> None:
     """Leave before a loss or gradient that is no number touches the weights."""
     # In float16 a gradient may overflow: the scaler then skips the update and scales by less.
-    if math.isfinite(loss) and (math.isfinite(grad_norm) or run.scaler.is_enabled()):
+    # It gives up where no scale is small enough.
+    scaler = run.scaler
+    hopeful = math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() > 1e-3)
+    if math.isfinite(loss) and hopeful:
         return
     raise FolioError(
         f"step {run.step}: the loss is {loss} and the gradient's norm {grad_norm}; stopped before "
         f"the weights were changed. The last checkpoint in {run.folder} is as it was. "
         "Try a smaller --learning_rate"
     )
-
-
-@contextlib.contextmanager
-def advice_when_out_of_memory() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise FolioError(
-            "out of memory: try half the --batch_size with twice the "
-            "--gradient_accumulation_steps (the same numbers), or a smaller --block_size or model"
-        ) from None
 
 
 # --- A glimpse of the model ---
@@ -432,7 +453,7 @@ def sample(run: Training) -> str:
             temperature=0.8,
             generator=run.world.generator(run.config.seed),
         )
-        text = tokenizer.decode(ids.item() for ids in drawn)
+        text = "".join(tokenizer.decode_stream(ids.item() for ids in drawn))
     run.model.train()
     return textwrap.indent(text.strip(), "    ")
 

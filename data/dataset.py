@@ -93,7 +93,8 @@ class TokenStream:
     def __init__(self, folder: Path, split: str, meta: dict[str, Any], vocab_size: int):
         self.name = f"{folder / split}*.bin"
         self.vocab_size = vocab_size
-        dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
+        usual = "uint16" if vocab_size <= 2**16 else "uint32"
+        dtype = np.dtype(meta.get("dtype", usual)).newbyteorder("<")
         paths = sorted(folder.glob(f"{split}*.bin"))
         if not paths:
             raise FolioError(f"{self.name}: there is no such file; prepare the dataset again")

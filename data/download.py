@@ -6,6 +6,7 @@ file that is there is right.
 
 import hashlib
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ try:
 except ImportError:  # the bar is for the eyes only
     tqdm = None
 
+NOBODY_THERE = (socket.gaierror, ConnectionRefusedError)  # no such name; no server
 CONNECT_SECONDS, SILENCE_SECONDS, ATTEMPTS = 10, 30, 4
 
 
@@ -66,7 +68,7 @@ def download(
         os.replace(part, path)
     except OSError as error:
         keep_partial = False
-        raise DownloadError(f"{path}: {error.strerror or error}") from None
+        raise FolioError(f"{path}: {error.strerror or error}") from None
     finally:
         if not keep_partial:
             part.unlink(missing_ok=True)
@@ -93,12 +95,11 @@ def fetch_rest(url, part, size, headers, silence):
     headers = {**headers, "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
-    arrived, reached = have, False
+    arrived = have
     try:
         with requests.get(
             url, headers=headers, stream=True, timeout=(CONNECT_SECONDS, silence)
         ) as response:
-            reached = True
             arrived = have = check_answer(response, url, part, have)
             length = response.headers.get("Content-Length", "")
             total = have + int(length) if length.isdigit() else None
@@ -113,9 +114,11 @@ def fetch_rest(url, part, size, headers, silence):
                         raise DownloadError(f"{url}: more than its {size:,} bytes: another file")
     except requests.RequestException as error:
         # Nobody there: no use to insist. Broken off or silent on the way: try again.
-        if isinstance(error, requests.ConnectionError) and not (reached or have):
-            raise DownloadError(f"{url}: no connection ({root_cause(error)})") from None
-        raise Interrupted(f"the transfer broke off ({root_cause(error)})") from None
+        cause = root_cause(error)
+        reason = getattr(cause, "strerror", None) or type(cause).__name__
+        if isinstance(error, requests.ConnectTimeout) or isinstance(cause, NOBODY_THERE):
+            raise DownloadError(f"{url}: no connection ({reason})") from None
+        raise Interrupted(f"the transfer broke off ({reason})") from None
     if arrived < (size or total or 0):
         raise Interrupted(f"the transfer ended after {arrived:,} of {size or total:,} bytes")
 
@@ -149,13 +152,13 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def root_cause(error: BaseException) -> str:
-    """What lies at the bottom of a chain of exceptions: 'Connection refused'."""
+def root_cause(error: BaseException) -> BaseException:
+    """What lies at the bottom of a chain of exceptions, such as a ConnectionRefusedError."""
     while True:
         wrapped = [arg for arg in (*error.args, getattr(error, "reason", None)) if is_error(arg)]
         inner = error.__cause__ or error.__context__ or (wrapped[0] if wrapped else None)
         if inner is None:
-            return getattr(error, "strerror", None) or type(error).__name__
+            return error
         error = inner
 
 

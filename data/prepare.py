@@ -46,8 +46,8 @@ def write_dataset(
 
     splits: pieces of text, each encoded by itself; None puts an end-of-text token.
     origin: what meta.json says of the text's source ("source", "sha256", ...).
-    The folder appears whole or not at all. One that is there already is replaced if it was made
-    from the same source, and moved aside otherwise.
+    The folder appears whole or not at all. One that is there already is replaced if it is the same
+    or was a stand-in, and moved aside otherwise.
     Raises FolioError if a split holds no text, or a character the vocabulary lacks.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
@@ -85,17 +85,21 @@ def write_tokens(path, split, texts, tokenizer, dtype) -> dict[str, int]:
 
 
 def move_into_place(fresh: Path, folder: Path, meta: dict[str, Any]) -> None:
-    """The same text prepared again, and a text's stand-in, are replaced; others moved aside."""
+    """Rename fresh to folder. What is there moves aside, and goes if it is the same or stood in."""
+    replaced = None
     if folder.exists():
-        old = read_meta(folder)
-        texts_of_old = {old.get("source"), old.get("stands_in_for")} - {None}
-        if texts_of_old & {meta["source"], meta.get("stands_in_for")}:
-            shutil.rmtree(folder)
-        elif (folder / "train.bin").exists():
-            print(f"the dataset that was there is now {move_aside(folder)}")
-        else:
+        if not (folder / "train.bin").exists():
             raise FolioError(f"{folder}: there is something else at this place; rename --dataset")
+        old = read_meta(folder)
+        same = old.get("sha256") is not None and old == meta
+        stood_in = old.get("stands_in_for") is not None and "stands_in_for" not in meta
+        replaced = move_aside(folder)
+        if not (same or stood_in):
+            print(f"the dataset that was there is now {replaced}")
+            replaced = None
     os.replace(fresh, folder)
+    if replaced is not None:
+        shutil.rmtree(replaced)
 
 
 def move_aside(folder: Path) -> Path:

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
-from configurator import Count, FolioError, Range, configure, run_main
+from configurator import Count, FolioError, Range, given_settings, run_main
 from data.prepare import dataset_folder, make_tokenizer, write_dataset
 
 PIECE = 2**20  # bytes read at a time
@@ -40,7 +40,7 @@ class PrepareTextConfig:
 
 def main() -> None:
     inputs = []
-    config = configure(PrepareTextConfig, inputs=inputs)
+    config = PrepareTextConfig(**given_settings(PrepareTextConfig, inputs=inputs))
     if not inputs:
         raise FolioError("which text? python -m data.prepare_text FILE_OR_FOLDER --dataset=NAME")
     folder = dataset_folder(config.dataset)

@@ -48,7 +48,7 @@ def prepare_shakespeare(
     # An alphabet may come from all of the text; merges are learned, from what is for learning.
     learn_from = [text] if tokenizer == "char" else splits["train"]
     encoder = make_tokenizer(tokenizer, learn_from, vocab_size)
-    return write_dataset(folder, encoder, splits, origin)
+    return write_dataset(folder, encoder, splits, {**origin, "tokenizer": tokenizer})
 
 
 def kept_at() -> Path:

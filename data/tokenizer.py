@@ -209,7 +209,11 @@ class BPETokenizer(Tokenizer):
         return cls(encoding._mergeable_ranks, encoding.eot_token)
 
     def encode(self, text: str) -> np.ndarray:
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError as error:  # half a character, as a terminal may hand on
+            wrong = text[error.start]
+            raise FolioError(f"{wrong!r} at position {error.start} is no character") from None
 
     def token_bytes(self, token: int) -> bytes:
         return self._encoding.decode_single_token_bytes(token)

@@ -13,7 +13,7 @@ from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
 from tests.test_tokenizer import AWKWARD, toy_bpe
 from training.checkpoint import (
-    RESUME, SETTINGS, WEIGHTS, load_model, load_resume, locked, newest_run, occupied, read_config,
+    RESUME, SETTINGS, WEIGHTS, load_model, load_resume, locked, make_room, newest_run, read_config,
     replacing, save_model, save_resume, save_tokenizer,
 )  # fmt: skip
 
@@ -201,9 +201,15 @@ def test_damaged_weights_are_refused(tmp_path, damage):
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
     folder = tmp_path / "run"
     refused = pytest.raises(FolioError, match="another process")
-    with occupied(folder, continuing=False), refused, locked(folder):
-        pass
-    with locked(tmp_path / "run"):
+    with locked(folder):
+        make_room(folder, continuing=False)
+        (folder / SETTINGS).touch()
+        with refused, locked(folder):
+            pass
+        make_room(folder, continuing=False)  # the old run moves aside, the lock stays
+        with refused, locked(folder):
+            pass
+    with locked(folder):
         pass
 
 
@@ -212,21 +218,21 @@ def test_an_old_run_moves_aside_and_a_stranger_is_never_moved(tmp_path, capsys):
     for n in (1, 2):
         folder.mkdir(exist_ok=True)
         (folder / SETTINGS).write_text(f"run {n}")
-        with occupied(folder, continuing=False):
-            assert not (folder / SETTINGS).exists()
+        make_room(folder, continuing=False)
+        assert not (folder / SETTINGS).exists()
         assert (tmp_path / f"run.{n}" / SETTINGS).read_text() == f"run {n}"
         assert f"run.{n}" in capsys.readouterr().out
     (folder / "diary.txt").write_text("dear diary")
-    with pytest.raises(FolioError, match=r"diary\.txt"), occupied(folder, continuing=False):
-        pass
+    with pytest.raises(FolioError, match=r"diary\.txt"):
+        make_room(folder, continuing=False)
     assert (folder / "diary.txt").read_text() == "dear diary"
 
 
 def test_continuing_leaves_everything_but_what_a_kill_left_half_written(tmp_path):
     (tmp_path / SETTINGS).write_text("mine")
     (tmp_path / f".{RESUME}.tmp").write_text("half")
-    with occupied(tmp_path, continuing=True):
-        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", SETTINGS]
+    make_room(tmp_path, continuing=True)
+    assert [p.name for p in tmp_path.iterdir()] == [SETTINGS]
 
 
 def test_the_newest_run_is_the_one_whose_weights_are_latest(tmp_path, monkeypatch):

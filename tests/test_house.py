@@ -82,7 +82,7 @@ def readme_commands() -> list[str]:
     commands = [
         part.strip() for line in "\n".join(blocks).splitlines() for part in line.split("&&")
     ]
-    return [command for command in commands if re.match(r"python \S+\.py", command)]
+    return [c for c in commands if re.match(r"python (\S+\.py|-m data)", c)]
 
 
 @pytest.fixture(scope="module")

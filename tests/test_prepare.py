@@ -168,7 +168,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path):
     server = Server("whole")
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(DownloadError, match="File too large"):
+        with pytest.raises(FolioError, match="File too large"):
             fetch(server, tmp_path / "file")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -206,7 +206,7 @@ def test_the_last_tenth_is_for_validation():
 
 
 def prepared(folder, text, **origin):
-    origin.setdefault("source", "a test")
+    origin = {"source": "a test", "sha256": hashlib.sha256(text.encode()).hexdigest(), **origin}
     return write_dataset(folder, CharTokenizer.of(text), split_text(text), origin)
 
 
@@ -225,7 +225,7 @@ def test_the_same_text_replaces_its_dataset_and_another_moves_it_aside(tmp_path,
     prepared(folder, "to be or not to be\n" * 9)
     prepared(folder, "to be or not to be\n" * 9)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
-    prepared(folder, "that is the question\n" * 9, source="another")
+    prepared(folder, "that is the question\n" * 9)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "mine.1"]
     assert "mine.1" in capsys.readouterr().out
 

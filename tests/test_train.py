@@ -14,14 +14,13 @@ import pytest
 import torch
 
 import train
-from configurator import FolioError, configure
+from configurator import FolioError, given_settings
 from data.prepare import split_text, write_dataset
 from data.tokenizer import CharTokenizer
 from tests.conftest import ROOT, assert_one_line_error, run_script
 from tests.test_tokenizer import toy_bpe
-from train import TrainConfig, begin, evaluate, find_dataset, learning_rate_share, plan
+from train import TrainConfig, begin, evaluate, learning_rate_share, plan
 from training.checkpoint import RESUME, SETTINGS, WEIGHTS, load_model, load_resume
-from training.world import open_world
 
 
 @pytest.fixture
@@ -37,8 +36,7 @@ def run_in_process(call):
 
 
 def training_for(*flags: str) -> train.Training:
-    config = configure(TrainConfig, list(flags))
-    return begin(config, find_dataset(config), open_world("cpu", config.dtype))
+    return begin(given_settings(TrainConfig, list(flags)))
 
 
 def log_of(folder) -> list[dict[str, str]]:
@@ -71,7 +69,7 @@ def test_a_run_makes_exactly_max_iters_updates_and_leaves_its_record(
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "generation_config.json", "settings.json", "resume.pt", "log.csv", "loss.png", ".lock",
+        "generation_config.json", "settings.json", "resume.pt", "log.csv", "loss.png",
     }  # fmt: skip
     rows = log_of(folder)
     assert list(rows[0]) == [
@@ -374,14 +372,6 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(tiny):
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num()), name
 
 
-def test_running_out_of_memory_names_the_flags_to_change():
-    for error in (torch.OutOfMemoryError("CUDA"), RuntimeError("you can't allocate memory")):
-        with pytest.raises(FolioError, match="--batch_size"), train.advice_when_out_of_memory():
-            raise error
-    with pytest.raises(RuntimeError, match="a bug"), train.advice_when_out_of_memory():
-        raise RuntimeError("a bug")
-
-
 # --- Precision ---
 
 
@@ -398,15 +388,15 @@ def test_every_precision_trains(tiny, dtype, optimizer):
     assert {p.dtype for p in run.model.parameters()} == {wanted}
 
 
-def test_a_plan_settles_where_the_weights_come_from(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", *tiny, "--init_from=auto"])
-    assert plan().init_from == "scratch"
-    monkeypatch.setattr(sys, "argv", ["train.py", *tiny, "--init_from=resume"])
+def test_a_plan_settles_where_the_weights_come_from(tiny, tmp_path):
+    def planned(flag):
+        return plan(given_settings(TrainConfig, [*tiny, flag]))
+
+    assert planned("--init_from=auto").init_from == "scratch"
     with pytest.raises(FolioError, match="no run to resume"):
-        plan()
-    monkeypatch.setattr(sys, "argv", ["train.py", *tiny, f"--init_from={tmp_path}"])
+        planned("--init_from=resume")
     with pytest.raises(FolioError, match="no model here"):
-        plan()
+        planned(f"--init_from={tmp_path}")
 
 
 def test_copies_of_the_weights_can_be_kept_to_compare_stages(tiny, tmp_path, run_in_process):

@@ -9,7 +9,9 @@ import torch
 
 from configurator import FolioError
 from training import world as world_module
-from training.world import StopSignal, choose_compile, choose_device, choose_dtype, open_world
+from training.world import (
+    StopSignal, advice_when_out_of_memory, choose_compile, choose_device, choose_dtype, open_world,
+)  # fmt: skip
 
 CPU, GPU, APPLE = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -90,3 +92,19 @@ def test_the_first_signal_is_a_wish_and_the_second_an_order(number, status):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
+
+
+def test_running_out_of_memory_says_what_to_try():
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("you can't allocate memory"),
+        RuntimeError("MPS backend out of memory"),
+        MemoryError(),
+    ):
+        with (
+            pytest.raises(FolioError, match="--batch_size"),
+            advice_when_out_of_memory("--batch_size"),
+        ):
+            raise error
+    with pytest.raises(RuntimeError, match="a bug"), advice_when_out_of_memory("--batch_size"):
+        raise RuntimeError("a bug")

@@ -35,7 +35,7 @@ from data.tokenizer import END_OF_TEXT, Tokenizer, tokenizer_text
 from model import GPT, GPTConfig
 
 HERE = Path(__file__).resolve().parent.parent
-WEIGHTS, RESUME, SETTINGS, LOCK = "model.safetensors", "resume.pt", "settings.json", ".lock"
+WEIGHTS, RESUME, SETTINGS = "model.safetensors", "resume.pt", "settings.json"
 
 
 # --- The model and its tokenizer ---
@@ -72,9 +72,13 @@ def load_model(folder: Path, **changes: Any) -> GPT:
         raise FolioError(
             f"--block_size={config.block_size}: {folder} has positions for {shape.block_size} only"
         )
+    published = read_tensors(folder)
+    if any(name.endswith(BIASES) and tensor.any() for name, tensor in published.items()):
+        # transformers knows no GPT-2 without biases: where it trained ours on, it has some now.
+        shape, config = (dataclasses.replace(c, bias=True) for c in (shape, config))
     with torch.device("meta"):  # shapes only: the numbers come from the disk
         model = GPT(config)
-    tensors = from_published(read_tensors(folder), shape, folder)
+    tensors = from_published(published, shape, folder)
     tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][: config.block_size]
     rows = tensors["transformer.wte.weight"]
     surplus = model.transformer.wte.weight.size(0) - len(rows)
@@ -167,6 +171,7 @@ def read_config(folder: Path) -> GPTConfig:
         raise FolioError(f"{path}: {error}") from None
 
 
+BIASES = ("c_attn.bias", "c_proj.bias", "c_fc.bias", "ln_1.bias", "ln_2.bias", "ln_f.bias")
 # GPT-2 was published with the weights of its linear layers as (in, out); torch's are (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -273,7 +278,10 @@ def load_resume(folder: Path) -> dict[str, Any]:
 
 def run_folder(out_dir: str) -> Path:
     """out_dir as a path; a relative one starts where Folio stands, not where it is called."""
-    return HERE / Path(out_dir).expanduser()
+    try:
+        return HERE / Path(out_dir.replace("\0", "")).expanduser()
+    except RuntimeError as error:
+        raise FolioError(f"--out_dir={out_dir}: {error}") from None
 
 
 def model_folder(source: str) -> Path:
@@ -293,28 +301,14 @@ def newest_run() -> Path:
 
 
 @contextlib.contextmanager
-def occupied(folder: Path, continuing: bool) -> Iterator[None]:
-    """Within it, the folder is this run's alone. A run that is there goes on or moves aside.
-
-    Raises FolioError if another process trains there, or if what is there is no run.
-    """
-    with locked(folder):
-        strangers = [] if continuing else [p.name for p in folder.iterdir() if p.name != LOCK]
-    if strangers:
-        if SETTINGS not in strangers:
-            raise FolioError(f"{folder}: holds files but no run ({strangers[0]}); use --out_dir")
-        print(f"the run that was there is now {move_aside(folder)}")
-    with locked(folder):
-        for temporary in folder.glob(".*.tmp"):
-            temporary.unlink()  # of a write that was killed
-        yield
-
-
-@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the operating system's lock on folder/.lock; it goes when the process goes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+b") as file:
+    """Within it, the folder is this process's alone; FolioError if another one trains there.
+
+    The operating system's lock is on a file beside the folder, so that it stays where it is when an
+    old run moves aside, and goes when the process goes, however it goes.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "a+b") as file:
         try:
             if sys.platform == "win32":
                 import msvcrt
@@ -327,6 +321,22 @@ def locked(folder: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             raise FolioError(f"{folder}: another process is training here; use --out_dir") from None
         yield
+
+
+def make_room(folder: Path, continuing: bool) -> None:
+    """Make the folder ready for a run. One that is there goes on, or moves aside.
+
+    Raises FolioError if what is there is no run.
+    """
+    folder.mkdir(exist_ok=True)
+    there = [] if continuing else sorted(path.name for path in folder.iterdir())
+    if there and SETTINGS not in there:
+        raise FolioError(f"{folder}: holds files but no run ({there[0]}); use another --out_dir")
+    if there:
+        print(f"the run that was there is now {move_aside(folder)}")
+        folder.mkdir()
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink()  # of a write that was killed
 
 
 @contextlib.contextmanager

@@ -147,7 +147,8 @@ class Report:
             axes.annotate(
                 f"{best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="center"
             )
-        axes.set(xlabel="step", ylabel="loss (nats per token)", title=self.folder.name)
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.set_title(self.folder.name, parse_math=False)
         axes.set_xlim(0, 1.03 * max(self.last_step, 1))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -199,7 +200,7 @@ def banner(run) -> str:
     """What train.py is about to do with `run`: data, model, steps, machine, folder."""
     config, data = run.config, run.dataset
     per_step = config.tokens_per_step
-    left = config.max_iters - run.step
+    left = max(config.max_iters - run.step, 0)
     passes = left * per_step / len(data.train)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     origin = {"resume": f", from step {run.step:,}", "scratch": ""}.get(
@@ -220,10 +221,11 @@ def banner(run) -> str:
 def summary(run) -> str:
     """What it did, and what to type next."""
     config = run.config
-    how_far = "done" if run.step >= config.max_iters else "stopped, and saved"
+    total = max(config.max_iters, run.step)
+    how_far = "done" if run.step == total else "stopped, and saved"
     best = f"{run.best_val_loss:.4f}" if run.best_val_loss < math.inf else "not measured"
     lines = [
-        f"\n{how_far}: {run.step:,} of {config.max_iters:,} steps, {clock(run.seconds)} of "
+        f"\n{how_far}: {run.step:,} of {total:,} steps, {clock(run.seconds)} of "
         f"training; best validation loss {best}"
     ]
     if (run.folder / "loss.png").exists():

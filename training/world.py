@@ -7,7 +7,7 @@ world to share work, to add up numbers and to agree on stopping, and never asks 
 import contextlib
 import itertools
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
@@ -84,7 +84,6 @@ def open_world(device: str = "auto", dtype: str = "auto", compile: str | bool = 
     compiling, why_compile = choose_compile(compile, place)
     if place.type == "cuda":
         name = torch.cuda.get_device_name()
-        torch.set_float32_matmul_precision("high")  # TensorFloat-32 where float32 is left
     else:
         name = f"{torch.get_num_threads()} threads" if place.type == "cpu" else "Apple GPU"
     precision_name = str(precision).removeprefix("torch.")
@@ -123,6 +122,18 @@ def choose_compile(wanted: str | bool, device: torch.device) -> tuple[bool, str]
     if device.type != "cuda":
         return False, " (gains nothing at this size)" if device.type == "cpu" else ""
     return (True, "") if has_triton() else (False, " (Triton is not installed)")
+
+
+@contextlib.contextmanager
+def advice_when_out_of_memory(advice: str) -> Iterator[None]:
+    """Within it, running out of memory becomes one line that says what to try."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        signs = ("out of memory", "allocate memory", "size calculation overflowed")
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
+            raise
+        raise FolioError(f"out of memory: try {advice}") from None
 
 
 class StopSignal:
