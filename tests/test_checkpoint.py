@@ -77,6 +77,17 @@ def test_a_saved_model_comes_back_bit_by_bit(tmp_path, bias):
         assert torch.equal(tensor[rows], padded.state_dict()[name][rows]), name
 
 
+def test_a_model_without_biases_that_others_gave_some_has_them(tmp_path, tokens):
+    save_model(random_model(bias=False), tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        theirs.transformer.h[0].mlp.c_fc.bias.add_(1)
+    theirs.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert again.config.bias
+    torch.testing.assert_close(again(tokens)[0], theirs(tokens).logits, rtol=2e-5, atol=2e-5)
+
+
 def test_positions_can_be_cropped_but_not_invented(tmp_path, tokens):
     model = random_model()
     save_model(model, tmp_path)

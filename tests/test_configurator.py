@@ -107,6 +107,12 @@ def test_an_unknown_flag_is_told_what_it_might_have_meant():
         configure(Config, ["--device=cuda:0"])
 
 
+def test_a_flag_has_two_dashes():
+    for word in ("-n_layer=3", "---n_layer=3"):
+        with pytest.raises(SettingsError, match="two dashes, --n_layer"):
+            configure(Config, [word])
+
+
 def test_names_are_not_abbreviated():
     with pytest.raises(SettingsError, match="n_la"):
         configure(Config, ["--n_la=3"])

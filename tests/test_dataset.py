@@ -1,6 +1,7 @@
 """One long stream of integers, windows of it, T examples in each, and batches without luck."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -146,6 +147,17 @@ def test_meta_says_what_is_in_the_files(rhyme):
     assert meta["vocab_size"] == dataset.tokenizer.vocab_size
     ids = dataset.train.windows(np.array([0]), 24)[0]
     assert dataset.tokenizer.decode(ids)[:4] in ("twin", "how ", "up a")
+
+
+def test_the_next_batch_is_fetched_while_this_one_is_in_use():
+    fetched = []
+    arriving = prefetch(lambda key: fetched.append(key) or key, range(3))
+    assert next(arriving) == 0
+    deadline = time.monotonic() + 5
+    while fetched != [0, 1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert list(arriving) == [1, 2]
 
 
 def test_prefetching_keeps_the_order_and_passes_errors_on():

@@ -286,7 +286,7 @@ def test_temperature_sharpens_and_flattens():
     share = [draw(logits, t, generator=dice).float().mean().item() for t in (0.5, 1.0, 2.0)]
     wanted = [1 / (1 + math.exp(1 / t)) for t in (0.5, 1.0, 2.0)]  # of the second token
     assert share == pytest.approx(wanted, abs=0.01)
-    assert (draw(logits, 1e-12) == 0).all()
+    assert all((draw(logits, t) == 0).all() for t in (1e-3, 1e-12, 1e-50))
 
 
 def test_top_k_and_top_p_leave_out_the_unlikely():
@@ -298,6 +298,8 @@ def test_top_k_and_top_p_leave_out_the_unlikely():
 
     assert candidates() == candidates(top_k=4) == candidates(top_k=99) == {0, 1, 2, 3}
     assert candidates(top_k=2) == {1, 3}
+    tied = torch.zeros(4000, 4)
+    assert len(set(draw(tied, top_k=2).tolist())) == 2  # two, though all are as likely
     assert candidates(top_p=0.6) == {1, 3}  # 0.4 is short of 0.6, 0.4 + 0.3 is not
     assert candidates(top_p=0.8) == {1, 2, 3}
     assert candidates(top_p=0.0) == candidates(top_k=1) == {1}

@@ -309,6 +309,32 @@ def test_without_a_network_the_understudy_goes_on_and_everybody_is_told(
     assert trained.stdout.count("His understudy") == 2  # before the first step and after the last
 
 
+def test_train_py_prepares_shakespeare_by_itself(theatre, call, monkeypatch, tmp_path):
+    for module in (dataset_module, train):
+        monkeypatch.setattr(module, "DATA", theatre)
+    trained = call(
+        train, f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--max_iters=0", "--n_layer=1",
+        "--n_head=1", "--n_embd=8", "--block_size=8", "--eval_tokens=64", "--sample_tokens=0",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert (theatre / "shakespeare_char" / "train.bin").exists()
+
+
+def test_a_kept_text_that_is_not_shakespeares_is_fetched_again(theatre, monkeypatch):
+    server = Server("whole")
+    monkeypatch.setattr(shakespeare, "URL", server.url)
+    server.body = b"the right text\n" * 99
+    monkeypatch.setattr(shakespeare, "SIZE", len(server.body))
+    monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(server.body).hexdigest())
+    (theatre / "shakespeare").mkdir()
+    (theatre / "shakespeare" / "input.txt").write_text("half of the ri")
+    meta = prepare_shakespeare("char", "shakespeare_char")
+    assert meta["source"] == "tiny Shakespeare"
+    assert (theatre / "shakespeare" / "input.txt").read_bytes() == server.body
+    prepare_shakespeare("bpe", "shakespeare_bpe", vocab_size=262)
+    assert len(server.requests) == 1  # the text is kept for the other tokenizers
+
+
 @pytest.mark.skipif(not REAL.exists(), reason="Shakespeare is not on this machine")
 def test_shakespeare_takes_his_place_back(theatre, monkeypatch):
     def on_stage():

@@ -62,6 +62,11 @@ def test_the_prompt_may_come_from_a_file(written, folder, tmp_path):
     assert_one_line_error(written(folder, f"--start=FILE:{tmp_path}/none"), "none")
 
 
+def test_a_tokenizer_and_a_model_that_do_not_belong_together_are_refused(written, folder):
+    save_tokenizer(CharTokenizer.of("ab"), folder)
+    assert_one_line_error(written(folder, "--start=a"), "do not belong together")
+
+
 def test_an_empty_prompt_begins_where_texts_begin():
     assert encode_prompt("", LETTERS) == ("", [0])  # a line's end
     assert encode_prompt("", toy_bpe()) == ("", [261])  # end-of-text

@@ -1,6 +1,7 @@
 """Training: the same numbers every time, nothing lost, and a text learned as well as it can be."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -420,3 +421,104 @@ def test_nanogpts_bin_files_train_as_they_are(gpt2, tmp_path, run_in_process, mo
     ]  # fmt: skip
     told = run_in_process(*flags, "--tokenizer=gpt2")
     assert "50,257 kinds" in told
+
+
+# --- What each part of an update does ---
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_group_follows_the_schedule_from_its_own_peak(tiny, optimizer):
+    run = training_for(*tiny, f"--optimizer={optimizer}", "--learning_rate=4e-3")
+    batches = train.training_batches(run)
+    for run.step in range(8):
+        done = train.update(run, batches)
+        share = learning_rate_share(run.step, run.config)
+        assert done.learning_rate == share * 4e-3
+        for group in run.optimizer.param_groups:
+            peak = 0.02 if "momentum" in group else 4e-3
+            assert group["lr"] == pytest.approx(share * peak)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_gradient_is_clipped_to_its_greatest_norm(tiny, monkeypatch, dtype):
+    run = training_for(*tiny, "--grad_clip=0.01", f"--dtype={dtype}", "--optimizer=adamw")
+    norms, step = [], run.optimizer.step
+
+    def looking(*args, **how):
+        squares = [p.grad.square().sum() for p in run.model.parameters()]
+        norms.append(torch.stack(squares).sum().sqrt().item())
+        return step(*args, **how)
+
+    monkeypatch.setattr(run.optimizer, "step", looking)
+    done = train.update(run, train.training_batches(run))
+    assert done.grad_norm > 0.1  # told as it was, unscaled and before clipping
+    assert done.grad_norm < 100
+    assert norms == [pytest.approx(0.01, rel=1e-2)]
+
+
+def test_float16_gives_up_where_no_scale_is_small_enough(tiny):
+    run = training_for(*tiny, "--dtype=float16")
+    run.model.transformer.ln_f.weight.register_hook(lambda grad: grad * math.inf)
+    batches = itertools.cycle([next(train.training_batches(run))])
+    with pytest.raises(FolioError, match="gradient's norm"):
+        for run.step in range(60):
+            train.update(run, batches)
+    assert 10 < run.step < 60  # it tried smaller scales first
+
+
+def test_the_record_of_a_checkpoint_is_written_last(tiny, monkeypatch, call):
+    written = []
+    for name in ("save_model", "save_resume"):
+        real = getattr(train, name)
+        monkeypatch.setattr(
+            train, name, lambda *args, _n=name, _r=real: (written.append(_n), _r(*args))
+        )
+    real_log = train.Report.log
+    monkeypatch.setattr(
+        train.Report, "log", lambda self, *args: (written.append("log"), real_log(self, *args))
+    )
+    assert call(train, *tiny, "--max_iters=0").returncode == 0
+    assert written == ["save_model", "log", "save_resume"]
+
+
+def test_a_run_tells_transformers_where_texts_end_and_how_long_they_may_be(tiny, tmp_path, call):
+    write_dataset(
+        tmp_path / "bpe", toy_bpe(), {"train": ["low " * 99], "val": ["low " * 99]}, {"source": "a"}
+    )
+    assert call(train, *tiny, f"--dataset={tmp_path / 'bpe'}", "--max_iters=0").returncode == 0
+    for name in ("config.json", "generation_config.json"):
+        contents = json.loads((tmp_path / "run" / name).read_text())
+        assert contents["eos_token_id"] == contents["bos_token_id"] == 261
+    assert contents["max_length"] == 8
+
+
+def test_the_last_step_is_logged_once(tiny, tmp_path, run_in_process):
+    run_in_process(*tiny, "--max_iters=10")  # a multiple of log_interval, not of eval_interval
+    steps = [int(row["step"]) for row in log_of(tmp_path / "run")]
+    assert steps == [0, 2, 4, 6, 8, 10]
+
+
+def test_a_run_that_was_stopped_is_evaluated_when_it_ends_there(tiny, tmp_path, run_in_process):
+    stop_after(3, tiny)
+    run_in_process(*tiny, "--init_from=resume", "--max_iters=3")
+    last = log_of(tmp_path / "run")[-1]
+    assert last["step"] == "3"
+    assert float(last["val_loss"]) > 0
+
+
+def test_resuming_refuses_another_text_under_the_same_name(tiny, tmp_path, run_in_process, call):
+    for text in ("to be or not to be\n", "not to be or to be\n"):
+        origin = {"source": "a test", "sha256": text}
+        write_dataset(
+            tmp_path / "mine", CharTokenizer.of(text), {"train": [text * 9], "val": [text]}, origin
+        )
+        flags = [*tiny, f"--dataset={tmp_path / 'mine'}"]
+        if text.startswith("to"):
+            run_in_process(*flags)
+    assert_one_line_error(call(train, *flags, "--init_from=resume"), "another text")
+
+
+def test_resuming_may_change_the_precision(tiny, run_in_process):
+    run_in_process(*tiny, "--max_iters=2")
+    told = run_in_process(*tiny, "--max_iters=4", "--init_from=resume", "--dtype=float16")
+    assert "resuming with dtype = float16" in told
