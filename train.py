@@ -177,7 +177,7 @@ def train(run: Training, stop: StopSignal) -> None:
 
 
 ADVICE = (
-    "half the --batch_size with twice the --gradient_accumulation_steps (nearly the same numbers), "
+    "half the --batch_size with twice the --gradient_accumulation_steps (as many tokens per step), "
     "or a smaller --block_size or model"
 )
 

@@ -51,14 +51,14 @@ def main() -> None:
     several = len(sizes) > 1
 
     def pieces(split):
-        return part(shown(documents(files), split, len(sizes)), split, sizes, config.val_fraction)
+        return part(documents(files), split, sizes, config.val_fraction)
 
     # An alphabet may come from all of the text; merges are learned, from what is for learning.
     alphabet_from = (piece for document in documents(files) for piece in document)
     merges_from = islice((piece for piece in pieces("train") if piece), LEARNED_FROM)
     learn_from = alphabet_from if config.tokenizer == "char" else merges_from
     tokenizer = make_tokenizer(config.tokenizer, learn_from, config.vocab_size, several)
-    splits = {split: pieces(split) for split in ("train", "val")}
+    splits = {split: shown(pieces(split), split) for split in ("train", "val")}
     origin = {"source": ", ".join(str(path.resolve()) for path in inputs), "documents": len(sizes)}
     meta = write_dataset(folder, tokenizer, splits, origin)
     print(
@@ -199,9 +199,17 @@ def last_cut(text: str) -> int:
     return len(text)
 
 
-def shown(documents: Iterable, split: str, total: int) -> Iterable:
-    """The same documents, with a bar on a terminal if they take a while."""
-    return tqdm(documents, split, total, delay=1, disable=None, leave=False) if tqdm else documents
+def shown(pieces: Iterable[str | None], split: str) -> Iterator[str | None]:
+    """The same pieces, with a count of their characters on a terminal if they take a while."""
+    bar = tqdm and tqdm(
+        desc=split, unit=" characters", unit_scale=True, delay=1, disable=None, leave=False
+    )
+    for piece in pieces:
+        yield piece
+        if bar is not None:
+            bar.update(len(piece or ""))
+    if bar is not None:
+        bar.close()
 
 
 if __name__ == "__main__":
