@@ -201,7 +201,9 @@ def given_settings(
     inputs: where given, words that are no flags are added to it and not read as config files.
     """
     settings = settings_of(cls)
-    files, flags = read_command_line(cls, settings, sys.argv[1:] if argv is None else argv)
+    words = ("FILE", "what to read") if inputs is not None else CONFIG_FILES
+    argv = sys.argv[1:] if argv is None else argv
+    files, flags = read_command_line(cls, settings, argv, words)
     if inputs is not None:
         inputs += map(Path, files)
         files = []
@@ -231,15 +233,21 @@ def read_settings(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_command_line(cls, settings, argv) -> tuple[list[str], dict[str, str]]:
-    """['config/a.py', '--seed', '7'] -> ['config/a.py'], {'seed': '7'}."""
+CONFIG_FILES = ("config/FILE.py", "config files, read in order; flags win over them")
+
+
+def read_command_line(cls, settings, argv, words) -> tuple[list[str], dict[str, str]]:
+    """['config/a.py', '--seed', '7'] -> ['config/a.py'], {'seed': '7'}.
+
+    words: what the help calls the words that are no flags, and says of them.
+    """
     parser = Parser(
         description=(inspect.getmodule(cls).__doc__ or "").partition("\n\n")[0],
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36),
-        usage="%(prog)s [config/FILE.py ...] [--name=value ...]",
+        usage=f"%(prog)s [{words[0]} ...] [--name=value ...]",
     )
-    parser.add_argument("files", nargs="*", help="config files, read in order; flags win over them")
+    parser.add_argument("files", nargs="*", metavar=words[0], help=words[1])
     sections = {}
     for setting in settings.values():
         if setting.section not in sections:
