@@ -289,8 +289,19 @@ def test_a_mistake_in_preparing_is_one_line(tmp_path, call):
 # --- The understudy ---
 
 
+@pytest.fixture
+def trained_here(theatre, call, monkeypatch, tmp_path):
+    """One update of a tiny model by train.py, on whatever plays in the theatre."""
+    for module in (dataset_module, train):
+        monkeypatch.setattr(module, "DATA", theatre)
+    return lambda: call(
+        train, f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--max_iters=1", "--n_layer=1",
+        "--n_head=1", "--n_embd=8", "--block_size=8", "--eval_tokens=64", "--sample_tokens=0",
+    )  # fmt: skip
+
+
 def test_without_a_network_the_understudy_goes_on_and_everybody_is_told(
-    theatre, call, monkeypatch, tmp_path
+    theatre, call, trained_here, monkeypatch
 ):
     monkeypatch.setattr(prepare_shakespeare_script, "DATA", theatre)
     prepared = call(prepare_shakespeare_script)
@@ -299,24 +310,13 @@ def test_without_a_network_the_understudy_goes_on_and_everybody_is_told(
     meta = json.loads((theatre / "shakespeare_char" / "meta.json").read_text())
     assert meta["source"] == "the understudy"
 
-    for module in (dataset_module, train):
-        monkeypatch.setattr(module, "DATA", theatre)
-    trained = call(
-        train, f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--max_iters=1", "--n_layer=1",
-        "--n_head=1", "--n_embd=8", "--block_size=8", "--eval_tokens=64", "--sample_tokens=0",
-    )  # fmt: skip
+    trained = trained_here()
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.count("His understudy") == 2  # before the first step and after the last
 
 
-def test_train_py_prepares_shakespeare_by_itself(theatre, call, monkeypatch, tmp_path):
-    for module in (dataset_module, train):
-        monkeypatch.setattr(module, "DATA", theatre)
-    trained = call(
-        train, f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--max_iters=0", "--n_layer=1",
-        "--n_head=1", "--n_embd=8", "--block_size=8", "--eval_tokens=64", "--sample_tokens=0",
-    )  # fmt: skip
-    assert trained.returncode == 0, trained.stderr
+def test_train_py_prepares_shakespeare_by_itself(theatre, trained_here):
+    assert trained_here().returncode == 0
     assert (theatre / "shakespeare_char" / "train.bin").exists()
 
 

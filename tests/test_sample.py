@@ -95,12 +95,16 @@ def test_text_appears_as_it_is_drawn(capsys):
     assert capsys.readouterr().out == "\n---------------\nAné\n"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
-def test_forever_ends_with_ctrl_c_and_no_traceback(folder):
-    process = subprocess.Popen(
+def writing_forever(folder) -> subprocess.Popen:
+    return subprocess.Popen(
         [sys.executable, "sample.py", f"--out_dir={folder}", "--forever"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
+def test_forever_ends_with_ctrl_c_and_no_traceback(folder):
+    process = writing_forever(folder)
     assert len(process.stdout.read(2000)) == 2000
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
@@ -110,10 +114,7 @@ def test_forever_ends_with_ctrl_c_and_no_traceback(folder):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a pipe of the shell")
 def test_a_reader_who_has_read_enough_hears_no_complaint(folder):
-    process = subprocess.Popen(
-        [sys.executable, "sample.py", f"--out_dir={folder}", "--forever"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = writing_forever(folder)
     process.stdout.read(100)
     process.stdout.close()
     assert process.stderr.read() == ""
