@@ -21,7 +21,7 @@ from configurator import Count, FolioError, Fraction, NonNegative, Whole, config
 from data.prepare import read_text
 from data.tokenizer import Tokenizer, load_tokenizer
 from training.checkpoint import load_model, model_folder, newest_run
-from training.world import Device, Precision, advice_when_out_of_memory, open_world
+from training.world import Device, Precision, World, advice_when_out_of_memory
 
 
 @dataclass
@@ -51,7 +51,7 @@ def main() -> None:
     config = configure(SampleConfig)
     source = config.init_from or config.out_dir
     folder = model_folder(source) if source else newest_run()
-    world = open_world(config.device, config.dtype)
+    world = World().settle(config.device, config.dtype)
     model = load_model(folder).to(world.device, world.dtype)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size != model.config.vocab_size:

@@ -9,6 +9,7 @@ The run's folder (config.json, model.safetensors, tokenizer.json, log.csv, loss.
 sample.py and in transformers alike; resume.pt in it is what an interrupted run goes on from.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -31,13 +32,13 @@ from data.shakespeare import DATASETS, prepare_shakespeare
 from data.tokenizer import BPETokenizer, load_tokenizer
 from model import GPT, GPTConfig
 from training.checkpoint import (
-    RESUME, SETTINGS, load_model, load_resume, locked, make_room, model_folder, read_config,
-    run_folder, save_model, save_resume, save_tokenizer, write_text,
+    RESUME, SETTINGS, begun_by, load_model, load_resume, locked, make_room, model_folder,
+    read_config, run_folder, save_model, save_resume, save_tokenizer, write_text,
 )  # fmt: skip
 from training.optimizer import Both, make_optimizer, set_learning_rate
 from training.report import Report, Stopwatch, Update, banner, summary
 from training.world import (
-    Device, Precision, StopSignal, Switch, World, advice_when_out_of_memory, open_world,
+    Device, Precision, StopSignal, Switch, World, advice_when_out_of_memory, is_restarted, job_name,
 )  # fmt: skip
 
 
@@ -118,7 +119,7 @@ class Training:
     dataset: Dataset
     world: World
     model: GPT
-    runner: torch.nn.Module  # the model as the world runs it: compiled, or the model itself
+    runner: torch.nn.Module  # what runs the model in this world: compiled, or the model itself
     optimizer: torch.optim.Optimizer | Both
     scaler: torch.amp.GradScaler
     step: int = 0  # updates made
@@ -132,34 +133,34 @@ class Training:
 
 
 def main() -> None:
-    given = given_settings(TrainConfig)
-    if given.get("eval_only", TrainConfig.eval_only):
-        evaluate_only(begin(given))
-        return
-    folder = run_folder(given.get("out_dir", TrainConfig.out_dir))
-    with locked(folder):  # before anything is read: another process may be about to save there
-        run = begin(given)
-        make_room(folder, continuing=run.config.init_from == "resume")
-        with StopSignal() as stop:
-            train(run, stop)
-    sys.exit(stop.status)
+    with World() as world, contextlib.ExitStack() as stack:
+        given = world.decide(lambda: given_settings(TrainConfig))
+        if given.get("eval_only", TrainConfig.eval_only):
+            evaluate_only(begin(given, world))
+            return
+        folder = run_folder(given.get("out_dir", TrainConfig.out_dir))
+        # Before anything is read: another job may be about to save there.
+        world.decide(lambda: stack.enter_context(locked(folder)))
+        run = begin(given, world)
+        world.decide(lambda: move_in(run))
+        stop = stack.enter_context(StopSignal())
+        train(run, stop)
+        sys.exit(stop.status)
 
 
 def train(run: Training, stop: StopSignal) -> None:
     """From the step the run stands at to max_iters updates, or until somebody wishes to stop."""
-    config = run.config
-    write_text(run.folder / SETTINGS, as_json(config))
-    save_tokenizer(run.dataset.tokenizer, run.folder)
+    config, world = run.config, run.world
     batches = training_batches(run)
     with (
-        Report(run.folder, run.step, config.max_iters) as report,
+        Report(run.folder, run.step, config.max_iters, silent=not world.is_main) as report,
         advice_when_out_of_memory(ADVICE),
     ):
         report.say(banner(run))
         while True:
             if is_evaluation_due(run):
                 evaluate_and_save(run, report)
-            if run.step >= config.max_iters or stop.wished:
+            if run.step >= config.max_iters or stop.wished(world):
                 break
             with Stopwatch() as watch:
                 latest = update(run, batches)
@@ -172,7 +173,7 @@ def train(run: Training, stop: StopSignal) -> None:
             if config.keep_every and run.step % config.keep_every == 0:
                 save_copy(run)
         if run.evaluated_at != run.step:  # stopped between two evaluations
-            save_resume(run.folder, snapshot(run))
+            save_progress(run)
         report.say(summary(run))
 
 
@@ -194,14 +195,17 @@ def update(run: Training, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) 
     share = learning_rate_share(run.step, config)
     set_learning_rate(run.optimizer, share)
     loss = 0.0
-    for micro_batch in world.share(range(config.gradient_accumulation_steps)):
+    accumulation = config.gradient_accumulation_steps
+    for micro_batch in world.share(range(accumulation)):
         inputs, targets = next(batches)  # (B, T) each
+        # Processes exchange gradients once, at the last of their micro-batches.
+        world.hold_back(run.runner, micro_batch + world.size < accumulation)
         # Dropout then depends on nothing but these three, and needs no saved state.
         torch.manual_seed(seed_for(config.seed, run.step, micro_batch))
         with world.autocast():
             _, batch_loss = run.runner(inputs, targets)
-        part = batch_loss / config.gradient_accumulation_steps  # the mean over all micro-batches
-        run.scaler.scale(part).backward()
+        part = batch_loss / accumulation  # of the mean over all micro-batches, of all processes
+        run.scaler.scale(part * world.size).backward()  # they average where we want the sum
         loss = loss + part.detach()
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
@@ -253,20 +257,29 @@ def evaluate_and_save(run: Training, report: Report) -> None:
     val_loss, bits_per_byte = evaluate(run)
     run.evaluated_at = run.step
     best = val_loss < run.best_val_loss
+    run.best_val_loss = min(val_loss, run.best_val_loss)
+    if not run.world.is_main:
+        return
     if best:
-        run.best_val_loss = val_loss
         save_model(run.model, run.folder, run.dataset.tokenizer.end_of_text)
     report.log(val_loss, bits_per_byte)
     # Last, for it says that all this has been done: a kill before it has it done again.
-    save_resume(run.folder, snapshot(run))
+    save_progress(run)
     report.draw_curve()
     verdict = "the best so far" if best else f"the best was {run.best_val_loss:.4f}"
     measured = f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte)"
     report.say(f"\nstep {run.step:,}: {measured}, {verdict}\n{sample(run)}")
 
 
+def save_progress(run: Training) -> None:
+    if run.world.is_main:
+        save_resume(run.folder, snapshot(run))
+
+
 def save_copy(run: Training) -> None:
     """A folder step_000500 in the run's, to sample from later: --out_dir=out/.../step_000500."""
+    if not run.world.is_main:
+        return
     folder = run.folder / f"step_{run.step:06}"
     save_model(run.model, folder, run.dataset.tokenizer.end_of_text)
     save_tokenizer(run.dataset.tokenizer, folder)
@@ -279,8 +292,12 @@ def plan(given: dict[str, Any]) -> TrainConfig:
     """All settings, `init_from` being decided: scratch, resume, or a trained model's folder."""
     folder = run_folder(given.get("out_dir", TrainConfig.out_dir))
     source = given.get("init_from", TrainConfig.init_from)
-    if source == "auto":
-        source = "resume" if (folder / RESUME).exists() else "scratch"
+    # A job that was started before goes on with what it has, whatever it was told to begin from.
+    goes_on = is_restarted() and begun_by(folder) == job_name()
+    if (source == "auto" or goes_on) and (folder / RESUME).exists():
+        source = "resume"
+    elif source == "auto":
+        source = "scratch"
     if source == "scratch":
         config = TrainConfig(**given)
     elif source == "resume":
@@ -332,37 +349,61 @@ def find_dataset(config: TrainConfig) -> Dataset:
     return open_dataset(config.dataset, config.block_size, tokenizer)
 
 
-def begin(given: dict[str, Any]) -> Training:
+def begin(given: dict[str, Any], world: World) -> Training:
     """A model with its optimizer: fresh, from a folder of weights, or where a run stood."""
-    config = plan(given)
-    folder = run_folder(config.out_dir)
-    world = open_world(config.device, config.dtype, config.compile)
-    dataset = find_dataset(config)
+    config = world.decide(lambda: check_shares(plan(given), world.size))
+    with advice_when_out_of_memory(ADVICE):
+        run = world.after_main(lambda: assemble(config, world))
+        run.runner = world.runner_for(run.model)
+    return run
+
+
+def check_shares(config: TrainConfig, processes: int) -> TrainConfig:
+    """The same; FolioError if its micro-batches cannot be shared equally by the processes."""
+    wanted = config.gradient_accumulation_steps
+    if wanted % processes == 0:
+        return config
+    below, above = wanted // processes * processes, -(-wanted // processes) * processes
+    fitting = " or ".join(str(value) for value in (below, above) if value)
+    raise FolioError(
+        f"gradient_accumulation_steps={wanted} cannot be shared equally by {processes} processes; "
+        f"try {fitting}"
+    )
+
+
+def assemble(config: TrainConfig, world: World) -> Training:
+    world.settle(config.device, config.dtype, config.compile)
+    dataset, folder = find_dataset(config), run_folder(config.out_dir)
     torch.manual_seed(config.seed)
     adapt = {name: getattr(config, name) for name in ("block_size", "dropout", "pad_vocab_to")}
-    with advice_when_out_of_memory(ADVICE):
-        if config.init_from in ("scratch", "resume"):
-            shape = {name: getattr(config, name) for name in SHAPE}
-            model = GPT(GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **shape, **adapt))
-            owner = folder
-        else:
-            owner = model_folder(config.init_from)
-            model = load_model(owner, **adapt)
-            config = dataclasses.replace(config, bias=model.config.bias)
-        if config.init_from != "scratch" and (
-            load_tokenizer(owner) != dataset.tokenizer
-            or model.config.vocab_size != dataset.tokenizer.vocab_size
-        ):
-            raise FolioError(
-                f"--dataset={config.dataset}: its tokenizer is not the one the model in {owner} "
-                "reads"
-            )
-        runner = world.place(model)
-        optimizer, scaler = make_optimizer(model, config), world.scaler()
-        run = Training(config, folder, dataset, world, model, runner, optimizer, scaler)
-        if config.init_from == "resume":
-            restore(run, load_resume(folder))
+    if config.init_from in ("scratch", "resume"):
+        shape = {name: getattr(config, name) for name in SHAPE}
+        model = GPT(GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **shape, **adapt))
+        owner = folder
+    else:
+        owner = model_folder(config.init_from)
+        model = load_model(owner, **adapt)
+        config = dataclasses.replace(config, bias=model.config.bias)
+    if config.init_from != "scratch" and (
+        load_tokenizer(owner) != dataset.tokenizer
+        or model.config.vocab_size != dataset.tokenizer.vocab_size
+    ):
+        raise FolioError(
+            f"--dataset={config.dataset}: its tokenizer is not the one the model in {owner} reads"
+        )
+    model.to(world.device, world.weights_dtype)
+    optimizer, scaler = make_optimizer(model, config), world.scaler()
+    run = Training(config, folder, dataset, world, model, model, optimizer, scaler)
+    if config.init_from == "resume":
+        restore(run, load_resume(folder))
     return run
+
+
+def move_in(run: Training) -> None:
+    """Make the run's folder ready, and write into it what is known from the start."""
+    make_room(run.folder, run.config.init_from == "resume", job_name())
+    write_text(run.folder / SETTINGS, as_json(run.config))
+    save_tokenizer(run.dataset.tokenizer, run.folder)
 
 
 PROGRESS = ("step", "evaluated_at", "best_val_loss", "tokens", "seconds")
@@ -430,6 +471,10 @@ def stop_if_not_finite(loss: float, grad_norm: float, run: Training) -> None:
     hopeful = math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() > 1e-3)
     if math.isfinite(loss) and hopeful:
         return
+    run.world.decide(lambda: complain(loss, grad_norm, run))
+
+
+def complain(loss: float, grad_norm: float, run: Training) -> None:
     raise FolioError(
         f"step {run.step}: the loss is {loss} and the gradient's norm {grad_norm}; stopped before "
         f"the weights were changed. The last checkpoint in {run.folder} is as it was. "

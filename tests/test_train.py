@@ -22,6 +22,7 @@ from tests.conftest import ROOT, assert_one_line_error, run_script
 from tests.test_tokenizer import toy_bpe
 from train import TrainConfig, begin, evaluate, learning_rate_share, plan
 from training.checkpoint import RESUME, SETTINGS, WEIGHTS, load_model, load_resume
+from training.world import World
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def run_in_process(call):
 
 
 def training_for(*flags: str) -> train.Training:
-    return begin(given_settings(TrainConfig, list(flags)))
+    return begin(given_settings(TrainConfig, list(flags)), World())
 
 
 def log_of(folder) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ import torch
 from configurator import FolioError
 from training import world as world_module
 from training.world import (
-    StopSignal, advice_when_out_of_memory, choose_compile, choose_device, choose_dtype, open_world,
+    StopSignal, World, advice_when_out_of_memory, choose_compile, choose_device, choose_dtype,
 )  # fmt: skip
 
 CPU, GPU, APPLE = (torch.device(name) for name in ("cpu", "cuda", "mps"))
@@ -69,13 +69,13 @@ def test_auto_compiles_where_that_can_be_done_and_pays(machine):
 
 
 def test_a_world_tells_what_it_chose_and_why():
-    world = open_world("cpu")
+    world = World().settle("cpu")
     assert world.why.startswith("cpu (")
     assert "float32" in world.why and "not compiled" in world.why
 
 
 def test_in_a_world_of_one_all_work_is_ones_own():
-    world = open_world("cpu")
+    world = World().settle("cpu")
     assert list(world.share(range(5))) == [0, 1, 2, 3, 4]
     world.rank, world.size = 1, 3
     assert list(world.share(range(8))) == [1, 4, 7]
@@ -86,9 +86,9 @@ def test_in_a_world_of_one_all_work_is_ones_own():
 def test_the_first_signal_is_a_wish_and_the_second_an_order(number, status):
     before = signal.getsignal(number)
     with StopSignal() as stop:
-        assert not stop.wished
+        assert not stop.wished(World())
         os.kill(os.getpid(), number)
-        assert stop.wished and stop.status == status
+        assert stop.wished(World()) and stop.status == status
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before

@@ -308,7 +308,7 @@ def locked(folder: Path) -> Iterator[None]:
     old run moves aside, and goes when the process goes, however it goes.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "a+b") as file:
+    with open(lock_of(folder), "a+b") as file:
         try:
             if sys.platform == "win32":
                 import msvcrt
@@ -323,9 +323,22 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def make_room(folder: Path, continuing: bool) -> None:
+def lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def begun_by(folder: Path) -> str:
+    """The job that make_room() was told of when it last made this folder ready; "" if of none."""
+    try:
+        return lock_of(folder).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def make_room(folder: Path, continuing: bool, job: str = "") -> None:
     """Make the folder ready for a run. One that is there goes on, or moves aside.
 
+    job: what all attempts at this run have in common, and no other run; begun_by() remembers it.
     Raises FolioError if what is there is no run.
     """
     folder.mkdir(exist_ok=True)
@@ -337,6 +350,8 @@ def make_room(folder: Path, continuing: bool) -> None:
         folder.mkdir()
     for temporary in folder.glob(".*.tmp"):
         temporary.unlink()  # of a write that was killed
+    if job or begun_by(folder):
+        lock_of(folder).write_text(job, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -5,14 +5,17 @@ world to share work, to add up numbers and to agree on stopping, and never asks 
 """
 
 import contextlib
+import datetime
 import itertools
+import os
 import signal
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._triton import has_triton
 
 from configurator import FolioError
@@ -20,23 +23,103 @@ from configurator import FolioError
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Switch = Literal["auto", True, False]
+PATIENCE = datetime.timedelta(hours=1)  # for the main process to prepare a dataset, for instance
 
 
-@dataclass
 class World:
-    """One process among `size`, its device, and how it computes there."""
+    """One process among `size`, and, once settle() has chosen them, its device and precision.
 
-    device: torch.device
-    dtype: torch.dtype  # of matrix products; weights stay in float32 (float64 in float64)
-    compile: bool  # whether torch.compile fuses the model's operations
-    why: str  # the choice and its reasons, in one line
-    rank: int = 0
-    size: int = 1
+    with World() as world: ... joins the others if torchrun has started this process, and parts
+    from them at the end.
+    """
+
+    def __init__(self):
+        self.rank, self.size = 0, 1
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32  # of matrix products; weights stay in float32 (or float64)
+        self.compile = False  # whether torch.compile fuses the model's operations
+        self.why = ""  # the choice and its reasons, in one line
+
+    def __enter__(self) -> "World":
+        if "WORLD_SIZE" in os.environ:  # torchrun tells each process who it is
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            store, self.rank, self.size = meeting_point()
+            dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.size, timeout=PATIENCE
+            )
+        return self
+
+    def __exit__(self, kind, error, _) -> None:
+        if not dist.is_initialized():
+            return
+        if error is None or isinstance(error, SystemExit):
+            dist.destroy_process_group()
+        elif isinstance(error, RuntimeError) and is_loss_of_a_process(error):
+            raise FolioError(
+                f"process {self.rank} of {self.size} has lost another one; what the run needs to "
+                "go on is in its latest checkpoint: --init_from=resume"
+            ) from None
+
+    def settle(self, device: str = "auto", dtype: str = "auto", compile: str | bool = "auto"):
+        """Choose device, precision and compiler, "auto" being the best the machine can do; self.
+
+        Raises FolioError if the machine cannot do what is asked for.
+        """
+        place = choose_device(device)
+        if place == "cuda":  # a node's processes take a GPU each
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            place = f"cuda:{torch.cuda.current_device()}"
+        self.device = torch.device(place)
+        self.dtype, why_precision = choose_dtype(dtype, self.device)
+        self.compile, why_compile = choose_compile(compile, self.device)
+        names = {"cuda": self.device_name, "mps": "Apple GPU"}
+        name = names.get(self.device.type, f"{torch.get_num_threads()} threads")
+        many = f"{self.size} processes, each on " if self.size > 1 else ""
+        how = f"{'compiled' if self.compile else 'not compiled'}{why_compile}"
+        precision = str(self.dtype).removeprefix("torch.")
+        self.why = f"{many}{self.device.type} ({name}), {precision}{why_precision}, {how}"
+        return self
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's, such as "NVIDIA H100 80GB HBM3"; "" without CUDA."""
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else ""
+
+    # --- Among many ---
 
     @property
     def is_main(self) -> bool:
         """Whether this process is the one that prepares, writes and prints."""
         return self.rank == 0
+
+    def decide(self, choose: Callable[[], Any]) -> Any:
+        """What choose() returns on the main process, told to all.
+
+        If the main process gives up in it, with an error or an exit, the others leave silently.
+        """
+        if self.size == 1:
+            return choose()
+        answer = [None, True]
+        if self.is_main:
+            try:
+                answer = [choose(), False]
+            finally:
+                dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        else:
+            dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        result, gave_up = answer
+        if gave_up:
+            raise SystemExit(0)  # the main process's exit status is the job's
+        return result
+
+    def after_main(self, act: Callable[[], Any]) -> Any:
+        """What act() returns, in each process, the main one having been through it first.
+
+        So one process fetches or prepares what all will find, and one complains.
+        """
+        results = []
+        self.decide(lambda: results.append(act()))
+        return results[0] if results else act()
 
     def share(self, work: Iterable) -> Iterable:
         """This process's part of the work: every size-th item, beginning with its rank's."""
@@ -44,12 +127,43 @@ class World:
 
     def total(self, numbers: torch.Tensor) -> torch.Tensor:
         """The sum of `numbers`, element by element, over all processes."""
+        if self.size > 1:
+            dist.all_reduce(numbers)
         return numbers
 
-    def place(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Move the model to the device; what is returned runs it, compiled where that pays."""
-        model.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32)
-        return torch.compile(model) if self.compile else model
+    def greatest(self, number: int) -> int:
+        """The greatest of all processes' numbers."""
+        if self.size == 1:
+            return number
+        numbers = torch.tensor([number])
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
+
+    # --- On the device ---
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def runner_for(self, model: torch.nn.Module) -> torch.nn.Module:
+        """What runs the model: itself, compiled where that pays.
+
+        In a world of many, its backward pass leaves in each process the mean of all processes'
+        gradients, unless they are held back.
+        """
+        runner = torch.compile(model) if self.compile else model
+        if self.size > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            runner = DistributedDataParallel(runner, devices, gradient_as_bucket_view=True)
+        return runner
+
+    def hold_back(self, runner: torch.nn.Module, held: bool) -> None:
+        """Whether the next passes of runner_for()'s model keep their gradients to this process.
+
+        To be said before the forward pass, in which torch prepares what the backward one sends.
+        """
+        if isinstance(runner, DistributedDataParallel):
+            runner.require_backward_grad_sync = not held
 
     def send(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Copy a batch to the device, without waiting for the copy where that can be done."""
@@ -74,22 +188,38 @@ class World:
         return torch.Generator(where).manual_seed(seed)
 
 
-def open_world(device: str = "auto", dtype: str = "auto", compile: str | bool = "auto") -> World:
-    """The world this process lives in, "auto" having been decided by what the machine can do.
+# --- Among many: how processes meet, and what becomes of one that is restarted ---
 
-    Raises FolioError if the machine cannot do what is asked for.
-    """
-    place = torch.device(choose_device(device))
-    precision, why_precision = choose_dtype(dtype, place)
-    compiling, why_compile = choose_compile(compile, place)
-    if place.type == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        name = f"{torch.get_num_threads()} threads" if place.type == "cpu" else "Apple GPU"
-    precision_name = str(precision).removeprefix("torch.")
-    how = f"{'compiled' if compiling else 'not compiled'}{why_compile}"
-    why = f"{place.type} ({name}), {precision_name}{why_precision}, {how}"
-    return World(place, precision, compiling, why)
+
+def meeting_point() -> tuple[dist.Store, int, int]:
+    """Where the processes find one another, this one's rank, and their number."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        # torchrun, restarting the processes of a node, keeps its store, and in it the addresses of
+        # the dead, which whoever comes first would take for those of the living: each attempt gets
+        # a corner of its own. (Across nodes the count may differ.)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    return store, rank, size
+
+
+def is_loss_of_a_process(error: RuntimeError) -> bool:
+    """Whether this is what torch says when a process it talks to is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def job_name() -> str:
+    """The same for each attempt at one job of torchrun's or SLURM's, another for each job."""
+    names = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+    return next((f"{name}={os.environ[name]}" for name in names if os.environ.get(name)), "")
+
+
+def is_restarted() -> bool:
+    """Whether torchrun or SLURM has started this job before."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(int(os.environ.get(count) or 0) > 0 for count in counts)
+
+
+# --- What the machine can do ---
 
 
 def choose_device(wanted: str) -> str:
@@ -140,7 +270,7 @@ class StopSignal:
     """Within it, the first SIGINT or SIGTERM is a wish to stop, and the second one stops.
 
     with StopSignal() as stop:
-        while not stop.wished: ...
+        while not stop.wished(world): ...
 
     `stop.status` is then the exit status that shells expect: 130 or 143; 0 if nobody wished.
     """
@@ -148,8 +278,9 @@ class StopSignal:
     def __init__(self):
         self.status = 0
 
-    @property
-    def wished(self) -> bool:
+    def wished(self, world: World) -> bool:
+        """Whether any process of the world was asked to stop: all learn of it at the same step."""
+        self.status = world.greatest(self.status)
         return self.status != 0
 
     def __enter__(self):
@@ -159,9 +290,11 @@ class StopSignal:
         return self
 
     def wish(self, number: int, frame: FrameType | None) -> None:
-        if self.wished:
+        # torchrun passes on what its processes have heard themselves; it is the one that kills
+        # those who take more than 30 seconds to leave.
+        if self.status and not dist.is_torchelastic_launched():
             raise KeyboardInterrupt
-        self.status = 128 + number
+        self.status = self.status or 128 + number
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -1,0 +1,253 @@
+"""Many processes: they share the work and the numbers, and stop, die and start again together.
+
+Each lesson that needs a world of two makes one: torchrun starts two processes on this machine.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from configurator import FolioError
+from tests.conftest import ROOT
+from tests.test_train import assert_same_state, log_of, without_clock
+from training.checkpoint import RESUME, WEIGHTS, load_resume
+from training.world import is_restarted, job_name
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun there has no gloo store")
+
+SHARED_WORK = ("--gradient_accumulation_steps=4", "--dropout=0.2", "--max_iters=20")
+
+# train.py, but for what becomes of process 1 in the middle of an update.
+MISHAP = """
+import os, signal, sys, time, train
+
+if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and os.environ["RANK"] == "1":
+    time.sleep(1)  # the other one comes first, and might find the address of the dead
+
+real = train.update
+
+def update(run, batches):
+    first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if run.step == {step} and run.world.rank == 1 and first_attempt:
+        os.kill(os.getpid(), signal.{signal})
+    return real(run, batches)
+
+train.update = update
+train.run_main(train.main)
+"""
+
+
+def start_two(script: Path, *flags: str, restarts: int = 0) -> subprocess.Popen:
+    """`torchrun --standalone --nproc_per_node=2 SCRIPT FLAGS`, in a process group of its own."""
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            f"--max-restarts={restarts}", str(script), *flags,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def run_two(script: Path, *flags: str, restarts: int = 0) -> subprocess.CompletedProcess:
+    job = start_two(script, *flags, restarts=restarts)
+    try:
+        told, complained = job.communicate(timeout=120)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(job.args, job.returncode, told, complained)
+
+
+@pytest.fixture
+def one(call, tiny, tmp_path):
+    """Train in one process with these flags; the folder of the run."""
+
+    def trained(*flags: str) -> Path:
+        folder = tmp_path / "one"
+        result = call(train, *tiny, *SHARED_WORK, *flags, f"--out_dir={folder}")
+        assert result.returncode == 0, result.stderr
+        return folder
+
+    return trained
+
+
+def mishap(tmp_path: Path, step: int, signal_name: str) -> Path:
+    script = tmp_path / "mishap.py"
+    script.write_text(MISHAP.format(step=step, signal=signal_name))
+    return script
+
+
+# --- The same numbers ---
+
+
+@pytest.mark.parametrize(
+    ("dtype", "optimizer", "tolerance"), [("float64", "muon", 1e-9), ("float32", "adamw", 1e-4)]
+)
+def test_two_processes_train_as_one_does(tiny, tmp_path, one, dtype, optimizer, tolerance):
+    flags = (f"--dtype={dtype}", f"--optimizer={optimizer}")
+    alone = one(*flags)
+    job = run_two(ROOT / "train.py", *tiny, *SHARED_WORK, *flags)
+    assert job.returncode == 0, job.stderr
+    assert "2 processes" in job.stdout
+    assert job.stdout.count("step 20: validation loss") == 1  # one of them speaks
+    left, right = log_of(alone), log_of(tmp_path / "run")
+    assert len(left) == len(right) == 11
+    for a, b in zip(without_clock(left), without_clock(right), strict=True):
+        for column in a:
+            if a[column]:
+                assert float(b[column]) == pytest.approx(float(a[column]), rel=tolerance), column
+    weights = [load_resume(folder)["model"] for folder in (alone, tmp_path / "run")]
+    for name in weights[0]:
+        torch.testing.assert_close(*(w[name] for w in weights), rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_travel_once_per_update(tiny, tmp_path):
+    """Four micro-batches, two in each process: only the last backward pass sends anything."""
+    script = tmp_path / "count.py"
+    script.write_text(
+        "import torch.distributed as dist, train\n"
+        "from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook\n"
+        "real, sent = train.begin, []\n"
+        "def hook(group, bucket):\n"
+        "    sent.append(bucket.is_last())\n"
+        "    return allreduce_hook(group, bucket)\n"
+        "def begin(given, world):\n"
+        "    run = real(given, world)\n"
+        "    run.runner.register_comm_hook(dist.group.WORLD, hook)\n"
+        "    return run\n"
+        "train.begin = begin\n"
+        "try:\n"
+        "    train.run_main(train.main)\n"
+        "finally:\n"
+        "    print('updates sent:', sum(sent))\n"
+    )
+    job = run_two(script, *tiny, "--gradient_accumulation_steps=4")
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.count("updates sent: 8\n") == 2  # max_iters, in each of the two
+
+
+def test_micro_batches_that_cannot_be_shared_are_refused_once(tiny):
+    job = run_two(ROOT / "train.py", *tiny, "--gradient_accumulation_steps=3")
+    assert job.returncode != 0
+    assert job.stderr.count("train.py: gradient_accumulation_steps=3 cannot be shared") == 1
+    assert "by 2 processes; try 2 or 4" in job.stderr
+    with pytest.raises(FolioError, match=r"try 8$"):
+        train.check_shares(train.TrainConfig(gradient_accumulation_steps=5), 8)
+
+
+# --- Stopping, dying, going on ---
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_wish_to_stop_is_shared_and_resuming_goes_on_bit_by_bit(tiny, tmp_path, optimizer):
+    flags = [*tiny, *SHARED_WORK, f"--optimizer={optimizer}", "--dtype=float32"]
+    whole, part = tmp_path / "run", tmp_path / "part"
+    assert run_two(ROOT / "train.py", *flags).returncode == 0
+    stopped = run_two(mishap(tmp_path, 6, "SIGTERM"), *flags, f"--out_dir={part}")
+    assert "exitcode  : 143" in stopped.stderr  # one was asked, and both left
+    assert "stopped, and saved: 7 of 20 steps" in stopped.stdout
+    resumed = run_two(ROOT / "train.py", *flags, f"--out_dir={part}", "--init_from=resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_state(load_resume(whole), load_resume(part))
+    assert (whole / WEIGHTS).read_bytes() == (part / WEIGHTS).read_bytes()
+    assert without_clock(log_of(whole)) == without_clock(log_of(part))
+
+
+@pytest.mark.parametrize("step", [0, 9])
+def test_a_job_that_loses_a_process_starts_again_and_ends_as_if_nothing_had_happened(
+    tiny, tmp_path, step
+):
+    """Step 0: right after the first checkpoint; step 9: one after that of step 8 would be due."""
+    flags = [*tiny, *SHARED_WORK, "--dtype=float32"]
+    assert run_two(ROOT / "train.py", *flags).returncode == 0
+    hurt = tmp_path / "hurt"
+    script = mishap(tmp_path, step, "SIGKILL")
+    job = run_two(script, *flags, f"--out_dir={hurt}", restarts=3)
+    assert job.returncode == 0, job.stderr
+    assert "Signal 9 (SIGKILL)" in job.stderr or "exitcode: -9" in job.stderr
+    assert f"from step {step // 4 * 4}" in job.stdout
+    assert without_clock(log_of(tmp_path / "run")) == without_clock(log_of(hurt))
+    assert_same_state(load_resume(tmp_path / "run"), load_resume(hurt))
+
+
+def test_a_process_lost_before_the_first_checkpoint_costs_nothing_either(tiny, tmp_path, call):
+    """What an older run left in the folder is not mistaken for this job's."""
+    flags = [*tiny, "--gradient_accumulation_steps=2"]
+    assert call(train, *flags, "--seed=7").returncode == 0  # the older run, of another seed
+    script = tmp_path / "early.py"
+    script.write_text(
+        "import os, signal, train\n"
+        "real = train.begin\n"
+        "def begin(given, world):\n"
+        "    if world.rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(given, world)\n"
+        "train.begin = begin\n"
+        "train.run_main(train.main)\n"
+    )
+    job = run_two(script, *flags, restarts=3)
+    assert job.returncode == 0, job.stderr
+    assert "the run that was there is now" in job.stdout
+    assert load_resume(tmp_path / "run")["step"] == 8
+    assert load_resume(tmp_path / "run.1")["step"] == 8
+    logs = [log_of(tmp_path / name) for name in ("run", "run.1")]
+    assert without_clock(logs[0]) != without_clock(logs[1])
+
+
+def test_sigterm_to_the_whole_job_saves_and_leaves(tiny, tmp_path):
+    job = start_two(
+        ROOT / "train.py", *tiny, "--gradient_accumulation_steps=2", "--max_iters=1000000"
+    )
+    log = tmp_path / "run" / "log.csv"
+    try:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.read_text().count("\n") > 4):
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.1)
+        asked = time.monotonic()
+        job.send_signal(signal.SIGTERM)
+        told, _ = job.communicate(timeout=30)
+        assert time.monotonic() - asked < 30
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert "stopped, and saved" in told
+    assert load_resume(tmp_path / "run")["step"] >= 4
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_restarted_job_knows_itself_again(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert job_name() == "" and not is_restarted()
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert job_name() == "SLURM_JOB_ID=17" and not is_restarted()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert is_restarted()
+
+
+def test_a_requeued_job_resumes_whatever_it_was_told_to_begin_from(
+    tiny, tmp_path, call, monkeypatch
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert call(train, *tiny, "--max_iters=4").returncode == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    again = call(train, *tiny)
+    assert again.returncode == 0, again.stderr
+    assert "from step 4" in again.stdout
+    monkeypatch.setenv("SLURM_JOB_ID", "18")  # another job, itself restarted, begins anew
+    other = call(train, *tiny)
+    assert "the run that was there is now" in other.stdout
+    assert (tmp_path / "run.1" / RESUME).exists()
