@@ -36,7 +36,9 @@ from training.checkpoint import (
     read_config, run_folder, save_model, save_resume, save_tokenizer, write_text,
 )  # fmt: skip
 from training.optimizer import Both, make_optimizer, set_learning_rate
-from training.report import Report, Stopwatch, Update, banner, summary
+from training.report import (
+    Report, Stopwatch, Update, banner, summary, tokens_per_second_at_peak,
+)  # fmt: skip
 from training.world import (
     Device, Precision, StopSignal, Switch, World, advice_when_out_of_memory, is_restarted, job_name,
 )  # fmt: skip
@@ -151,9 +153,9 @@ def main() -> None:
 def train(run: Training, stop: StopSignal) -> None:
     """From the step the run stands at to max_iters updates, or until somebody wishes to stop."""
     config, world = run.config, run.world
-    batches = training_batches(run)
+    batches, limit = training_batches(run), tokens_per_second_at_peak(run)
     with (
-        Report(run.folder, run.step, config.max_iters, silent=not world.is_main) as report,
+        Report(run.folder, run.step, config.max_iters, not world.is_main, limit) as report,
         advice_when_out_of_memory(ADVICE),
     ):
         report.say(banner(run))

@@ -138,21 +138,33 @@ class TokenStream:
         return windows
 
 
-def map_shard(path: Path, dtype: np.dtype) -> np.ndarray:
-    """The ids in a shard, mapped and not read: the operating system fetches what is touched."""
-    size = path.stat().st_size
+def map_shard(path: Path, dtype: np.dtype | str) -> np.ndarray:
+    """The ids in a shard, mapped and not read: the operating system fetches what is touched.
+
+    Raises FolioError if the file's size is not what its header, or its kind of numbers, asks for.
+    """
+    size, dtype = path.stat().st_size, np.dtype(dtype)
     if size == 0:
         raise FolioError(f"{path}: empty; prepare the dataset again")
-    header = np.fromfile(path, dtype="<i4", count=3)
-    if len(header) == 3 and header[0] == SHARD_MAGIC and header[1] == SHARD_VERSION:
-        if size != HEADER_BYTES + 2 * int(header[2]):
-            raise FolioError(f"{path}: its header promises {header[2]:,} tokens; fetch it again")
+    if has_header(path):
+        count = int(np.fromfile(path, dtype="<i4", count=3)[2])
+        if size != HEADER_BYTES + 2 * count:
+            raise FolioError(
+                f"{path}: its header promises {count:,} tokens, and its size is that of "
+                f"{(size - HEADER_BYTES) // 2:,}; remove the file and fetch it again"
+            )
         return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES))
     if size % dtype.itemsize:
         raise FolioError(
             f"{path}: {size:,} bytes are no whole number of {dtype.name}; prepare it again"
         )
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+def has_header(path: Path) -> bool:
+    """Whether a shard begins with 20240520, 1 and a count, as GPT-2-tokenised FineWeb's do."""
+    beginning = np.fromfile(path, dtype="<i4", count=3)
+    return len(beginning) == 3 and tuple(beginning[:2]) == (SHARD_MAGIC, SHARD_VERSION)
 
 
 # --- Batches ---

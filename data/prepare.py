@@ -1,9 +1,11 @@
 """From text to a dataset's folder: what all preparers share but for the source of the text."""
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +69,17 @@ def write_dataset(
     return meta
 
 
-def write_tokens(path, split, texts, tokenizer, dtype) -> dict[str, int]:
+def write_tokens(
+    path: Path,
+    split: str,
+    texts: Iterable[str | None],
+    tokenizer: Tokenizer,
+    dtype: np.dtype,
+) -> dict[str, int]:
+    """Write the ids of the texts one after the other, and return how many of what there were."""
     tokens = characters = 0
     with open(path, "wb") as file:
-        for text in texts:
-            ids = np.array([tokenizer.end_of_text]) if text is None else tokenizer.encode(text)
+        for text, ids in encoded(texts, tokenizer):
             # A number too large for its type would wrap into another token without a word.
             assert len(ids) == 0 or ids.max() <= np.iinfo(dtype).max
             file.write(ids.astype(dtype).tobytes())
@@ -82,6 +90,20 @@ def write_tokens(path, split, texts, tokenizer, dtype) -> dict[str, int]:
     if tokens < 2:
         raise FolioError(f"the text is too short: nothing is left for the {split} split")
     return {f"{split}_tokens": tokens, f"{split}_characters": characters}
+
+
+def encoded(
+    texts: Iterable[str | None], tokenizer: Tokenizer
+) -> Iterator[tuple[str | None, np.ndarray]]:
+    """Yields each text with its ids, in order, a few being encoded at a time: one by each core."""
+
+    def encode(text):
+        return text, np.array([tokenizer.end_of_text]) if text is None else tokenizer.encode(text)
+
+    texts, few = iter(texts), 4 * (os.cpu_count() or 1)
+    with ThreadPoolExecutor() as cores:
+        while some := list(itertools.islice(texts, few)):
+            yield from cores.map(encode, some)
 
 
 def move_into_place(fresh: Path, folder: Path, meta: dict[str, Any]) -> None:

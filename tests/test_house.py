@@ -15,7 +15,17 @@ from tests.conftest import RHYME, ROOT
 STANDARD = sys.stdlib_module_names
 
 # What each room may import, beside the standard library. Imports run downwards only.
-DATA = {"configurator", "data", "numpy", "torch", "tiktoken", "regex", "requests", "tqdm"}
+DATA = {
+    "configurator",
+    "data",
+    "numpy",
+    "torch",
+    "tiktoken",
+    "regex",
+    "requests",
+    "tqdm",
+    "pyarrow",
+}
 ROOMS = {
     "configurator.py": set(),
     "model.py": {"torch"},

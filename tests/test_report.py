@@ -1,8 +1,12 @@
 """What a run leaves to look at: a log that can be trusted, a curve, and figures for people."""
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from training.report import COLUMNS, Report, Update, clock, read_log
+from training.report import (
+    COLUMNS, Report, Update, clock, flops_per_token, peak_flops, read_log,
+)  # fmt: skip
 
 
 def told(report: Report, step: int, val_loss: float | None = None) -> None:
@@ -60,3 +64,36 @@ def test_a_silent_report_says_and_writes_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.2, "1:15"), (3675, "1:01:15")])
 def test_time_is_told_as_on_a_clock(seconds, text):
     assert clock(seconds) == text
+
+
+# --- Speed against what the machine could do ---
+
+
+def test_a_gpus_peak_is_known_by_its_name():
+    for name, tflops in {
+        "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H200": 989,
+        "NVIDIA A100-SXM4-80GB": 312, "NVIDIA L40S": 362, "NVIDIA L4": 121, "Tesla T4": 65,
+        "NVIDIA GeForce RTX 4090": 165,
+    }.items():  # fmt: skip
+        assert peak_flops(name) == tflops * 1e12, name
+    for name in ("", "NVIDIA A10", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA T400"):
+        assert peak_flops(name) is None, name
+
+
+def test_the_cost_of_a_token_is_that_of_all_its_products(model):
+    """Counted by torch itself in a forward and backward pass, attention written out."""
+    idx = torch.randint(13, (3, 8))
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        model(idx, idx)[1].backward()
+    assert flops_per_token(model) == counter.get_total_flops() / idx.numel()
+
+
+def test_utilisation_is_speed_over_speed_at_peak(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("training.report.QUIET_SECONDS", 0)
+    with Report(tmp_path, 0, 10, limit=400.0) as report:
+        told(report, 1)
+        told(report, 2)
+    assert "200 tokens/s, 50% MFU" in capsys.readouterr().out

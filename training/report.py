@@ -53,8 +53,16 @@ class Report:
     A silent report (of a process that is not the main one) says and writes nothing.
     """
 
-    def __init__(self, folder: Path, first_step: int, last_step: int, silent: bool = False):
-        self.folder, self.last_step, self.silent = folder, last_step, silent
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        last_step: int,
+        silent: bool = False,
+        limit: float | None = None,
+    ):
+        """limit: the tokens per second that the machine could do at its peak, where known."""
+        self.folder, self.last_step, self.silent, self.limit = folder, last_step, silent, limit
         self.rows = [] if silent else read_log(folder / "log.csv", first_step)
         self.step = first_step
         self.tokens, self.seconds = 0, 0.0
@@ -122,6 +130,7 @@ class Report:
             return
         self.measured_from = (self.tokens, self.seconds)
         pace = f"loss {latest.loss:.3f}" + (f", {speed:,.0f} tokens/s" if speed else "")
+        pace += f", {speed / self.limit:.0%} MFU" if speed and self.limit else ""
         if self.bar is not None:
             self.bar.set_postfix_str(pace)
         elif val_loss is None and time.monotonic() - self.said_at >= QUIET_SECONDS:
@@ -191,6 +200,47 @@ def write_log(path: Path, rows: list[dict]) -> None:
 def append_row(path: Path, row: dict) -> None:
     with open(path, "a", encoding="utf-8", newline="") as file:
         csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+
+
+# --- How fast it could be ---
+
+# Dense bfloat16 products, in units of 1e12 operations a second, from NVIDIA's data sheets (without
+# sparsity; the T4, which has no bfloat16: float16). A name that holds another stands before it.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312,
+    "L40S": 362, "RTX 4090 Laptop": None, "RTX 4090": 165, "L4": 121, "T4": 65,
+}  # fmt: skip
+
+
+def peak_flops(device_name: str) -> float | None:
+    """'NVIDIA H100 80GB HBM3' -> 989e12; None for a device that is not in the table."""
+    words = f"{device_name} ".replace("-", " ")
+    known = (tflops for name, tflops in PEAK_TFLOPS.items() if f"{name} " in words)
+    tflops = next(known, None)
+    return tflops and tflops * 1e12
+
+
+def flops_per_token(model) -> int:
+    """What training a GPT costs per token: 6 N + 12 L C T floating point operations.
+
+    Each of the N weights that multiply takes part in a multiplication and an addition, forward once
+    and backward twice. A node's query meets T keys and its weights T values, in each of L layers,
+    as wide as C. That half of these pairs lie in the future is not deducted, as is the custom.
+    Source: PaLM (Chowdhery et al. 2022), appendix B.
+    """
+    config = model.config
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    weights -= model.transformer.wpe.weight.numel()  # looked up, not multiplied
+    return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def tokens_per_second_at_peak(run) -> float | None:
+    """Of all processes' devices together; None where a device's peak is not known.
+
+    Speed divided by this is the model FLOPs utilisation, MFU.
+    """
+    peak = peak_flops(run.world.device_name)
+    return peak and run.world.size * peak / flops_per_token(run.model)
 
 
 # --- Before the first step and after the last ---

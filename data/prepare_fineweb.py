@@ -1,0 +1,67 @@
+"""Fetch FineWeb, a sample of the web in GPT-2's tokens: what GPT-2 is trained on from scratch.
+
+    python -m data.prepare_fineweb               # data/fineweb: 10 shards, a billion tokens, 2 GB
+    python -m data.prepare_fineweb --shards=100  # ten billion, 20 GB: all that train_gpt2 reads
+
+Nothing is tokenised here: the shards are published ready for use, 100 million tokens in each, as
+the dataset kjj0/fineweb10B-gpt2. What is there already is kept, so a fetch that broke off, or one
+for more shards, goes on where the last one ended.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from configurator import FolioError, Range, configure, run_main
+from data.dataset import has_header, map_shard
+from data.hub import fetch_large, hub_url
+from data.prepare import dataset_folder
+from data.tokenizer import BPETokenizer, tokenizer_text
+
+SOURCE = "datasets/kjj0/fineweb10B-gpt2"
+
+
+@dataclass
+class FineWebConfig:
+    # --- Preparation ---
+    shards: Annotated[int, Range(1, 103)] = 10  # to train on, 100 million tokens (200 MB) each
+    dataset: str = "fineweb"  # the folder under data/ to write
+
+
+def main() -> None:
+    config = configure(FineWebConfig)
+    folder = dataset_folder(config.dataset)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = BPETokenizer.gpt2()
+    (folder / "tokenizer.json").write_text(tokenizer_text(tokenizer), encoding="utf-8")
+    tokens = fetch_shard("fineweb_val_000000.bin", folder / "val_000000.bin")
+    meta = {
+        "source": SOURCE, "vocab_size": tokenizer.vocab_size, "dtype": "uint16",
+        "val_tokens": tokens, "train_tokens": 0,
+    }  # fmt: skip
+    for number in range(1, config.shards + 1):
+        name = f"train_{number:06}.bin"
+        meta["train_tokens"] += fetch_shard(f"fineweb_{name}", folder / name)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    print(
+        f"{folder}: {meta['train_tokens']:,} tokens to train on and {tokens:,} to validate with\n"
+        "next: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py"
+    )
+
+
+def fetch_shard(name: str, path: Path) -> int:
+    """The number of tokens in the shard at `path`, fetched if it is not there.
+
+    Raises FolioError if it cannot be had, or does not begin with the header of such a shard.
+    """
+    if not path.exists():
+        fetch_large(hub_url(f"{SOURCE}/resolve/main/{name}"), path)
+        if not has_header(path):
+            path.unlink()
+            raise FolioError(f"{name}: what was sent is no shard of tokens; try again later")
+    return len(map_shard(path, "<u2"))
+
+
+if __name__ == "__main__":
+    run_main(main)
