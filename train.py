@@ -394,7 +394,7 @@ def assemble(config: TrainConfig, world: World) -> Training:
             f"--dataset={config.dataset}: its tokenizer is not the one the model in {owner} reads"
         )
     model.to(world.device, world.weights_dtype)
-    optimizer, scaler = make_optimizer(model, config), world.scaler()
+    optimizer, scaler = make_optimizer(model, config, world.dtype), world.scaler()
     run = Training(config, folder, dataset, world, model, model, optimizer, scaler)
     if config.init_from == "resume":
         restore(run, load_resume(folder))

@@ -22,6 +22,19 @@ VOCABULARY = 13
 RHYME = "twinkle, twinkle, little star,\nhow i wonder what you are!\nup above the world so high,\n"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--nightly", action="store_true", help="repeat what is repeated many more times (minutes)"
+    )
+
+
+@pytest.fixture
+def trials(request):
+    """trials(4, 100): how often to repeat something, in the ordinary suite and with --nightly."""
+    nightly = request.config.getoption("--nightly")
+    return lambda ordinary, many: many if nightly else ordinary
+
+
 @pytest.fixture(autouse=True)
 def same_chance():
     torch.manual_seed(0)
@@ -70,7 +83,7 @@ def tiny(rhyme, tmp_path) -> list[str]:
         f"--dataset={rhyme}", f"--out_dir={tmp_path / 'run'}", "--device=cpu",
         "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4",
         "--max_iters=8", "--warmup_iters=2", "--eval_interval=4", "--log_interval=2",
-        "--eval_tokens=64", "--sample_tokens=10",
+        "--eval_tokens=64", "--sample_tokens=10", "--dtype=float32",
     ]  # fmt: skip
 
 

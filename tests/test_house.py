@@ -134,4 +134,6 @@ def test_the_readmes_commands_run(clone):
 
 def can_run_here(command: str) -> bool:
     """Not those that need a network or a large GPU, or that never end."""
-    return not any(word in command for word in ("gpt2", "finetune", "_gpu", "--forever"))
+    return not any(
+        word in command for word in ("gpt2", "finetune", "_gpu", "--forever", "fineweb", "webtext")
+    )

@@ -16,10 +16,13 @@ A file is written beside its place, flushed and renamed: it is there whole or no
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,8 @@ def save_model(model: GPT, folder: Path, end_of_text: int | None = None) -> None
         {**ends, "do_sample": True, "max_length": model.config.block_size, "max_new_tokens": None},
     )
     with replacing(folder / WEIGHTS) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+        about = {"format": "pt", "sha256": digest(tensors)}
+        safetensors.torch.save_file(tensors, temporary, metadata=about)
 
 
 def load_model(folder: Path, **changes: Any) -> GPT:
@@ -241,12 +245,32 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             paths = [folder / Path(name).name for name in sorted(set(names))]
         tensors = {}
         for path in paths:
-            tensors |= safetensors.torch.load_file(path)
+            tensors |= read_checked(path)
         return tensors
     except FileNotFoundError:
         raise FolioError(f"{paths[0]}: there are no weights here (yet)") from None
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         raise FolioError(f"{folder}: damaged weights ({error})") from None
+
+
+def read_checked(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file; ValueError if they are not those that were written, as it tells."""
+    with safetensors.safe_open(path, "pt") as file:
+        promised = (file.metadata() or {}).get("sha256")  # published weights say nothing
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if promised is not None and digest(tensors) != promised:
+        raise ValueError(f"{path.name} has changed since it was written")
+    return tensors
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """The SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().contiguous().flatten()
+        sha256.update(flat.view(torch.uint8).numpy())
+    return sha256.hexdigest()
 
 
 # --- Resuming ---
@@ -258,14 +282,23 @@ def save_resume(folder: Path, state: dict[str, Any]) -> None:
         torch.save(state, temporary)
 
 
+DAMAGES = (
+    zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
+    KeyError, NotImplementedError, zlib.error,
+)  # fmt: skip
+
+
 def load_resume(folder: Path) -> dict[str, Any]:
     """What save_resume() wrote, on the CPU; nothing in the file is ever executed."""
     path = folder / RESUME
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if (broken := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {broken} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FolioError(f"{path}: there is nothing to resume; --init_from=scratch") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except DAMAGES as error:
         reason = str(error).partition("\n")[0]
         raise FolioError(
             f"{path}: damaged ({reason}); to go on from the best weights: --init_from={folder} "
@@ -348,8 +381,9 @@ def make_room(folder: Path, continuing: bool, job: str = "") -> None:
     if there:
         print(f"the run that was there is now {move_aside(folder)}")
         folder.mkdir()
-    for temporary in folder.glob(".*.tmp"):
-        temporary.unlink()  # of a write that was killed
+    # Of a write that was killed: our temporary files, and safetensors' own.
+    for temporary in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):
+        temporary.unlink()
     if job or begun_by(folder):
         lock_of(folder).write_text(job, encoding="utf-8")
 

@@ -16,10 +16,11 @@ import itertools
 import torch
 
 
-def make_optimizer(model: torch.nn.Module, config):
+def make_optimizer(model: torch.nn.Module, config, precision: torch.dtype = torch.float32):
     """One optimizer for all parameters of a GPT.
 
     config: has optimizer, learning_rate, muon_learning_rate, weight_decay, beta1 and beta2.
+    precision: of the model's matrix products. Where that is bfloat16, Muon's are, too.
 
     | parameters             | optimizer="muon"           | ="adamw"               | decay |
     |------------------------|----------------------------|------------------------|-------|
@@ -44,7 +45,8 @@ def make_optimizer(model: torch.nn.Module, config):
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
     )
     if with_muon:
-        optimizer = Both(Muon(hidden, config.muon_learning_rate, config.weight_decay), optimizer)
+        muon = Muon(hidden, config.muon_learning_rate, config.weight_decay, precision=precision)
+        optimizer = Both(muon, optimizer)
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer
@@ -89,11 +91,21 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: every direction of a matrix moves by about the same length.
 
     lr: the length, relative to the entries of a square matrix; weight_decay: per unit of lr.
-    Matrices of one shape are orthogonalised together, in one batched product after another.
+    Matrices of one shape are orthogonalised together, in one batched product after another; in
+    bfloat16 if that is the precision, which is several times as fast where the hardware has it: a
+    direction need not be exact.
     """
 
-    def __init__(self, parameters, lr: float, weight_decay: float, momentum: float = 0.95):
+    def __init__(
+        self,
+        parameters,
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        precision: torch.dtype = torch.float32,
+    ):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.brief = precision == torch.bfloat16
 
     @torch.no_grad()
     def step(self) -> None:
@@ -108,7 +120,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             for shape, members in by_shape(zip(parameters, ahead, strict=True)):
                 rows, columns = shape
-                directions = orthogonalise(torch.stack([m for _, m in members]))
+                stack = torch.stack([m for _, m in members])
+                stack = stack.bfloat16() if self.brief else stack
+                directions = orthogonalise(stack).to(members[0][0].dtype)
                 # A matrix with more rows than columns has smaller entries once it is orthogonal.
                 step = group["lr"] * max(1, rows / columns) ** 0.5
                 for (parameter, _), direction in zip(members, directions, strict=True):
@@ -158,7 +172,6 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """
     wide = matrices.size(1) <= matrices.size(2)
     X = matrices if wide else matrices.mT  # X X^T is then the smaller of the two products
-    X = X.bfloat16() if X.is_cuda else X
     # The root of the sum of all squared singular values bounds the largest of them.
     X = X / (X.norm(dim=(1, 2), keepdim=True) * MARGIN + 1e-7)
     for a, b, c in QUINTICS:
@@ -166,4 +179,4 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2
         X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
-    return (X if wide else X.mT).to(matrices.dtype)
+    return X if wide else X.mT

@@ -232,18 +232,31 @@ def choose_device(wanted: str) -> str:
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    # bfloat16 has float32's range and needs no scaler; before compute capability 8.0 (A100) it is
-    # emulated and slow.
-    brain = device.type != "cuda" or torch.cuda.get_device_capability() >= (8, 0)
+    brain = has_bfloat16(device)
     if wanted == "auto":
-        if device.type != "cuda":
-            return torch.float32, ""
         if brain:
             return torch.bfloat16, ""
-        return torch.float16, " (this GPU has no fast bfloat16)"
-    if (wanted == "bfloat16" and not brain) or (wanted == "float64" and device.type == "mps"):
+        if device.type == "cuda":
+            return torch.float16, " (this GPU has no fast bfloat16)"
+        return torch.float32, ""
+    refused = wanted == "bfloat16" and device.type == "cuda" and not brain
+    if refused or (wanted == "float64" and device.type == "mps"):
         raise FolioError(f"--dtype={wanted}: this device cannot; --dtype=auto picks what it can")
     return getattr(torch, wanted), ""
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 as such, and fast, instead of emulating it.
+
+    bfloat16 has float32's range, so that nothing overflows that would not there.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)  # since the A100
+    if device.type != "cpu":
+        return False
+    # x86 has had it since about 2020 (AVX512_BF16) and 2023 (AMX); torch's names are private.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def choose_compile(wanted: str | bool, device: torch.device) -> tuple[bool, str]:

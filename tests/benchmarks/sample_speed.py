@@ -1,0 +1,113 @@
+"""How fast text is written, beside the machine's own limit and beside a peer.
+
+    python -m tests.benchmarks.sample_speed --sizes=small,medium
+    python -m tests.benchmarks.sample_speed --peer=../nanoGPT --json=sampling.json
+
+Each writes the same number of tokens with random weights of the same shape. The limit is one
+matrix-vector product for each weight of the model, measured in the same rounds: no way of writing
+one text at a time can do with less. The last columns are Folio's alone: without its cache, and ten
+texts written as one batch, in tokens per second of all ten together.
+"""
+
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from configurator import Count, FolioError, configure, run_main
+from model import GPT, GPTConfig
+from tests.benchmarks.measuring import interleaved, load_peer, rate, report
+
+# name -> layers, heads, channels, context, vocabulary, tokens to write, tokens of the prompt
+SIZES = {
+    "tiny": (1, 2, 16, 16, 65, 8, 1),
+    "small": (4, 4, 128, 64, 65, 500, 1),
+    "medium": (6, 6, 384, 256, 65, 500, 1),
+    "124M": (12, 12, 768, 1024, 50257, 160, 1),
+    "124M, 900 tokens in": (12, 12, 768, 1024, 50257, 20, 900),
+}
+
+
+@dataclass
+class SampleSpeedConfig:
+    # --- What to write ---
+    sizes: str = "small,medium,124M,124M 900 tokens in"  # names, parted by commas
+    dtype: str = "float32"  # of the weights
+    # --- Measurement ---
+    rounds: Count = 3  # turns of each contestant
+    peer: str = ""  # a checkout of nanoGPT, to write as much with its generate()
+    json: str = ""  # a file to write the figures to
+
+
+def main() -> None:
+    config = configure(SampleSpeedConfig)
+    names = {name.replace(",", ""): name for name in SIZES}
+    wanted = [size.strip() for size in config.sizes.split(",")]
+    for size in wanted:
+        if size not in names:
+            raise FolioError(f"--sizes={size}: there are {', '.join(names)}")
+    rows = [measure(names[size], config) for size in wanted]
+    report(f"Sampling, {config.dtype}, tokens per second", rows, config.json)
+
+
+def measure(name: str, config: SampleSpeedConfig) -> dict:
+    layers, heads, channels, context, vocabulary, tokens, prompt = SIZES[name]
+    dtype = getattr(torch, config.dtype)
+    shape = GPTConfig(context, vocabulary, layers, heads, channels, bias=True)
+    model = GPT(shape).to(dtype).eval()
+    start = torch.randint(vocabulary, (1, prompt))
+
+    def write(texts=1, **how):
+        for _ in model.generate(start.expand(texts, -1), tokens, **how):
+            pass
+
+    contestants = {
+        "Folio": rate(write, tokens, 0),
+        "limit": rate(vector_products(model), 1, 0.5),
+        "without a cache": rate(lambda: write(use_cache=False), tokens, 0),
+        "ten at once": rate(lambda: write(10), 10 * tokens, 0),
+    }
+    if config.peer:
+        contestants["nanoGPT"] = rate(peer_writer(config, name, start), tokens, 0)
+    figures = interleaved(contestants, config.rounds)
+    row = {"size": name, "Folio": figures["Folio"]}
+    if config.peer:
+        row["nanoGPT"] = figures["nanoGPT"]
+        row["ratio"] = median(figures["Folio"]) / median(figures["nanoGPT"])
+    return row | {
+        "limit": figures["limit"],
+        "share of the limit": f"{median(figures['Folio']) / median(figures['limit']):.0%}",
+        "without a cache": figures["without a cache"],
+        "ten at once": figures["ten at once"],
+        "ten times": median(figures["ten at once"]) / median(figures["Folio"]),
+    }
+
+
+def vector_products(model: GPT):
+    """One product of each weight matrix with one vector, and nothing else."""
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "wpe" not in n]
+    vectors = [torch.randn(1, p.size(1), dtype=p.dtype) for p in matrices]
+
+    @torch.no_grad()
+    def multiply():
+        for vector, matrix in zip(vectors, matrices, strict=True):
+            torch.nn.functional.linear(vector, matrix)
+
+    return multiply
+
+
+def peer_writer(config: SampleSpeedConfig, name: str, start: torch.Tensor):
+    layers, heads, channels, context, vocabulary, tokens, _ = SIZES[name]
+    peer = load_peer(config.peer)
+    model = peer.GPT(
+        peer.GPTConfig(
+            block_size=context, vocab_size=vocabulary, n_layer=layers, n_head=heads,
+            n_embd=channels, dropout=0.0, bias=True,
+        )
+    )  # fmt: skip
+    model.to(getattr(torch, config.dtype)).eval()
+    return lambda: model.generate(start, tokens)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,502 @@
+"""Nothing is lost, nothing is run, nothing hangs: each promise, with the harm really done.
+
+What is worth repeating is repeated a few times here, and many times with `pytest --nightly`.
+"""
+
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import sample
+import train
+from configurator import FolioError
+from tests.conftest import ROOT, assert_one_line_error, run_script
+from tests.test_train import assert_same_state, log_of, without_clock
+from training.checkpoint import (
+    RESUME, WEIGHTS, load_model, load_resume, replacing,
+)  # fmt: skip
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="other signals, other limits")
+
+
+# --- Killed ---
+
+# Saves checkpoints for ever in a child process and kills it at a random moment, again and again.
+# What the child was doing then stands in memory that both share.
+KILLER = """
+import json, mmap, os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import train
+from configurator import given_settings
+from training import checkpoint, report
+from training.world import World
+
+folder, trials, flags = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+phase = mmap.mmap(-1, 64)
+
+def saying(name, function):
+    def wrapped(*args, **kwargs):
+        phase[:] = name.encode().ljust(64)
+        return function(*args, **kwargs)
+    return wrapped
+
+def save_for_ever(first):
+    run = train.begin(given_settings(train.TrainConfig, flags), World())
+    train.move_in(run) if first else checkpoint.make_room(folder, continuing=True)
+    if not first:
+        train.restore(run, checkpoint.load_resume(folder))
+    train.evaluate = lambda run: (1.0 if run.step % 3 else -float(run.step), 1.0)  # a third: best
+    checkpoint.torch.save = saying("writing resume.pt", torch.save)
+    checkpoint.safetensors.torch.save_file = saying(
+        "writing model.safetensors", checkpoint.safetensors.torch.save_file)
+    os.fsync = saying("flushing", os.fsync)
+    os.replace = saying("renaming", os.replace)
+    log = report.Report(folder, run.step, 10**9)
+    log.draw_curve = saying("between", lambda: None)
+    log.say = lambda text: None
+    with log:
+        while True:
+            run.step += 1
+            with torch.no_grad():
+                for parameter in run.model.parameters():
+                    parameter.fill_(run.step)
+            phase[:] = b"writing json".ljust(64)
+            train.evaluate_and_save(run, log)
+
+dice, first, hits = random.Random(int(os.environ["DICE"])), True, 0
+while hits < trials:
+    phase[:] = b"starting".ljust(64)
+    child = os.fork()
+    if child == 0:
+        save_for_ever(first)
+    while phase[:8] == b"starting":
+        time.sleep(0.001)
+    time.sleep(0.05 * first + dice.random() * 0.1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    doing = phase[:].decode().strip()
+    state = checkpoint.load_resume(folder)
+    found = list(checkpoint.load_model(folder).parameters())
+    weights = {int(p.view(-1)[0]) for p in found}
+    whole = all(bool((p == p.view(-1)[0]).all()) for p in found)
+    kept = {int(p.view(-1)[0]) for p in state["model"].values()}
+    checkpoint.make_room(folder, continuing=True)
+    stray = [p.name for p in folder.glob(".*")]
+    print(json.dumps({
+        "doing": doing, "step": state["step"], "best": state["best_val_loss"],
+        "weights": sorted(weights), "whole": whole, "kept": sorted(kept), "stray": stray,
+    }), flush=True)
+    hits += doing not in ("between", "starting")
+    first = False
+"""
+
+
+def test_a_kill_while_saving_leaves_files_that_are_whole_and_belong_together(
+    tiny, tmp_path, trials
+):
+    wanted = trials(8, 100)
+    folder = tmp_path / "run"
+    flags = [*tiny, "--n_embd=128", "--n_layer=3", "--init_from=scratch"]
+    killer = run_script("-c", KILLER, folder, wanted, *flags, DICE="1")
+    assert killer.returncode == 0, killer.stderr
+    kills = [json.loads(line) for line in killer.stdout.splitlines() if line.startswith("{")]
+    hits = [kill for kill in kills if kill["doing"] not in ("between", "starting")]
+    assert len(hits) == wanted
+    for kill in kills:
+        (weights,), (kept,) = kill["weights"], kill["kept"]
+        assert kill["whole"] and kill["step"] == kept, kill
+        best = -kill["best"] if kill["best"] < 0 else 0
+        # The weights of the best loss on record are there, or newer ones that are better still.
+        assert weights >= best, kill
+        assert weights in (best, kept + 1) or weights % 3 == 0, kill
+        assert not kill["stray"], kill
+    if wanted > 50:  # every phase was hit
+        assert len({kill["doing"] for kill in hits}) >= 4
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tiny, tmp_path, trials):
+    flags = [*tiny, "--max_iters=60", "--dropout=0.2", "--eval_interval=5", "--init_from=auto"]
+    whole, hurt = tmp_path / "run", tmp_path / "hurt"
+    assert run_script("train.py", *flags).returncode == 0
+    dice = random.Random(0)
+    for _ in range(trials(2, 20)):
+        before = step_of(hurt)
+        running = subprocess.Popen(
+            [sys.executable, "train.py", *flags, f"--out_dir={hurt}"],
+            cwd=ROOT, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        while step_of(hurt) <= before and running.poll() is None:
+            time.sleep(0.01)
+        time.sleep(dice.random() * 0.2)
+        running.kill()
+        running.wait()
+    last = run_script("train.py", *flags, f"--out_dir={hurt}")
+    assert last.returncode == 0, last.stderr
+    assert_same_state(load_resume(whole), load_resume(hurt))
+    assert without_clock(log_of(whole)) == without_clock(log_of(hurt))
+    assert (whole / WEIGHTS).read_bytes() == (hurt / WEIGHTS).read_bytes()
+
+
+def step_of(folder: Path) -> int:
+    return load_resume(folder)["step"] if (folder / RESUME).exists() else -1
+
+
+def test_a_file_is_flushed_before_it_takes_its_name_and_the_folder_after(tmp_path, monkeypatch):
+    done = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor):
+        done.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        real_fsync(descriptor)
+
+    def replace(source, target):
+        done.append(f"rename {source.name} {target.name}")
+        assert source.read_text() == "new"
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    assert done == ["flush .file.tmp", "rename .file.tmp file", f"flush {tmp_path.name}"]
+
+
+# --- Interrupted ---
+
+
+def test_a_second_ctrl_c_leaves_at_once(tiny, tmp_path):
+    """The first one waits for the end of the step, which here takes a minute."""
+    script = (
+        "import time, train\n"
+        "def update(run, batches):\n"
+        "    print('updating', flush=True)\n"
+        "    time.sleep(60)\n"
+        "train.update = update\n"
+        "train.run_main(train.main)\n"
+    )
+    running = subprocess.Popen(
+        [sys.executable, "-c", script, *tiny],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert "updating\n" in iter(running.stdout.readline, "")
+    running.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert running.poll() is None
+    asked = time.monotonic()
+    running.send_signal(signal.SIGINT)
+    _, complained = running.communicate(timeout=20)
+    assert time.monotonic() - asked < 10
+    assert running.returncode == 130
+    assert complained == ""
+
+
+def test_a_terminal_is_left_clean(tiny):
+    """On a real terminal: the bar is wiped, and what is told after it has its own lines."""
+    import pty
+    import select
+    import termios
+
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 100))
+    running = subprocess.Popen(
+        [sys.executable, "train.py", *tiny, "--max_iters=100000", "--log_interval=5"],
+        cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+    )  # fmt: skip
+    os.close(slave)
+    seen, deadline = "", time.monotonic() + 60
+    try:
+        while running.poll() is None or select.select([master], [], [], 0)[0]:
+            assert time.monotonic() < deadline, seen[-500:]
+            if select.select([master], [], [], 0.1)[0]:
+                seen += os.read(master, 4096).decode(errors="replace")
+            if "steps, " in seen and "^" not in seen:
+                running.send_signal(signal.SIGINT)
+                seen += "^"
+    except OSError:  # the other end is closed
+        pass
+    finally:
+        running.kill()
+    assert running.wait() == 130
+    lines = [on_screen(line) for line in seen.split("\n")]
+    assert not any("%|" in line for line in lines)  # no bar has stayed
+    told = [line for line in lines if line]
+    assert told[-1] == "or       the same command with --init_from=resume, to go on"
+    assert told[-4].startswith("stopped, and saved")
+
+
+def on_screen(line: str) -> str:
+    """What a terminal shows of a line in which carriage returns overwrite: 'abc\\rX' -> 'Xbc'."""
+    shown = ""
+    for piece in line.replace("\x1b[A", "").split("\r"):
+        shown = piece + shown[len(piece) :]
+    return shown.rstrip()
+
+
+# --- No room ---
+
+
+def limited(size: int):
+    """For Popen: no file may grow beyond `size` bytes, as on a disk that is full."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+@pytest.mark.parametrize("size", [300, 5_000, 40_000])
+def test_a_full_disk_is_one_line_and_the_old_files_stay(tiny, tmp_path, call, size):
+    assert call(train, *tiny, "--max_iters=4").returncode == 0
+    folder = tmp_path / "run"
+    before = {name: (folder / name).read_bytes() for name in (RESUME, WEIGHTS)}
+    full = subprocess.run(
+        [sys.executable, "train.py", *tiny, "--init_from=resume"],
+        cwd=ROOT, capture_output=True, text=True, preexec_fn=limited(size),
+    )  # fmt: skip
+    assert_one_line_error(full, str(folder))
+    assert (folder / RESUME).read_bytes() == before[RESUME]
+    load_model(folder)  # what was there, or, where only they fit, the new best weights
+    assert size > 5_000 or (folder / WEIGHTS).read_bytes() == before[WEIGHTS]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_text_that_cannot_be_printed_is_one_line(tiny, tmp_path, call):
+    assert call(train, *tiny).returncode == 0
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "sample.py", f"--out_dir={tmp_path / 'run'}"],
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    result.stdout = ""
+    assert_one_line_error(result, "No space left")
+
+
+# --- Damaged ---
+
+
+@pytest.fixture
+def trained(tiny, tmp_path, call):
+    assert call(train, *tiny).returncode == 0
+    return tmp_path / "run"
+
+
+def refused(call, folder: Path, tiny: list[str], name: str) -> None:
+    """train.py and sample.py refuse the folder for its file `name`, in one line each."""
+    if name == RESUME:
+        assert_one_line_error(call(train, *tiny, "--init_from=resume"), name)
+        return
+    assert_one_line_error(call(sample, f"--out_dir={folder}"), str(folder))
+
+
+@pytest.mark.parametrize("name", [RESUME, WEIGHTS])
+def test_a_flipped_bit_anywhere_is_noticed(trained, name, trials):
+    path = trained / name
+    good = path.read_bytes()
+    dice = random.Random(0)
+    load = load_model if name == WEIGHTS else load_resume
+    noticed = 0
+    for _ in range(trials(30, 1000)):
+        place, bit = dice.randrange(len(good)), dice.randrange(8)
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << bit
+        path.write_bytes(damaged)
+        try:
+            again = load(trained)
+        except FolioError as error:
+            assert name in str(error) or str(trained) in str(error)
+            noticed += 1
+        else:  # a bit that carries nothing, such as a zip's dates and padding
+            path.write_bytes(good)
+            assert_same(again, load(trained))
+    assert noticed > trials(10, 300)
+
+
+def assert_same(left, right):
+    if isinstance(left, dict):
+        assert_same_state(left, right)
+    else:
+        for a, b in zip(left.parameters(), right.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", [RESUME, WEIGHTS, "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("harm", ["empty", "half", "one short", "html", "text", "zeros"])
+def test_a_file_that_is_not_whole_is_refused_in_one_line(trained, tiny, call, name, harm):
+    path = trained / name
+    good = path.read_bytes()
+    path.write_bytes(
+        {
+            "empty": b"",
+            "half": good[: len(good) // 2],
+            "one short": good.rstrip()[:-1],
+            "html": b"<html><body>Please log in</body></html>",
+            "text": b"to be, or not to be",
+            "zeros": bytes(len(good)),
+        }[harm]
+    )
+    refused(call, trained, tiny, name)
+
+
+class Marker:
+    """A pickle of this runs a command when it is loaded in the usual way."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickle_that_would_run_something_does_not(trained, tiny, call, tmp_path):
+    marker = tmp_path / "marker"
+    pickle.loads(pickle.dumps(Marker(marker)))
+    assert marker.exists()  # it is a real one
+    marker.unlink()
+    (trained / RESUME).write_bytes(pickle.dumps(Marker(marker)))
+    refused(call, trained, tiny, RESUME)
+    torch.save({"model": Marker(marker)}, trained / RESUME)  # with right checksums
+    with zipfile.ZipFile(trained / RESUME) as archive:
+        assert archive.testzip() is None
+    refused(call, trained, tiny, RESUME)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("length", "header"),
+    [
+        (None, {"data_offsets": [0, 10**9]}), (None, {"data_offsets": [4, 0]}),
+        (None, {"shape": [10**6, 10**6]}), (None, {"dtype": "F99"}), (10**11, {}), (2, {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_header_that_lies_is_refused_before_anything_is_allocated(
+    trained, tiny, call, length, header
+):
+    raw = (trained / WEIGHTS).read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    contents = json.loads(raw[8 : 8 + size])
+    contents["transformer.wte.weight"] |= header
+    text = json.dumps(contents).encode()
+    (trained / WEIGHTS).write_bytes(struct.pack("<Q", length or len(text)) + text + raw[8 + size :])
+    refused(call, trained, tiny, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"n_embd": 2**23, "n_head": 1}, {"n_positions": 2**23}, {"vocab_size": 2**23},
+        {"n_layer": 999, "n_embd": 2**16}, {"n_embd": 10**30}, {"n_layer": 10**6},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_absurd_sizes_are_refused_and_not_allocated(trained, sizes):
+    path = trained / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))
+    script = (
+        "import resource, sys, sample\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (3 * 2**30, 3 * 2**30))\n"
+        "sample.run_main(sample.main)\n"
+    )
+    result = run_script("-c", script, f"--out_dir={trained}")
+    assert_one_line_error(result, str(trained))
+    assert "memory" not in result.stderr
+
+
+def test_weights_that_others_saved_have_no_checksum_and_are_read(trained):
+    with safe_open(trained / WEIGHTS, "pt") as file:
+        assert re.fullmatch("[0-9a-f]{64}", file.metadata()["sha256"])
+    before = load_model(trained)
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(trained)
+    theirs.save_pretrained(trained)
+    with safe_open(trained / WEIGHTS, "pt") as file:
+        assert "sha256" not in file.metadata()
+    assert_same(before, load_model(trained))
+
+
+def test_a_log_that_was_cut_short_is_mended(trained, tiny, call):
+    log = trained / "log.csv"
+    log.write_text(log.read_text()[:-20])
+    assert call(train, *tiny, "--init_from=resume", "--max_iters=12").returncode == 0
+    steps = [int(row["step"]) for row in log_of(trained)]
+    assert steps == sorted(set(steps)) and steps[-1] == 12
+
+
+# --- Folders ---
+
+
+def test_a_folder_in_use_is_left_alone(trained, tiny, call):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    holder = subprocess.Popen(
+        [sys.executable, "train.py", *tiny, "--max_iters=1000000", f"--out_dir={trained}2"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline().startswith("data")
+        for how in ("scratch", "resume", "auto"):
+            other = call(train, *tiny, f"--out_dir={trained}2", f"--init_from={how}")
+            assert_one_line_error(other, "another process is training here")
+    finally:
+        holder.kill()
+        holder.wait()
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+
+
+def test_a_folder_that_vanishes_while_training_is_one_line(tiny, tmp_path):
+    script = (
+        "import shutil, train\n"
+        "real = train.update\n"
+        "def update(run, batches):\n"
+        "    shutil.rmtree(run.folder, ignore_errors=True)\n"
+        "    return real(run, batches)\n"
+        "train.update = update\n"
+        "train.run_main(train.main)\n"
+    )
+    assert_one_line_error(run_script("-c", script, *tiny), str(tmp_path / "run"))
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tiny, call):
+    """/proc is a folder in which nobody may make another, not even the administrator."""
+    assert_one_line_error(call(train, *tiny, "--out_dir=/proc/run"), "/proc")
+
+
+# --- Only what was asked for ---
+
+
+def test_training_and_sampling_speak_to_nobody(tiny, tmp_path, call, monkeypatch):
+    spoken = []
+
+    def forbidden(name):
+        def refuse(self, *address):
+            spoken.append((name, address))
+            raise AssertionError(f"{name}{address}")
+
+        return refuse
+
+    for name in ("connect", "connect_ex", "bind", "listen", "sendto"):
+        monkeypatch.setattr(socket.socket, name, forbidden(name))
+    monkeypatch.setattr(socket, "getaddrinfo", forbidden("getaddrinfo"))
+    assert call(train, *tiny).returncode == 0
+    assert call(sample, f"--out_dir={tmp_path / 'run'}", "--max_new_tokens=5").returncode == 0
+    assert spoken == []
+    with pytest.raises(AssertionError, match="getaddrinfo"):  # it would have been noticed
+        socket.create_connection(("127.0.0.1", 9))
