@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests.break_and_see import CHANGES, broken
 from tests.conftest import RHYME, ROOT
 
 STANDARD = sys.stdlib_module_names
@@ -80,6 +81,15 @@ def test_a_recipe_is_data_that_train_py_understands(path):
     recipe = ROOT / "config" / path
     assert ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8")))
     assert configure(TrainConfig, [str(recipe)]).out_dir == f"out/{recipe.stem}"
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.title)
+def test_what_can_be_broken_is_there_to_break(change):
+    """The changes of break_and_see.py fit the source as it is, and their lessons exist."""
+    source = (ROOT / change.file).read_text(encoding="utf-8")
+    assert broken(source, change) != source
+    file, name = change.lesson.split("::")
+    assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
 
 
 # --- The README ---

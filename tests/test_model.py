@@ -80,6 +80,66 @@ def test_without_positions_attention_ignores_order(model, tokens):
     torch.testing.assert_close(last, last_of_shuffled)
 
 
+# --- Other graphs: the encoder, and what lies between encoder and decoder ---
+
+
+def attend(attention: CausalSelfAttention, listeners, speakers, edges) -> torch.Tensor:
+    """Attention in a few lines of arithmetic, over any graph: (T, C), (S, C), (T, S) -> (T, C).
+
+    edges[t, s] says whether node s of the speakers is heard by node t of the listeners.
+    """
+    C = listeners.size(-1)
+    to_query, to_key, to_value = attention.c_attn.weight.split(C)
+    query_bias, key_bias, value_bias = attention.c_attn.bias.split(C)
+    heads = (-1, attention.n_head, C // attention.n_head)
+    q = (listeners @ to_query.T + query_bias).view(heads).transpose(0, 1)  # (n_head, T, head_dim)
+    k = (speakers @ to_key.T + key_bias).view(heads).transpose(0, 1)  # (n_head, S, head_dim)
+    v = (speakers @ to_value.T + value_bias).view(heads).transpose(0, 1)
+    affinity = q @ k.mT / math.sqrt(q.size(-1))  # (n_head, T, S): row listens to column
+    weights = affinity.masked_fill(~edges, -math.inf).softmax(dim=-1)
+    heard = (weights @ v).transpose(0, 1).reshape(-1, C)
+    return heard @ attention.c_proj.weight.T + attention.c_proj.bias
+
+
+def torchs_own(attention: CausalSelfAttention) -> torch.nn.MultiheadAttention:
+    """torch's attention, of listeners to any speakers, with the weights of ours."""
+    theirs = torch.nn.MultiheadAttention(16, attention.n_head, batch_first=True).double().eval()
+    theirs.in_proj_weight, theirs.in_proj_bias = attention.c_attn.weight, attention.c_attn.bias
+    theirs.out_proj.weight, theirs.out_proj.bias = attention.c_proj.weight, attention.c_proj.bias
+    return theirs
+
+
+@torch.no_grad()
+def test_with_edges_from_the_past_alone_it_is_a_decoder(model):
+    attention, x = model.transformer.h[0].attn, torch.randn(8, 16, dtype=torch.float64)
+    past = torch.ones(8, 8, dtype=torch.bool).tril()
+    torch.testing.assert_close(attend(attention, x, x, past), attention(x[None])[0])
+
+
+@torch.no_grad()
+def test_without_the_mask_it_is_an_encoder(model):
+    """All nodes hear all others, as in BERT: good for understanding, useless for foretelling."""
+    attention, x = model.transformer.h[0].attn, torch.randn(8, 16, dtype=torch.float64)
+    everybody = torch.ones(8, 8, dtype=torch.bool)
+    heard = attend(attention, x, x, everybody)
+    torch.testing.assert_close(heard, torchs_own(attention)(x, x, x)[0])
+    changed = x.clone()
+    changed[7] += 1
+    moved = (attend(attention, changed, changed, everybody) - heard).abs().amax(dim=1)
+    assert moved.min() > 1e-6  # the last node reaches the first
+
+
+@torch.no_grad()
+def test_with_speakers_from_elsewhere_it_is_cross_attention(model):
+    """A translation's nodes ask, the original's answer: so a decoder listens to an encoder."""
+    attention = model.transformer.h[0].attn
+    translation = torch.randn(5, 16, dtype=torch.float64)
+    original = torch.randn(8, 16, dtype=torch.float64)
+    heard = attend(attention, translation, original, torch.ones(5, 8, dtype=torch.bool))
+    theirs = torchs_own(attention)(translation, original, original)[0]
+    torch.testing.assert_close(heard, theirs)
+
+
 # --- Computation ---
 
 

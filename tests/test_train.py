@@ -148,6 +148,22 @@ def test_accumulated_micro_batches_are_one_mean(tiny):
     assert done.grad_norm == pytest.approx(norm, rel=1e-9)
 
 
+def test_each_update_forgets_the_gradients_of_the_last(tiny):
+    """Where nothing is learned, the same batch twice has the same gradient twice."""
+    still = ("--learning_rate=0", "--muon_learning_rate=0", "--dtype=float64")
+    run = training_for(*tiny, *still)
+    batch = next(train.training_batches(run))
+    first, second = (train.update(run, iter([batch])) for _ in range(2))
+    assert second.grad_norm == first.grad_norm
+
+
+def test_an_evaluation_drops_nothing_out(tiny):
+    run = training_for(*tiny, "--dropout=0.5", "--dtype=float64")
+    dropped = training_for(*tiny, "--dropout=0", "--dtype=float64")
+    assert evaluate(run) == evaluate(run) == evaluate(dropped)
+    assert run.model.training  # and goes on training
+
+
 # --- The same numbers ---
 
 

@@ -46,10 +46,14 @@ def test_a_device_that_is_not_there_is_refused(machine):
             choose_device(name)
 
 
-def test_auto_takes_the_precision_the_device_is_good_at(machine):
+def test_auto_takes_the_precision_the_device_is_good_at(machine, monkeypatch):
     machine(cuda=True, capability=(8, 0))
     assert choose_dtype("auto", GPU)[0] == torch.bfloat16
-    assert choose_dtype("auto", CPU)[0] == choose_dtype("auto", APPLE)[0] == torch.float32
+    assert choose_dtype("auto", APPLE)[0] == torch.float32
+    for has, wanted in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert choose_dtype("auto", CPU)[0] == wanted
     machine(cuda=True, capability=(7, 5))
     assert choose_dtype("auto", GPU)[0] == torch.float16
     with pytest.raises(FolioError, match="--dtype=bfloat16"):
@@ -69,9 +73,10 @@ def test_auto_compiles_where_that_can_be_done_and_pays(machine):
 
 
 def test_a_world_tells_what_it_chose_and_why():
-    world = World().settle("cpu")
+    world = World().settle("cpu", "float32")
     assert world.why.startswith("cpu (")
     assert "float32" in world.why and "not compiled" in world.why
+    assert "bfloat16" in World().settle("cpu", "bfloat16").why
 
 
 def test_in_a_world_of_one_all_work_is_ones_own():
