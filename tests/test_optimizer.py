@@ -53,6 +53,16 @@ def test_a_matrix_moves_alike_alone_and_in_company():
     torch.testing.assert_close(torch.cat([*together]), torch.cat([*alone]), rtol=1e-5, atol=1e-5)
 
 
+def test_directions_may_be_found_in_bfloat16_and_change_little():
+    exact, brief = (torch.nn.Parameter(torch.zeros(64, 32)) for _ in range(2))
+    brief.grad = exact.grad = torch.randn(64, 32)
+    Muon([exact], lr=1.0, weight_decay=0.0).step()
+    Muon([brief], lr=1.0, weight_decay=0.0, precision=torch.bfloat16).step()
+    assert not torch.equal(exact, brief) and brief.dtype == torch.float32
+    alike = torch.nn.functional.cosine_similarity(exact.flatten(), brief.flatten(), dim=0)
+    assert alike > 0.999
+
+
 def test_the_first_step_is_the_learning_rate_along_the_orthogonal_gradient():
     weight = torch.nn.Parameter(torch.randn(32, 8))
     before = weight.detach().clone()

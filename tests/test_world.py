@@ -46,6 +46,19 @@ def test_a_device_that_is_not_there_is_refused(machine):
             choose_device(name)
 
 
+def test_each_process_of_a_node_takes_a_gpu_of_its_own(machine, monkeypatch):
+    machine(cuda=True)
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert World().settle().device == torch.device("cuda:3") == taken[0]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(FolioError, match="has 4 GPUs: --nproc_per_node=4"):
+        World().settle()
+
+
 def test_auto_takes_the_precision_the_device_is_good_at(machine, monkeypatch):
     machine(cuda=True, capability=(8, 0))
     assert choose_dtype("auto", GPU)[0] == torch.bfloat16
@@ -70,6 +83,12 @@ def test_auto_compiles_where_that_can_be_done_and_pays(machine):
     machine(cuda=True, triton=False)
     chosen, why = choose_compile("auto", GPU)
     assert chosen is False and "Triton" in why
+
+
+def test_compiling_for_a_cpu_wants_a_compiler(machine, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(FolioError, match="--compile"):
+        choose_compile(True, CPU)
 
 
 def test_a_world_tells_what_it_chose_and_why():

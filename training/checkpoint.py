@@ -31,7 +31,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from configurator import FolioError
+from configurator import FolioError, did_you_mean
 from data.gpt2 import PUBLISHED, fetch_gpt2
 from data.prepare import move_aside
 from data.tokenizer import END_OF_TEXT, Tokenizer, tokenizer_text
@@ -318,8 +318,17 @@ def run_folder(out_dir: str) -> Path:
 
 
 def model_folder(source: str) -> Path:
-    """The folder of a model: that of a run, any other, or GPT-2's weights by name, fetched."""
-    return fetch_gpt2(source) if source in PUBLISHED else run_folder(source)
+    """The folder of a model: that of a run, any other, or GPT-2's weights by name, fetched.
+
+    Raises FolioError if it is neither a folder nor such a name.
+    """
+    if source in PUBLISHED:
+        return fetch_gpt2(source)
+    folder = run_folder(source)
+    if not folder.is_dir():
+        guess = did_you_mean(source, ["scratch", "resume", "auto", *PUBLISHED])
+        raise FolioError(f"{source}: there is no such folder, and no such weights{guess}")
+    return folder
 
 
 def newest_run() -> Path:

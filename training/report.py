@@ -11,6 +11,7 @@ last update's mean over all its micro-batches; seconds are of training, evaluati
 
 import csv
 import math
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -280,7 +281,9 @@ def summary(run) -> str:
     ]
     if (run.folder / "loss.png").exists():
         lines.append(f"curve    {shown_path(run.folder / 'loss.png')}")
-    out_dir = "" if run.folder.parent == HERE / "out" else f" --out_dir={run.folder}"
+    out_dir = (
+        "" if run.folder.parent == HERE / "out" else f" --out_dir={shlex.quote(str(run.folder))}"
+    )
     lines.append(f"next     python sample.py{out_dir}")
     if run.step < config.max_iters:
         lines.append("or       the same command with --init_from=resume, to go on")

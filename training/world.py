@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import itertools
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
@@ -66,10 +67,13 @@ class World:
         Raises FolioError if the machine cannot do what is asked for.
         """
         place = choose_device(device)
-        if place == "cuda":  # a node's processes take a GPU each
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            place = f"cuda:{torch.cuda.current_device()}"
         self.device = torch.device(place)
+        if place == "cuda":  # a node's processes take a GPU each
+            number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if number >= there:
+                raise FolioError(f"this node has {there} GPUs: --nproc_per_node={there}")
+            self.device = torch.device("cuda", number)
+            torch.cuda.set_device(self.device)
         self.dtype, why_precision = choose_dtype(dtype, self.device)
         self.compile, why_compile = choose_compile(compile, self.device)
         names = {"cuda": self.device_name, "mps": "Apple GPU"}
@@ -260,6 +264,9 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def choose_compile(wanted: str | bool, device: torch.device) -> tuple[bool, str]:
+    compilers = (os.environ.get("CXX", "g++"), "c++", "clang++", "cl")
+    if wanted is True and device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise FolioError("--compile: for a CPU torch needs a C++ compiler, and finds none (g++)")
     if wanted != "auto":
         return bool(wanted), ""
     if device.type != "cuda":

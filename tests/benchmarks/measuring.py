@@ -37,11 +37,11 @@ def rate(work: Callable[[], None], amount: float, seconds: float) -> Callable[[]
 
     def measure() -> float:
         start, done = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - start) < seconds or not done:
+        while not done or time.perf_counter() - start < seconds:
             work()
             done += 1
         synchronise()
-        return done * amount / (time.perf_counter() - start if done else elapsed)
+        return done * amount / (time.perf_counter() - start)
 
     return measure
 
