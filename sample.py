@@ -40,7 +40,7 @@ class SampleConfig:
     seed: Whole = 1337  # of the draws: the same seed writes the same text
     # --- Machine ---
     device: Device = "auto"  # where to compute; auto takes the fastest there is
-    dtype: Precision = "auto"  # of the weights; auto is bfloat16 on GPUs that have it
+    dtype: Precision = "auto"  # of the weights; auto is bfloat16 where the device has it
 
     def __post_init__(self):
         if self.forever and self.num_samples > 1:

@@ -85,7 +85,7 @@ class TrainConfig:
 
     # --- Machine ---
     device: Device = "auto"  # where to compute; auto takes the fastest there is
-    dtype: Precision = "auto"  # of matrix products; auto is bfloat16 on GPUs that have it
+    dtype: Precision = "auto"  # of matrix products; auto is bfloat16 where the device has it
     compile: Switch = "auto"  # fuse operations with torch.compile; auto does on CUDA
 
     instead: ClassVar = {  # nanoGPT's settings that have no counterpart, and what Folio does

@@ -14,7 +14,7 @@ block_size = 64
 batch_size = 12
 bias = False
 
-max_iters = 500
+max_iters = 550
 warmup_iters = 20
 eval_interval = 100
 learning_rate = 8e-3

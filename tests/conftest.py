@@ -69,18 +69,26 @@ def data_folder(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def rhyme(tmp_path) -> Path:
     """A prepared character dataset of about 3,500 tokens: the path of its folder."""
+    return prepare_rhyme(tmp_path / "rhyme")
+
+
+def prepare_rhyme(folder: Path) -> Path:
     lines = RHYME.splitlines(keepends=True)
     dice = np.random.default_rng(0)
     text = "".join(lines[i] for i in dice.integers(len(lines), size=120))
-    write_dataset(tmp_path / "rhyme", CharTokenizer.of(text), split_text(text), {"source": "rhyme"})
-    return tmp_path / "rhyme"
+    write_dataset(folder, CharTokenizer.of(text), split_text(text), {"source": "rhyme"})
+    return folder
 
 
 @pytest.fixture
 def tiny(rhyme, tmp_path) -> list[str]:
     """Flags for a training run of a second or two, on the rhyme, into tmp_path/run."""
+    return tiny_flags(rhyme, tmp_path / "run")
+
+
+def tiny_flags(dataset: Path, folder: Path) -> list[str]:
     return [
-        f"--dataset={rhyme}", f"--out_dir={tmp_path / 'run'}", "--device=cpu",
+        f"--dataset={dataset}", f"--out_dir={folder}", "--device=cpu",
         "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4",
         "--max_iters=8", "--warmup_iters=2", "--eval_interval=4", "--log_interval=2",
         "--eval_tokens=64", "--sample_tokens=10", "--dtype=float32",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import train
 from configurator import FolioError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, prepare_rhyme, tiny_flags
 from tests.test_train import assert_same_state, log_of, without_clock
 from training.checkpoint import RESUME, WEIGHTS, load_resume
 from training.world import is_restarted, job_name
@@ -80,6 +80,22 @@ def one(call, tiny, tmp_path):
         result = call(train, *tiny, *SHARED_WORK, *flags, f"--out_dir={folder}")
         assert result.returncode == 0, result.stderr
         return folder
+
+    return trained
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Train in two processes with this optimizer, once for all lessons; the folder of the run."""
+    home, done = tmp_path_factory.mktemp("undisturbed"), {}
+    rhyme = prepare_rhyme(home / "rhyme")
+
+    def trained(optimizer: str) -> Path:
+        if optimizer not in done:
+            done[optimizer] = home / optimizer
+            flags = [*tiny_flags(rhyme, done[optimizer]), *SHARED_WORK, f"--optimizer={optimizer}"]
+            assert run_two(ROOT / "train.py", *flags).returncode == 0
+        return done[optimizer]
 
     return trained
 
@@ -152,14 +168,15 @@ def test_micro_batches_that_cannot_be_shared_are_refused_once(tiny):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_wish_to_stop_is_shared_and_resuming_goes_on_bit_by_bit(tiny, tmp_path, optimizer):
-    flags = [*tiny, *SHARED_WORK, f"--optimizer={optimizer}", "--dtype=float32"]
-    whole, part = tmp_path / "run", tmp_path / "part"
-    assert run_two(ROOT / "train.py", *flags).returncode == 0
-    stopped = run_two(mishap(tmp_path, 6, "SIGTERM"), *flags, f"--out_dir={part}")
+def test_a_wish_to_stop_is_shared_and_resuming_goes_on_bit_by_bit(
+    tiny, tmp_path, undisturbed, optimizer
+):
+    flags = [*tiny, *SHARED_WORK, f"--optimizer={optimizer}"]
+    whole, part = undisturbed(optimizer), tmp_path / "run"
+    stopped = run_two(mishap(tmp_path, 6, "SIGTERM"), *flags)
     assert "exitcode  : 143" in stopped.stderr  # one was asked, and both left
     assert "stopped, and saved: 7 of 20 steps" in stopped.stdout
-    resumed = run_two(ROOT / "train.py", *flags, f"--out_dir={part}", "--init_from=resume")
+    resumed = run_two(ROOT / "train.py", *flags, "--init_from=resume")
     assert resumed.returncode == 0, resumed.stderr
     assert_same_state(load_resume(whole), load_resume(part))
     assert_same_state(load_file(whole / WEIGHTS), load_file(part / WEIGHTS))
@@ -168,19 +185,16 @@ def test_a_wish_to_stop_is_shared_and_resuming_goes_on_bit_by_bit(tiny, tmp_path
 
 @pytest.mark.parametrize("step", [0, 9])
 def test_a_job_that_loses_a_process_starts_again_and_ends_as_if_nothing_had_happened(
-    tiny, tmp_path, step
+    tiny, tmp_path, undisturbed, step
 ):
-    """Step 0: right after the first checkpoint; step 9: one after that of step 8 would be due."""
-    flags = [*tiny, *SHARED_WORK, "--dtype=float32"]
-    assert run_two(ROOT / "train.py", *flags).returncode == 0
-    hurt = tmp_path / "hurt"
-    script = mishap(tmp_path, step, "SIGKILL")
-    job = run_two(script, *flags, f"--out_dir={hurt}", restarts=3)
+    """Step 0: right after the first checkpoint; step 9: one after that of step 8."""
+    whole, hurt = undisturbed("muon"), tmp_path / "run"
+    job = run_two(mishap(tmp_path, step, "SIGKILL"), *tiny, *SHARED_WORK, restarts=3)
     assert job.returncode == 0, job.stderr
     assert "Signal 9 (SIGKILL)" in job.stderr or "exitcode: -9" in job.stderr
     assert f"from step {step // 4 * 4}" in job.stdout
-    assert without_clock(log_of(tmp_path / "run")) == without_clock(log_of(hurt))
-    assert_same_state(load_resume(tmp_path / "run"), load_resume(hurt))
+    assert without_clock(log_of(whole)) == without_clock(log_of(hurt))
+    assert_same_state(load_resume(whole), load_resume(hurt))
 
 
 def test_a_process_lost_before_the_first_checkpoint_costs_nothing_either(tiny, tmp_path, call):

@@ -6,6 +6,7 @@ that a lesson cannot pass by refusing everything, it also asks for a share that 
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from hypothesis import strategies as st
 from configurator import FolioError, as_json, configure, read_settings, settings_of
 from data.dataset import open_dataset
 from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, tokenizer_text
+from tests.test_checkpoint import random_model
 from tests.test_tokenizer import AWKWARD, toy_bpe
 from train import TrainConfig
 from training.checkpoint import read_config, save_model
-from tests.test_checkpoint import random_model
 
 
 @pytest.fixture
@@ -83,13 +84,17 @@ def test_any_config_file_is_understood_or_refused_and_never_run(tmp_path, exampl
             assert str(error)
         else:
             counts.accepted += 1
-            (tmp_path / "settings.json").write_text(as_json(config), encoding="utf-8")
-            again = read_settings(tmp_path / "settings.json")
-            assert configure(TrainConfig, [], base=again) == config
+            assert config == read_back(config, tmp_path / "settings.json")
         assert not marker.exists()
 
     check()
     assert counts.share() > 0.1
+
+
+def read_back(config: TrainConfig, path: Path) -> TrainConfig:
+    """The same settings, by way of a settings.json."""
+    path.write_text(as_json(config), encoding="utf-8")
+    return configure(TrainConfig, [], base=read_settings(path))
 
 
 def test_any_flags_are_understood_or_refused(tmp_path, examples):
@@ -111,9 +116,7 @@ def test_any_flags_are_understood_or_refused(tmp_path, examples):
             assert str(error)
         else:
             counts.accepted += 1
-            (tmp_path / "settings.json").write_text(as_json(config), encoding="utf-8")
-            again = read_settings(tmp_path / "settings.json")
-            assert configure(TrainConfig, [], base=again) == config
+            assert config == read_back(config, tmp_path / "settings.json")
 
     check()
     assert counts.share() > 0.1

@@ -278,8 +278,8 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 def save_resume(folder: Path, state: dict[str, Any]) -> None:
     """Write resume.pt: state_dicts, numbers and texts in plain containers."""
-    with replacing(folder / RESUME) as temporary:
-        torch.save(state, temporary)
+    with replacing(folder / RESUME) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)  # a file of Python's own tells why it cannot be written
 
 
 DAMAGES = (
@@ -415,7 +415,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.close(directory)
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         # torch and safetensors wrap what the operating system told them.
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        told = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(told, "strerror", None) or str(told).partition("\n")[0]
         raise FolioError(f"{path}: cannot be written ({reason}); what was there is kept") from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -5,8 +5,8 @@ log.csv has a row for every `log_interval` steps and for every evaluation:
     step,tokens,seconds,train_loss,val_loss,learning_rate,grad_norm,tokens_per_second,bits_per_byte
 
 A row says how things stand after `step` updates. Losses are in nats per token, and bits_per_byte is
-what val_loss comes to, whatever the vocabulary. train_loss is the
-last update's mean over all its micro-batches; seconds are of training, evaluations left out.
+what val_loss comes to, whatever the vocabulary. train_loss is the last update's mean over all its
+micro-batches; seconds are of training, evaluations left out.
 """
 
 import csv
