@@ -64,10 +64,8 @@ class CausalSelfAttention(nn.Module):
         With a cache, the T nodes also listen to those it holds, and are added to it.
         """
         B, T, C = x.shape
-        q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-            for part in self.c_attn(x).split(C, dim=2)
-        )  # (B, n_head, T, head_dim) each
+        parts = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in parts)  # (B, n_head, T, head_dim) each
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, n_head, nodes so far, head_dim) each
         # The mask keeps every node from hearing its future. A single new node has none.
@@ -175,8 +173,7 @@ class GPT(nn.Module):
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit a context of {self.config.block_size}")
-        positions = torch.arange(start, end, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             x = block(x, caches[i] if caches else None)
@@ -269,18 +266,19 @@ class KVCache:
     def __init__(self, block_size: int):
         self.block_size = block_size
         self.length = 0  # nodes held
-        self.kv = None  # (2, B, n_head, block_size, head_dim), allocated once
+        self.k = self.v = None  # (B, n_head, block_size, head_dim) each, allocated once
 
     def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add T nodes' keys and values (B, n_head, T, head_dim); return those of all nodes."""
         B, n_head, T, head_dim = k.shape
         assert T == 1 or self.length == 0, "the causal mask is that of a context read at once"
-        if self.kv is None:
-            self.kv = k.new_empty(2, B, n_head, self.block_size, head_dim)
-        self.kv[0, :, :, self.length : self.length + T] = k
-        self.kv[1, :, :, self.length : self.length + T] = v
+        if self.k is None:
+            self.k = k.new_empty(B, n_head, self.block_size, head_dim)
+            self.v = torch.empty_like(self.k)
+        self.k.narrow(2, self.length, T).copy_(k)
+        self.v.narrow(2, self.length, T).copy_(v)
         self.length += T
-        return self.kv[0, :, :, : self.length], self.kv[1, :, :, : self.length]
+        return self.k.narrow(2, 0, self.length), self.v.narrow(2, 0, self.length)
 
 
 def draw(
@@ -314,5 +312,7 @@ def draw(
         probs = probs.masked_fill(late.scatter(1, order, late), 0.0)
     if generator is not None:
         probs = probs.to(generator.device)  # the draw is made where the dice are
-    ids = torch.multinomial(probs, num_samples=1, generator=generator).squeeze(1)
-    return ids.to(logits.device)
+    # A race: of clocks that ring at rates p, each is the first to with probability p. That is how
+    # torch.multinomial draws, too, but it looks for negative numbers first, and waits for a GPU.
+    waits = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / waits).argmax(dim=-1).to(logits.device)

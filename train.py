@@ -153,11 +153,14 @@ def main() -> None:
 def train(run: Training, stop: StopSignal) -> None:
     """From the step the run stands at to max_iters updates, or until somebody wishes to stop."""
     config, world = run.config, run.world
-    batches, limit = training_batches(run), tokens_per_second_at_peak(run)
+    batches = training_batches(run)
     with (
-        Report(run.folder, run.step, config.max_iters, not world.is_main, limit) as report,
+        Report(
+            run.folder, run.step, config.max_iters, run.tokens, run.seconds,
+            silent=not world.is_main, limit=tokens_per_second_at_peak(run),
+        ) as report,
         advice_when_out_of_memory(ADVICE),
-    ):
+    ):  # fmt: skip
         report.say(banner(run))
         while True:
             if is_evaluation_due(run):
@@ -259,7 +262,8 @@ def evaluate_and_save(run: Training, report: Report) -> None:
     val_loss, bits_per_byte = evaluate(run)
     run.evaluated_at = run.step
     best = val_loss < run.best_val_loss
-    run.best_val_loss = min(val_loss, run.best_val_loss)
+    if best:  # and a loss that is not a number never is
+        run.best_val_loss = val_loss
     if not run.world.is_main:
         return
     if best:
@@ -290,12 +294,12 @@ def save_copy(run: Training) -> None:
 # --- Before the first step ---
 
 
-def plan(given: dict[str, Any]) -> TrainConfig:
+def plan(given: dict[str, Any], restarted: bool) -> TrainConfig:
     """All settings, `init_from` being decided: scratch, resume, or a trained model's folder."""
     folder = run_folder(given.get("out_dir", TrainConfig.out_dir))
     source = given.get("init_from", TrainConfig.init_from)
     # A job that was started before goes on with what it has, whatever it was told to begin from.
-    goes_on = is_restarted() and begun_by(folder) == job_name()
+    goes_on = restarted and begun_by(folder) == job_name()
     if (source == "auto" or goes_on) and (folder / RESUME).exists():
         source = "resume"
     elif source == "auto":
@@ -353,7 +357,9 @@ def find_dataset(config: TrainConfig) -> Dataset:
 
 def begin(given: dict[str, Any], world: World) -> Training:
     """A model with its optimizer: fresh, from a folder of weights, or where a run stood."""
-    config = world.decide(lambda: check_shares(plan(given), world.size))
+    # Of several nodes only the one that lost a process may know that this is a restart.
+    restarted = bool(world.greatest(int(is_restarted())))
+    config = world.decide(lambda: check_shares(plan(given, restarted), world.size))
     with advice_when_out_of_memory(ADVICE):
         run = world.after_main(lambda: assemble(config, world))
         run.runner = world.runner_for(run.model)
@@ -417,15 +423,19 @@ def snapshot(run: Training) -> dict:
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
-        "text": run.dataset.meta.get("sha256"),
+        "data": identity(run.dataset),
         **{name: getattr(run, name) for name in PROGRESS},
     }
 
 
+def identity(dataset: Dataset) -> list:
+    """What tells a dataset from what it was before: its text, where that is known, and sizes."""
+    return [dataset.meta.get("sha256"), len(dataset.train), len(dataset.val)]
+
+
 def restore(run: Training, saved: dict) -> None:
     """Put the run where snapshot() found it; learning rates stay those of the settings."""
-    text = run.dataset.meta.get("sha256")
-    if saved.get("text", text) != text:
+    if saved.get("data") != identity(run.dataset):
         raise FolioError(
             f"--dataset={run.config.dataset}: holds another text than when {run.folder} was begun; "
             "--init_from=scratch begins anew"
@@ -509,9 +519,11 @@ def evaluate_only(run: Training) -> None:
     """Print the validation loss of the model as it is."""
     where = {"scratch": "untrained", "resume": f"step {run.step:,} of {run.folder}"}
     what = where.get(run.config.init_from, run.config.init_from)
-    print(banner(run))
-    val_loss, bits_per_byte = evaluate(run)
-    print(f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte), {what}")
+    say = print if run.world.is_main else lambda text: None
+    say(banner(run))
+    with advice_when_out_of_memory(ADVICE):
+        val_loss, bits_per_byte = evaluate(run)
+    say(f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte), {what}")
 
 
 if __name__ == "__main__":

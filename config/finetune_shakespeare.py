@@ -18,5 +18,6 @@ max_iters = 100
 eval_interval = 20
 log_interval = 1
 warmup_iters = 10
+optimizer = "adamw"  # as the weights were trained: Muon's longer strides would undo them
 learning_rate = 3e-5
 beta2 = 0.95

@@ -35,32 +35,39 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = BPETokenizer.gpt2()
     (folder / "tokenizer.json").write_text(tokenizer_text(tokenizer), encoding="utf-8")
-    tokens = fetch_shard("fineweb_val_000000.bin", folder / "val_000000.bin")
-    meta = {
-        "source": SOURCE, "vocab_size": tokenizer.vocab_size, "dtype": "uint16",
-        "val_tokens": tokens, "train_tokens": 0,
-    }  # fmt: skip
+    fetch_shard("fineweb_val_000000.bin", folder / "val_000000.bin")
     for number in range(1, config.shards + 1):
         name = f"train_{number:06}.bin"
-        meta["train_tokens"] += fetch_shard(f"fineweb_{name}", folder / name)
+        fetch_shard(f"fineweb_{name}", folder / name)
+    meta = {
+        "source": SOURCE, "vocab_size": tokenizer.vocab_size, "dtype": "uint16",
+        "val_tokens": count_tokens(folder, "val"), "train_tokens": count_tokens(folder, "train"),
+    }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     print(
-        f"{folder}: {meta['train_tokens']:,} tokens to train on and {tokens:,} to validate with\n"
-        "next: torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py"
+        f"{folder}: {meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} to "
+        "validate with\nnext: torchrun --standalone --nproc_per_node=8 train.py "
+        "config/train_gpt2.py (reads 10,000,000,000)"
     )
 
 
-def fetch_shard(name: str, path: Path) -> int:
-    """The number of tokens in the shard at `path`, fetched if it is not there.
+def fetch_shard(name: str, path: Path) -> None:
+    """Fetch the shard to `path` if it is not there.
 
-    Raises FolioError if it cannot be had, or does not begin with the header of such a shard.
+    Raises FolioError if it cannot be had, does not begin with the header of such a shard, or is not
+    of the size that its header asks for.
     """
     if not path.exists():
         fetch_large(hub_url(f"{SOURCE}/resolve/main/{name}"), path)
         if not has_header(path):
             path.unlink()
             raise FolioError(f"{name}: what was sent is no shard of tokens; try again later")
-    return len(map_shard(path, "<u2"))
+    map_shard(path, "<u2")
+
+
+def count_tokens(folder: Path, split: str) -> int:
+    """In all shards of a split, those of earlier fetches among them."""
+    return sum(len(map_shard(path, "<u2")) for path in folder.glob(f"{split}_*.bin"))
 
 
 if __name__ == "__main__":

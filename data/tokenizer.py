@@ -13,6 +13,7 @@ token. Only the preparation of a dataset puts end-of-text tokens between documen
 """
 
 import codecs
+import itertools
 import json
 import sys
 from collections.abc import Iterable
@@ -24,7 +25,6 @@ import requests
 import tiktoken
 
 from configurator import FolioError
-import itertools
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -1,7 +1,9 @@
 """A run's folder is a Hugging Face folder: what Folio writes, transformers opens, and back."""
 
+import errno
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -237,6 +239,22 @@ def test_an_old_run_moves_aside_and_a_stranger_is_never_moved(tmp_path, capsys):
     with pytest.raises(FolioError, match=r"diary\.txt"):
         make_room(folder, continuing=False)
     assert (folder / "diary.txt").read_text() == "dear diary"
+
+
+def test_a_run_killed_while_it_wrote_its_first_file_does_not_keep_the_folder(tmp_path):
+    (tmp_path / f".{SETTINGS}.tmp").write_text("{")
+    make_room(tmp_path, continuing=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="fcntl is not of Windows")
+def test_a_disk_without_locks_is_told_of_and_used(tmp_path, capsys, monkeypatch):
+    def unknown(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    with locked(tmp_path / "run"):
+        assert "no locks" in capsys.readouterr().out
 
 
 def test_continuing_leaves_everything_but_what_a_kill_left_half_written(tmp_path):

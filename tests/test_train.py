@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -343,13 +344,17 @@ def test_finetuning_refuses_a_tokenizer_that_is_not_the_models(
     assert not (tmp_path / "tuned").exists()
 
 
-def test_eval_only_tells_the_loss_and_touches_nothing(tiny, tmp_path, run_in_process):
+def test_eval_only_tells_the_loss_and_touches_nothing(tiny, tmp_path, run_in_process, capsys):
     run_in_process(*tiny)
     folder = tmp_path / "run"
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     told = run_in_process(*tiny, "--eval_only", "--init_from=resume")
     assert f"validation loss {float(log_of(folder)[-1]['val_loss']):.4f}" in told
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    another = training_for(*tiny, "--eval_only")
+    another.world.rank = 1
+    train.evaluate_only(another)
+    assert capsys.readouterr().out == ""  # only the main process speaks
     told = run_in_process(*tiny, "--eval_only", f"--out_dir={tmp_path / 'none'}")
     assert "untrained" in told
     assert not (tmp_path / "none").exists()
@@ -409,7 +414,7 @@ def test_every_precision_trains(tiny, dtype, optimizer):
 
 def test_a_plan_settles_where_the_weights_come_from(tiny, tmp_path):
     def planned(flag):
-        return plan(given_settings(TrainConfig, [*tiny, flag]))
+        return plan(given_settings(TrainConfig, [*tiny, flag]), restarted=False)
 
     assert planned("--init_from=auto").init_from == "scratch"
     with pytest.raises(FolioError, match="no run to resume"):
@@ -519,11 +524,13 @@ def test_the_last_step_is_logged_once(tiny, tmp_path, run_in_process):
 
 
 def test_a_run_that_was_stopped_is_evaluated_when_it_ends_there(tiny, tmp_path, run_in_process):
-    stop_after(3, tiny)
-    run_in_process(*tiny, "--init_from=resume", "--max_iters=3")
-    last = log_of(tmp_path / "run")[-1]
-    assert last["step"] == "3"
-    assert float(last["val_loss"]) > 0
+    stop_after(4, [*tiny, "--eval_interval=100"])
+    before = log_of(tmp_path / "run")
+    run_in_process(*tiny, "--init_from=resume", "--max_iters=4")
+    *first, last = log_of(tmp_path / "run")
+    assert [row["step"] for row in (*first, last)] == [row["step"] for row in before]
+    assert float(last.pop("val_loss")) > 0 and float(last.pop("bits_per_byte")) > 0
+    assert last.items() <= before[-1].items()  # training has not gone on
 
 
 def test_resuming_refuses_another_text_under_the_same_name(tiny, tmp_path, run_in_process, call):
@@ -536,6 +543,25 @@ def test_resuming_refuses_another_text_under_the_same_name(tiny, tmp_path, run_i
         if text.startswith("to"):
             run_in_process(*flags)
     assert_one_line_error(call(train, *flags, "--init_from=resume"), "another text")
+
+
+def test_resuming_refuses_a_dataset_that_has_grown(tiny, rhyme, run_in_process, call):
+    """Windows are counted through all shards: with one shard more, all of them are others."""
+    run_in_process(*tiny, "--max_iters=4")
+    shutil.copy(rhyme / "train.bin", rhyme / "train_more.bin")
+    assert_one_line_error(call(train, *tiny, "--init_from=resume"), "another text")
+
+
+def test_an_evaluation_that_overflows_is_not_the_best_and_spoils_nothing(
+    tiny, tmp_path, call, monkeypatch
+):
+    losses = iter([4.0, math.nan, 3.0])
+    monkeypatch.setattr(train, "evaluate", lambda run: (next(losses), 1.0))
+    assert call(train, *tiny).returncode == 0
+    assert load_resume(tmp_path / "run")["best_val_loss"] == 3.0
+    assert_same_state(
+        load_resume(tmp_path / "run")["model"], load_model(tmp_path / "run").state_dict()
+    )
 
 
 def test_resuming_may_change_the_precision(tiny, run_in_process):

@@ -16,6 +16,7 @@ A file is written beside its place, flushed and renamed: it is there whole or no
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -362,6 +363,10 @@ def locked(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise FolioError(f"{folder}: another process is training here; use --out_dir") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            print(f"{folder.parent}: no locks on this disk, so let only one job train in {folder}")
         yield
 
 
@@ -385,6 +390,8 @@ def make_room(folder: Path, continuing: bool, job: str = "") -> None:
     """
     folder.mkdir(exist_ok=True)
     there = [] if continuing else sorted(path.name for path in folder.iterdir())
+    # The first file to be written is the settings: a kill may leave its beginning, and no run.
+    there = [name for name in there if name != f".{SETTINGS}.tmp"]
     if there and SETTINGS not in there:
         raise FolioError(f"{folder}: holds files but no run ({there[0]}); use another --out_dir")
     if there:

@@ -90,7 +90,8 @@ class Both:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: every direction of a matrix moves by about the same length.
 
-    lr: the length, relative to the entries of a square matrix; weight_decay: per unit of lr.
+    lr: that length, the singular values of an update (of a matrix with n times as many rows as
+    columns, sqrt(n) times as much); weight_decay: per unit of lr.
     Matrices of one shape are orthogonalised together, in one batched product after another; in
     bfloat16 if that is the precision, which is several times as fast where the hardware has it: a
     direction need not be exact.

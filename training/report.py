@@ -59,14 +59,20 @@ class Report:
         folder: Path,
         first_step: int,
         last_step: int,
+        tokens: int = 0,
+        seconds: float = 0.0,
+        *,
         silent: bool = False,
         limit: float | None = None,
     ):
-        """limit: the tokens per second that the machine could do at its peak, where known."""
+        """From first_step, after so many tokens and seconds, to last_step.
+
+        limit: the tokens per second that the machine could do at its peak, where known.
+        """
         self.folder, self.last_step, self.silent, self.limit = folder, last_step, silent, limit
         self.rows = [] if silent else read_log(folder / "log.csv", first_step)
         self.step = first_step
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds = tokens, seconds
         self.latest: Update | None = None
         self.measured_from: tuple[int, float] | None = None  # (tokens, seconds) of the last row
         self.said_at = time.monotonic()
@@ -110,7 +116,7 @@ class Report:
         """Write a row of log.csv, and show the progress."""
         if self.silent:
             return
-        tokens_before, seconds_before = self.measured_from or (0, 0.0)
+        tokens_before, seconds_before = self.measured_from or (self.tokens, self.seconds)
         elapsed = self.seconds - seconds_before
         speed = (self.tokens - tokens_before) / elapsed if elapsed > 0 else None
         latest = self.latest
@@ -125,8 +131,14 @@ class Report:
             "tokens_per_second": speed and round(speed),
             "bits_per_byte": bits_per_byte,
         }
-        append_row(self.folder / "log.csv", row)
-        self.rows.append(row)
+        if self.rows and self.rows[-1]["step"] == self.step:
+            # Evaluated after a restart, at a step that was logged before: one row tells both.
+            told = {column: figure for column, figure in row.items() if figure is not None}
+            self.rows[-1] |= told
+            write_log(self.folder / "log.csv", self.rows)
+        else:
+            append_row(self.folder / "log.csv", row)
+            self.rows.append(row)
         if latest is None:
             return
         self.measured_from = (self.tokens, self.seconds)

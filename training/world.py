@@ -213,8 +213,12 @@ def is_loss_of_a_process(error: RuntimeError) -> bool:
 
 def job_name() -> str:
     """The same for each attempt at one job of torchrun's or SLURM's, another for each job."""
-    names = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
-    return next((f"{name}={os.environ[name]}" for name in names if os.environ.get(name)), "")
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return f"SLURM_JOB_ID={job}"
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if job == "none":  # torchrun was given no name: take the one of its process
+        job = f"process {os.getppid()}"
+    return job and f"TORCHELASTIC_RUN_ID={job}"
 
 
 def is_restarted() -> bool:

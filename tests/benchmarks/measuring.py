@@ -72,8 +72,8 @@ def load_peer(path: str) -> ModuleType:
 # --- Telling ---
 
 
-def report(title: str, rows: list[dict], path: str) -> None:
-    """Print rows of equal keys as a Markdown table; write them as JSON, too, where path names one.
+def report(title: str, rows: list[dict], path: str, **more) -> None:
+    """Print rows of equal keys as a Markdown table, and write_figures() to path.
 
     A list of figures is shown as its median, with the least and the greatest behind it.
     """
@@ -82,14 +82,18 @@ def report(title: str, rows: list[dict], path: str) -> None:
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
     for row in rows:
         print("| " + " | ".join(shown(row.get(key)) for key in head) + " |")
-    if path:
-        machine = {
-            "torch": torch.__version__, "threads": torch.get_num_threads(), "device": device_name(),
-        }  # fmt: skip
-        Path(path).write_text(
-            json.dumps({"title": title, "machine": machine, "rows": rows}, indent=2) + "\n",
-            encoding="utf-8",
-        )
+    write_figures(path, title, rows, **more)
+
+
+def write_figures(path: str, title: str, rows: list[dict], **more) -> None:
+    """Write all figures, and on which machine they were measured, as JSON; nothing without path."""
+    if not path:
+        return
+    machine = {
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "device": device_name(),
+    }  # fmt: skip
+    figures = {"title": title, "machine": machine, "rows": rows, **more}
+    Path(path).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def shown(value) -> str:

@@ -7,9 +7,13 @@ Each recipe runs once for every seed, the peer's CPU recipe between them. Second
 alone, evaluations left out. The loss is over the whole validation text, in windows of the model's
 own context, side by side; the peer's model is measured in the same way. It wants tiny Shakespeare
 in data/shakespeare_char (python prepare_shakespeare.py), and hands its integers to the peer.
+
+It takes an hour: what is done stands in the JSON file after each run, and the same command goes on.
 """
 
 import csv
+import dataclasses
+import json
 import pickle
 import re
 import shutil
@@ -24,10 +28,11 @@ import torch
 
 from configurator import Count, FolioError, Whole, configure, run_main
 from data.dataset import IGNORED, Dataset, evaluation_batches, open_dataset
-from tests.benchmarks.measuring import load_peer, report
+from tests.benchmarks.measuring import load_peer, report, write_figures
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DATASET = "shakespeare_char"
+TITLE = "Loss over all of the validation text, nats per character"
 # nanoGPT's README: its recipe for a CPU. It prints the loss and the clock of every tenth step.
 PEER_FLAGS = [
     "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20",
@@ -65,17 +70,19 @@ def main() -> None:
         if not (ROOT / "config" / f"{recipe}.py").exists():
             raise FolioError(f"--recipes={recipe}: there is no config/{recipe}.py")
     runs = {name: [] for name in (*(["nanoGPT"] if config.peer else []), *recipes)}
+    done = read_runs(config.json)
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1337, 1337 + config.seeds):
             for name, curves in runs.items():
-                if name == "nanoGPT":
-                    curve = run_peer(Path(config.peer).expanduser(), seed, config, dataset)
-                else:
-                    curve = run_folio(name, seed, config, Path(folder))
-                curves.append(curve)
-                print(
-                    f"{name}, seed {seed}: {curve.loss:.4f} after {curve.seconds:.1f} s", flush=True
-                )
+                key = f"{name}, seed {seed}"
+                if key not in done:
+                    if name == "nanoGPT":
+                        done[key] = run_peer(Path(config.peer).expanduser(), seed, config, dataset)
+                    else:
+                        done[key] = run_folio(name, seed, config, Path(folder))
+                    write_figures(config.json, TITLE, [], runs=as_plain(done))
+                curves.append(done[key])
+                print(f"{key}: {done[key].loss:.4f} after {done[key].seconds:.1f} s", flush=True)
     base = median(c.seconds for c in next(iter(runs.values())))
     rows = [
         {
@@ -87,9 +94,21 @@ def main() -> None:
         }
         for name, curves in runs.items()
     ]
-    report("Loss over all of the validation text, nats per character", rows, config.json)
+    report(TITLE, rows, config.json, runs=as_plain(done))
     if config.picture:
         draw(runs, Path(config.picture))
+
+
+def as_plain(done: dict[str, Curve]) -> dict[str, dict]:
+    return {key: dataclasses.asdict(curve) for key, curve in done.items()}
+
+
+def read_runs(path: str) -> dict[str, Curve]:
+    """What as_plain() wrote of the runs that are done; {} where there is no such file."""
+    if not path or not Path(path).exists():
+        return {}
+    runs = json.loads(Path(path).read_text(encoding="utf-8"))["runs"]
+    return {key: Curve(**curve) for key, curve in runs.items()}
 
 
 def run_folio(recipe: str, seed: int, config: TimeConfig, folder: Path) -> Curve:
