@@ -179,6 +179,7 @@ def train(run: Training, stop: StopSignal) -> None:
                 save_copy(run)
         if run.evaluated_at != run.step:  # stopped between two evaluations
             save_progress(run)
+        report.draw_curve()
         report.say(summary(run))
 
 
@@ -271,7 +272,7 @@ def evaluate_and_save(run: Training, report: Report) -> None:
     report.log(val_loss, bits_per_byte)
     # Last, for it says that all this has been done: a kill before it has it done again.
     save_progress(run)
-    report.draw_curve()
+    report.refresh_curve()
     verdict = "the best so far" if best else f"the best was {run.best_val_loss:.4f}"
     measured = f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte)"
     report.say(f"\nstep {run.step:,}: {measured}, {verdict}\n{sample(run)}")

@@ -102,7 +102,7 @@ def readme_commands() -> list[str]:
     commands = [
         part.strip() for line in "\n".join(blocks).splitlines() for part in line.split("&&")
     ]
-    return [c for c in commands if re.match(r"python (\S+\.py|-m data)", c)]
+    return [c for c in commands if re.match(r"python (\S+\.py|-m (data|tests))", c)]
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,6 @@ def test_the_readmes_commands_run(clone):
 
 
 def can_run_here(command: str) -> bool:
-    """Not those that need a network or a large GPU, or that never end."""
-    return not any(
-        word in command for word in ("gpt2", "finetune", "_gpu", "--forever", "fineweb", "webtext")
-    )
+    """Not those that need a network, a large GPU or a peer's code, or that take their time."""
+    others = ("gpt2", "finetune", "_gpu", "fineweb", "webtext", "--peer", "--forever", "break_and")
+    return not any(word in command for word in others)

@@ -52,6 +52,15 @@ def test_the_curve_is_drawn_from_the_rows(tmp_path, recwarn):
     assert len(recwarn) == 0
 
 
+def test_the_curve_is_drawn_anew_once_in_a_while(tmp_path):
+    with Report(tmp_path, 0, 10) as report:
+        report.refresh_curve()
+        assert not (tmp_path / "loss.png").exists()
+        report.drawn_at -= 10  # as if it had been ten seconds ago
+        report.refresh_curve()
+    assert (tmp_path / "loss.png").exists()
+
+
 def test_a_silent_report_says_and_writes_nothing(tmp_path, capsys):
     with Report(tmp_path, 0, 10, silent=True) as report:
         report.say("hello")

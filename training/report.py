@@ -36,7 +36,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-QUIET_SECONDS = 5  # between two plain lines of progress, where there is no bar
+QUIET_SECONDS = 5  # between two drawings, or two plain lines of progress where there is no bar
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Report:
         self.tokens, self.seconds = tokens, seconds
         self.latest: Update | None = None
         self.measured_from: tuple[int, float] | None = None  # (tokens, seconds) of the last row
-        self.said_at = time.monotonic()
+        self.said_at = self.drawn_at = time.monotonic()
         self.bar = None
 
     def __enter__(self) -> "Report":
@@ -151,10 +151,16 @@ class Report:
             left = (self.last_step - self.step) * self.seconds / self.step
             self.say(f"step {self.step:,} of {self.last_step:,}: {pace}, {clock(left)} left")
 
+    def refresh_curve(self) -> None:
+        """draw_curve(), unless that was done a moment ago: it takes as long as many small steps."""
+        if time.monotonic() - self.drawn_at >= QUIET_SECONDS:
+            self.draw_curve()
+
     def draw_curve(self) -> None:
         """Draw loss.png: both losses against steps."""
         if self.silent or matplotlib is None:
             return
+        self.drawn_at = time.monotonic()
         figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
         axes = figure.subplots()
         train = [
