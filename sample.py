@@ -52,7 +52,8 @@ def main() -> None:
     source = config.init_from or config.out_dir
     folder = model_folder(source) if source else newest_run()
     world = World().settle(config.device, config.dtype)
-    model = load_model(folder).to(world.device, world.dtype)
+    with advice_when_out_of_memory("a smaller model, or --device=cpu"):
+        model = load_model(folder).to(world.device, world.dtype)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise FolioError(

@@ -334,7 +334,8 @@ def plan_to_resume(folder: Path, given: dict[str, Any]) -> TrainConfig:
                 "--init_from=scratch begins anew"
             )
         print(f"resuming with {name} = {new}, until now {old}")
-    return configure(TrainConfig, base=before)
+    here = {"out_dir": given.get("out_dir", TrainConfig.out_dir)}  # wherever it was begun
+    return configure(TrainConfig, [], base=before | given | here)
 
 
 def plan_to_finetune(folder: Path, given: dict[str, Any]) -> TrainConfig:
@@ -425,6 +426,7 @@ def snapshot(run: Training) -> dict:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "data": identity(run.dataset),
+        "eval_tokens": run.config.eval_tokens,
         **{name: getattr(run, name) for name in PROGRESS},
     }
 
@@ -451,6 +453,8 @@ def restore(run: Training, saved: dict) -> None:
             run.scaler.load_state_dict(saved["scaler"])
         for name in PROGRESS:
             setattr(run, name, saved[name])
+        if saved["eval_tokens"] != run.config.eval_tokens:
+            run.best_val_loss = math.inf  # of other windows: nothing to compare with
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise FolioError(f"{run.folder / RESUME}: does not fit this run ({reason})") from None

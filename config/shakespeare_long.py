@@ -1,8 +1,9 @@
-"""Shakespeare, a character at a time, in a quarter of an hour on two CPU cores.
+"""Shakespeare, a character at a time, in fifteen to twenty minutes on two CPU cores.
 
-Better than nanoGPT's recipe becomes on an A100, with a third of its weights. The text is read seven
-times: without more decay than usual it would be learned by heart. (Dropout would do, too, but
-drawing its random numbers takes a CPU as long as a quarter of all the rest.)
+It reaches a validation loss of about 1.43, better than what nanoGPT reports of an A100 (1.4697),
+with a third of its weights. The text is read seven times: without more decay than usual it would
+be learned by heart. (Dropout would do, too, but drawing its random numbers takes a CPU a third as
+long as all the rest.)
 """
 
 out_dir = "out/shakespeare_long"

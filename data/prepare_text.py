@@ -154,7 +154,8 @@ def lines_of_json(path: Path) -> Iterator[str]:
                 continue
             try:
                 text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError, RecursionError):
+                text.encode()  # half a character, "\\ud83d", is JSON but no text
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 text = None
             if not isinstance(text, str):
                 raise FolioError(f'{path}:{number}: not a line like {{"text": "..."}}')

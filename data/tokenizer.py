@@ -200,7 +200,7 @@ class BPETokenizer(Tokenizer):
         """GPT-2's vocabulary of 50,257 tokens, fetched and cached by tiktoken."""
         try:
             encoding = tiktoken.get_encoding("gpt2")
-        except (requests.RequestException, OSError) as error:
+        except (requests.RequestException, OSError, ValueError) as error:
             raise FolioError(
                 "GPT-2's vocabulary could not be fetched "
                 f"({type(error).__name__}); on a machine without network, set TIKTOKEN_CACHE_DIR "

@@ -30,7 +30,7 @@ from configurator import FolioError
 from tests.conftest import ROOT, assert_one_line_error, run_script
 from tests.test_train import assert_same_state, log_of, without_clock
 from training.checkpoint import (
-    RESUME, WEIGHTS, load_model, load_resume, replacing,
+    RESUME, SETTINGS, WEIGHTS, load_model, load_resume, replacing,
 )  # fmt: skip
 
 # Not under Windows, which has other signals and other limits.
@@ -69,6 +69,8 @@ def save_for_ever(first):
     checkpoint.torch.save = saying("writing resume.pt", torch.save)
     checkpoint.safetensors.torch.save_file = saying(
         "writing model.safetensors", checkpoint.safetensors.torch.save_file)
+    checkpoint.write_json = saying("writing json", checkpoint.write_json)
+    report.append_row = saying("writing a row", report.append_row)
     os.fsync = saying("flushing", os.fsync)
     os.replace = saying("renaming", os.replace)
     log = report.Report(folder, run.step, 10**9)
@@ -80,7 +82,7 @@ def save_for_ever(first):
             with torch.no_grad():
                 for parameter in run.model.parameters():
                     parameter.fill_(run.step)
-            phase[:] = b"writing json".ljust(64)
+            phase[:] = b"between".ljust(64)
             train.evaluate_and_save(run, log)
 
 dice, first, hits = random.Random(int(os.environ["DICE"])), True, 0
@@ -487,30 +489,36 @@ def test_weights_that_others_saved_have_no_checksum_and_are_read(trained):
 
 def test_a_log_that_was_cut_short_is_mended(trained, tiny, call):
     log = trained / "log.csv"
-    log.write_text(log.read_text()[:-20])
+    before = log_of(trained)
+    log.write_bytes(log.read_bytes()[:-20] + b"\xff")
     assert call(train, *tiny, "--init_from=resume", "--max_iters=12").returncode == 0
-    steps = [int(row["step"]) for row in log_of(trained)]
+    rows = log_of(trained)
+    assert rows[: len(before) - 1] == before[:-1]  # no number that was cut in two
+    steps = [int(row["step"]) for row in rows]
     assert steps == sorted(set(steps)) and steps[-1] == 12
 
 
 # --- Folders ---
 
 
-def test_a_folder_in_use_is_left_alone(trained, tiny, call):
-    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+def test_a_folder_in_use_is_left_alone(tiny, tmp_path, call):
+    folder = tmp_path / "run"
     holder = subprocess.Popen(
-        [sys.executable, "train.py", *tiny, "--max_iters=1000000", f"--out_dir={trained}2"],
+        [sys.executable, "train.py", *tiny, "--max_iters=1000000", "--eval_interval=1000000"],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        assert holder.stdout.readline().startswith("data")
+        assert "folder" in iter(lambda: holder.stdout.readline()[:6], "")
+        before = (folder / SETTINGS).read_bytes()
         for how in ("scratch", "resume", "auto"):
-            other = call(train, *tiny, f"--out_dir={trained}2", f"--init_from={how}")
+            other = call(train, *tiny, "--seed=7", f"--init_from={how}")
             assert_one_line_error(other, "another process is training here")
+        assert (folder / SETTINGS).read_bytes() == before
+        assert [path.name for path in tmp_path.glob("run*")] == ["run"]
+        assert holder.poll() is None
     finally:
         holder.kill()
         holder.wait()
-    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
 
 
 def test_a_folder_that_vanishes_while_training_is_one_line(tiny, tmp_path):

@@ -54,6 +54,7 @@ def test_the_curve_is_drawn_from_the_rows(tmp_path, recwarn):
 
 def test_the_curve_is_drawn_anew_once_in_a_while(tmp_path):
     with Report(tmp_path, 0, 10) as report:
+        report.log(4.0)
         report.refresh_curve()
         assert not (tmp_path / "loss.png").exists()
         report.drawn_at -= 10  # as if it had been ten seconds ago

@@ -23,7 +23,9 @@ from data.tokenizer import CharTokenizer
 from tests.conftest import ROOT, assert_one_line_error, run_script
 from tests.test_tokenizer import toy_bpe
 from train import TrainConfig, begin, evaluate, learning_rate_share, plan
-from training.checkpoint import RESUME, SETTINGS, WEIGHTS, load_model, load_resume
+from training.checkpoint import (
+    RESUME, SETTINGS, WEIGHTS, load_model, load_resume, save_resume,
+)  # fmt: skip
 from training.world import World
 
 
@@ -562,6 +564,22 @@ def test_an_evaluation_that_overflows_is_not_the_best_and_spoils_nothing(
     assert_same_state(
         load_resume(tmp_path / "run")["model"], load_model(tmp_path / "run").state_dict()
     )
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is_now(tiny, tmp_path, run_in_process):
+    run_in_process(*tiny, "--max_iters=4")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    run_in_process(*tiny, "--init_from=resume", f"--out_dir={tmp_path / 'moved'}")
+    assert load_resume(tmp_path / "moved")["step"] == 8
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_of_some_windows_is_not_compared_with_others(tiny, tmp_path, run_in_process):
+    run_in_process(*tiny, "--max_iters=4")
+    state = load_resume(tmp_path / "run")
+    save_resume(tmp_path / "run", {**state, "best_val_loss": 0.01})
+    run_in_process(*tiny, "--init_from=resume", "--max_iters=8", "--eval_tokens=128")
+    assert load_resume(tmp_path / "run")["best_val_loss"] > 1
 
 
 def test_resuming_may_change_the_precision(tiny, run_in_process):

@@ -132,3 +132,18 @@ def test_running_out_of_memory_says_what_to_try():
             raise error
     with pytest.raises(RuntimeError, match="a bug"), advice_when_out_of_memory("--batch_size"):
         raise RuntimeError("a bug")
+
+
+def test_a_signal_that_comes_while_processes_agree_counts_at_the_next_step(monkeypatch):
+    world = World()
+    with StopSignal() as stop:
+
+        def agree(status):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return status
+
+        monkeypatch.setattr(world, "greatest", agree)
+        assert not stop.wished(world)  # not yet known to all
+        monkeypatch.setattr(world, "greatest", lambda status: status)
+        assert stop.wished(world)
+        assert stop.status == 143

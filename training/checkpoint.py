@@ -296,7 +296,10 @@ def load_resume(folder: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if (broken := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of {broken} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("it holds something else")
+        return state
     except FileNotFoundError:
         raise FolioError(f"{path}: there is nothing to resume; --init_from=scratch") from None
     except DAMAGES as error:
@@ -398,8 +401,9 @@ def make_room(folder: Path, continuing: bool, job: str = "") -> None:
         print(f"the run that was there is now {move_aside(folder)}")
         folder.mkdir()
     # Of a write that was killed: our temporary files, and safetensors' own.
-    for temporary in (*folder.glob(".*.tmp"), *folder.glob(".tmp??????")):
-        temporary.unlink()
+    for pattern in (".*.tmp", ".tmp??????"):
+        for temporary in (*folder.glob(pattern), *folder.glob(f"step_*/{pattern}")):
+            temporary.unlink()
     if job or begun_by(folder):
         lock_of(folder).write_text(job, encoding="utf-8")
 

@@ -192,8 +192,9 @@ def read_log(path: Path, last_step: int) -> list[dict]:
     """The rows up to last_step; later ones belong to work that was lost. [] without a file."""
     if not path.exists():
         return []
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = [{k: to_number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    lines = text[: text.rfind("\n") + 1].splitlines()  # the last row may have been cut short
+    rows = [{k: to_number(v) for k, v in row.items()} for row in csv.DictReader(lines)]
     whole = [row for row in rows if set(row) == set(COLUMNS) and row["step"] is not None]
     return [row for row in whole if row["step"] <= last_step]
 

@@ -304,8 +304,10 @@ class StopSignal:
 
     def wished(self, world: World) -> bool:
         """Whether any process of the world was asked to stop: all learn of it at the same step."""
-        self.status = world.greatest(self.status)
-        return self.status != 0
+        agreed = world.greatest(self.status)
+        # A signal that came while they agreed is not in it, and counts at the next step.
+        self.status = agreed or self.status
+        return agreed != 0
 
     def __enter__(self):
         self.before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -50,6 +50,7 @@ def main() -> None:
 
 def measure(batch_size: int, optimizer: str, config: GpuConfig) -> dict:
     world = World().settle()
+    torch.compiler.reset()  # or shapes seen before would make this one's code more general, slower
     shape = GPTConfig(pad_vocab_to=64)
     if config.tiny:
         shape = GPTConfig(16, 65, 2, 2, 32, pad_vocab_to=64)

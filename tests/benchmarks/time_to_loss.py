@@ -9,6 +9,7 @@ own context, side by side; the peer's model is measured in the same way. It want
 in data/shakespeare_char (python prepare_shakespeare.py), and hands its integers to the peer.
 
 It takes an hour: what is done stands in the JSON file after each run, and the same command goes on.
+(Remove that file once a recipe has changed.)
 """
 
 import csv
@@ -74,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1337, 1337 + config.seeds):
             for name, curves in runs.items():
-                key = f"{name}, seed {seed}"
+                key = f"{name}, seed {seed}, {config.max_iters or 'all'} steps"
                 if key not in done:
                     if name == "nanoGPT":
                         done[key] = run_peer(Path(config.peer).expanduser(), seed, config, dataset)
