@@ -65,6 +65,8 @@ def download(
             fetch_with_retries(url, part, size, headers or {}, silence, pause)
             keep_partial = False
             verify(url, part, size, sha256)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())  # the bytes are on the disk before the name is
         os.replace(part, path)
     except OSError as error:
         keep_partial = False

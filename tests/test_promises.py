@@ -539,6 +539,22 @@ def test_a_place_that_cannot_be_written_is_one_line(tiny, call):
     assert_one_line_error(call(train, *tiny, "--out_dir=/proc/run"), "/proc")
 
 
+def test_a_folder_that_is_read_only_is_one_line_and_stays_as_it_is(tiny, tmp_path, call):
+    if shutil.which("unshare") is None or subprocess.run([*NAMESPACE[:4], "true"]).returncode:
+        pytest.skip("no namespaces here")
+    assert call(train, *tiny, "--max_iters=4").returncode == 0
+    folder = tmp_path / "run"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    read_only = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && "$@"'
+    resume = [sys.executable, "train.py", *tiny, "--init_from=resume"]
+    result = subprocess.run(
+        [*NAMESPACE[:4], "sh", "-c", read_only, "sh", folder, *resume],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert_one_line_error(result, "Read-only file system", str(folder))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 # --- Only what was asked for ---
 
 

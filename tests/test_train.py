@@ -398,6 +398,16 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(tiny):
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num()), name
 
 
+def test_a_gradient_that_is_no_number_stops_before_the_weights_are_touched(tiny):
+    run = training_for(*tiny)
+    run.model.transformer.ln_f.weight.register_hook(lambda grad: grad * math.inf)
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    with pytest.raises(FolioError, match=r"step 0: the loss is \d.*gradient's norm (inf|nan)"):
+        train.update(run, train.training_batches(run))
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
 # --- Precision ---
 
 
