@@ -274,3 +274,18 @@ def test_the_newest_run_is_the_one_whose_weights_are_latest(tmp_path, monkeypatc
         (folder / WEIGHTS).touch()
         os.utime(folder / WEIGHTS, (1e9 - age, 1e9 - age))
     assert newest_run().name == "new"
+
+
+def test_a_checkpoint_that_holds_something_else_is_refused(tmp_path):
+    torch.save([1, 2, 3], tmp_path / RESUME)
+    with pytest.raises(FolioError, match="something else"):
+        load_resume(tmp_path)
+
+
+def test_what_a_kill_left_of_a_copy_of_the_weights_goes_too(tmp_path):
+    (tmp_path / SETTINGS).write_text("{}")
+    (tmp_path / "step_000500").mkdir()
+    for name in (".tmpAbCdEf", f".{WEIGHTS}.tmp", WEIGHTS):
+        (tmp_path / "step_000500" / name).write_text("half")
+    make_room(tmp_path, continuing=True)
+    assert [path.name for path in (tmp_path / "step_000500").iterdir()] == [WEIGHTS]

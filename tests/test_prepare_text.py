@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from configurator import FolioError
 from data import dataset as dataset_module
 from data import prepare, prepare_text
 from data.dataset import open_dataset
@@ -124,3 +125,10 @@ def test_a_dataset_of_that_name_moves_aside(prepared, tmp_path):
         result = prepared(tmp_path / f"{name}.txt", "--dataset=mine")
     assert "mine.1" in result.stdout
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["mine", "mine.1"]
+
+
+def test_half_a_character_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "whole"}\n{"text": "half \\ud83d"}\n')
+    with pytest.raises(FolioError, match=r"texts.jsonl:2:"):
+        list(prepare_text.lines_of_json(path))

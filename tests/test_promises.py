@@ -56,8 +56,11 @@ phase = mmap.mmap(-1, 64)
 
 def saying(name, function):
     def wrapped(*args, **kwargs):
-        phase[:] = name.encode().ljust(64)
-        return function(*args, **kwargs)
+        before, phase[:] = phase[:], name.encode().ljust(64)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            phase[:] = before
     return wrapped
 
 def save_for_ever(first):
