@@ -346,15 +346,13 @@ def read_assignments(path: Path, text: str) -> Iterator[tuple[str, Any, str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "\d" is the user's business
-            statements = ast.parse(text).body
+            tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f"{path}:{getattr(error, 'lineno', None) or 1}"
         raise SettingsError(f"{where}: not readable as `name = value` lines: {error}") from None
     names = {}
-    for statement in statements:
+    for statement in tree.body if ast.get_docstring(tree) is None else tree.body[1:]:
         where = f"{path}:{statement.lineno}"
-        if statement is statements[0] and is_docstring(statement):
-            continue
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=expression):
                 try:
@@ -364,13 +362,6 @@ def read_assignments(path: Path, text: str) -> Iterator[tuple[str, Any, str]]:
                 yield name, names[name], where
             case _:
                 raise SettingsError(f"{where}: only `name = value` lines may stand here")
-
-
-def is_docstring(node: ast.stmt) -> bool:
-    match node:
-        case ast.Expr(value=ast.Constant(value=str())):
-            return True
-    return False
 
 
 def calculate(node: ast.expr, names: dict[str, Any]) -> Any:

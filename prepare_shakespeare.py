@@ -1,12 +1,12 @@
-"""Turn Shakespeare, or a text of your own, into the integers that train.py reads.
+"""Turn Shakespeare into the integers that train.py reads.
 
     python prepare_shakespeare.py                    # data/shakespeare_char: a token per character
     python prepare_shakespeare.py --tokenizer=gpt2   # data/shakespeare_gpt2: GPT-2's vocabulary
     python prepare_shakespeare.py --tokenizer=bpe    # data/shakespeare_bpe: merges of his own
-    python prepare_shakespeare.py --input=mine.txt --dataset=mine
+    python prepare_shakespeare.py --input=his.txt    # from a file you have
 
 The first nine tenths of the text are for training, the rest for validation. train.py runs this by
-itself when it is asked for Shakespeare and finds none.
+itself when it is asked for Shakespeare and finds none. For texts of your own: data/prepare_text.py.
 """
 
 from dataclasses import dataclass
@@ -37,9 +37,9 @@ def main() -> None:
         config.vocab_size,
     )
     print(
-        f"{DATA / dataset}: {meta['vocab_size']:,} symbols, "
+        f"{DATA / dataset}: a vocabulary of {meta['vocab_size']:,}; "
         f"{meta['train_characters']:,} + {meta['val_characters']:,} characters became "
-        f"{meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} to validate with"
+        f"{meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} held out"
     )
     if notice := understudy_notice(meta):
         print(notice)

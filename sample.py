@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -21,7 +22,8 @@ from configurator import Count, FolioError, Fraction, NonNegative, Whole, config
 from data.prepare import read_text
 from data.tokenizer import Tokenizer, load_tokenizer
 from training.checkpoint import load_model, model_folder, newest_run
-from training.world import Device, Precision, World, advice_when_out_of_memory
+from training.machine import Device, Precision, advice_when_out_of_memory
+from training.world import World
 
 
 @dataclass
@@ -42,7 +44,11 @@ class SampleConfig:
     device: Device = "auto"  # where to compute; auto takes the fastest there is
     dtype: Precision = "auto"  # of the weights; auto is bfloat16 where the device has it
 
+    instead: ClassVar = {"compile": "writing is not compiled; its cache is what makes it fast"}
+
     def __post_init__(self):
+        if self.init_from == "resume":  # nanoGPT's word for a run's own weights
+            self.init_from = ""
         if self.forever and self.num_samples > 1:
             raise FolioError("--forever writes one text: it has no end after which others follow")
 

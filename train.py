@@ -10,38 +10,26 @@ sample.py and in transformers alike; resume.pt in it is what an interrupted run 
 """
 
 import contextlib
-import dataclasses
 import math
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from configurator import (
-    Count, FolioError, Fraction, NonNegative, Range, SettingsError, Whole, as_json, configure,
-    given_settings, read_settings, run_main,
+    Count, FolioError, Fraction, NonNegative, Range, SettingsError, Whole, given_settings, run_main,
 )  # fmt: skip
-from data.dataset import (
-    DATA, IGNORED, Dataset, evaluation_batches, open_dataset, prefetch, seed_for, training_batch,
-)  # fmt: skip
-from data.shakespeare import DATASETS, prepare_shakespeare
-from data.tokenizer import BPETokenizer, load_tokenizer
-from model import GPT, GPTConfig
-from training.checkpoint import (
-    RESUME, SETTINGS, begun_by, load_model, load_resume, locked, make_room, model_folder,
-    read_config, run_folder, save_model, save_resume, save_tokenizer, write_text,
-)  # fmt: skip
-from training.optimizer import Both, make_optimizer, set_learning_rate
-from training.report import (
-    Report, Stopwatch, Update, banner, summary, tokens_per_second_at_peak,
-)  # fmt: skip
-from training.world import (
-    Device, Precision, StopSignal, Switch, World, advice_when_out_of_memory, is_restarted, job_name,
-)  # fmt: skip
+from data.dataset import IGNORED, evaluation_batches, prefetch, seed_for, training_batch
+from training.checkpoint import locked, run_folder, save_model, save_resume, save_tokenizer
+from training.machine import Device, Precision, Switch, advice_when_out_of_memory
+from training.optimizer import set_learning_rate
+from training.report import Report, Update, banner, summary
+from training.run import ADVICE, Run, begin, move_in, snapshot
+from training.world import StopSignal, World
 
 
 @dataclass
@@ -61,14 +49,14 @@ class TrainConfig:
     # --- Data ---
     dataset: str = "shakespeare_char"  # a folder under data/
     tokenizer: Literal["own", "gpt2"] = "own"  # the dataset's own; gpt2 for nanoGPT's .bin files
-    batch_size: Count = 12  # sequences per forward pass, on each process
+    batch_size: Count = 12  # sequences in a micro-batch: one pass forward and back
     block_size: Count = 64  # tokens of context, T
-    gradient_accumulation_steps: Count = 1  # forward passes per update, of the whole job
+    gradient_accumulation_steps: Count = 1  # micro-batches per update, of the whole job
 
     # --- Model ---
     n_layer: Count = 4  # blocks: rounds of communication and computation
     n_head: Count = 4  # attention heads per block
-    n_embd: Count = 128  # numbers that make up a node, C; a multiple of n_head
+    n_embd: Count = 128  # channels: the numbers that make up a node, C; a multiple of n_head
     dropout: Fraction = 0.0  # share of activations zeroed while training
     bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has
     pad_vocab_to: Count = 1  # pad the embedding, in memory, to a multiple of this many rows
@@ -112,25 +100,6 @@ class TrainConfig:
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
 
 
-@dataclass
-class Training:
-    """All that the loop works with; what stands from `step` on changes in it."""
-
-    config: TrainConfig
-    folder: Path
-    dataset: Dataset
-    world: World
-    model: GPT
-    runner: torch.nn.Module  # what runs the model in this world: compiled, or the model itself
-    optimizer: torch.optim.Optimizer | Both
-    scaler: torch.amp.GradScaler
-    step: int = 0  # updates made
-    evaluated_at: int = -1  # the step of the latest evaluation
-    best_val_loss: float = math.inf
-    tokens: int = 0  # read in training
-    seconds: float = 0.0  # spent on training
-
-
 # --- The story ---
 
 
@@ -138,64 +107,52 @@ def main() -> None:
     with World() as world, contextlib.ExitStack() as stack:
         given = world.decide(lambda: given_settings(TrainConfig))
         if given.get("eval_only", TrainConfig.eval_only):
-            evaluate_only(begin(given, world))
+            evaluate_only(begin(TrainConfig, given, world))
             return
         folder = run_folder(given.get("out_dir", TrainConfig.out_dir))
         # Before anything is read: another job may be about to save there.
         world.decide(lambda: stack.enter_context(locked(folder)))
-        run = begin(given, world)
+        run = begin(TrainConfig, given, world)
         world.decide(lambda: move_in(run))
         stop = stack.enter_context(StopSignal())
         train(run, stop)
         sys.exit(stop.status)
 
 
-def train(run: Training, stop: StopSignal) -> None:
+def train(run: Run, stop: StopSignal) -> None:
     """From the step the run stands at to max_iters updates, or until somebody wishes to stop."""
     config, world = run.config, run.world
     batches = training_batches(run)
-    with (
-        Report(
-            run.folder, run.step, config.max_iters, run.tokens, run.seconds,
-            silent=not world.is_main, limit=tokens_per_second_at_peak(run),
-        ) as report,
-        advice_when_out_of_memory(ADVICE),
-    ):  # fmt: skip
+    with Report(run) as report, advice_when_out_of_memory(ADVICE):
         report.say(banner(run))
         while True:
             if is_evaluation_due(run):
                 evaluate_and_save(run, report)
             if run.step >= config.max_iters or stop.wished(world):
                 break
-            with Stopwatch() as watch:
-                latest = update(run, batches)
-            run.step += 1
+            begun = time.perf_counter()
+            latest = update(run, batches)
+            run.seconds += time.perf_counter() - begun
             run.tokens += config.tokens_per_step
-            run.seconds += watch.seconds
-            report.updated(run.step, run.tokens, run.seconds, latest)
+            run.step += 1
+            report.updated(latest)
             if run.step % config.log_interval == 0 and not is_evaluation_due(run):
                 report.log()
             if config.keep_every and run.step % config.keep_every == 0:
                 save_copy(run)
-        if run.evaluated_at != run.step:  # stopped between two evaluations
-            save_progress(run)
+        if run.evaluated_at != run.step and world.is_main:  # stopped between two evaluations
+            save_resume(run.folder, snapshot(run))
         report.draw_curve()
         report.say(summary(run))
 
 
-ADVICE = (
-    "half the --batch_size with twice the --gradient_accumulation_steps (as many tokens per step), "
-    "or a smaller --block_size or model"
-)
-
-
-def is_evaluation_due(run: Training) -> bool:
+def is_evaluation_due(run: Run) -> bool:
     """Before the first update, every eval_interval, and after the last; once at each step."""
     at_interval = run.step % run.config.eval_interval == 0
     return (at_interval or run.step >= run.config.max_iters) and run.evaluated_at != run.step
 
 
-def update(run: Training, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Update:
+def update(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Update:
     """Forward, backward, and one step of the optimizer against the gradient of the loss."""
     config, world = run.config, run.world
     share = learning_rate_share(run.step, config)
@@ -209,7 +166,7 @@ def update(run: Training, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) 
         # Dropout then depends on nothing but these three, and needs no saved state.
         torch.manual_seed(seed_for(config.seed, run.step, micro_batch))
         with world.autocast():
-            _, batch_loss = run.runner(inputs, targets)
+            batch_loss = run.runner(inputs, targets)[1]  # the logits need not be kept
         part = batch_loss / accumulation  # of the mean over all micro-batches, of all processes
         run.scaler.scale(part * world.size).backward()  # they average where we want the sum
         loss = loss + part.detach()
@@ -234,7 +191,7 @@ def learning_rate_share(step: int, config: TrainConfig) -> float:
 
 
 @torch.no_grad()
-def evaluate(run: Training) -> tuple[float, float]:
+def evaluate(run: Run) -> tuple[float, float]:
     """How well the validation data (or its first eval_tokens) are predicted.
 
     Returns the mean loss in nats per token, and the bits per byte of the text these tokens stand
@@ -250,7 +207,7 @@ def evaluate(run: Training) -> tuple[float, float]:
     for inputs, targets in world.share(batches):
         asked = targets[targets != IGNORED]
         with world.autocast():
-            _, loss = run.runner(*world.send(inputs, targets))
+            loss = run.runner(*world.send(inputs, targets))[1]
         length = byte_lengths[asked].sum()
         sums += torch.tensor([loss.item() * len(asked), len(asked), length], dtype=torch.float64)
     run.model.train()
@@ -258,7 +215,7 @@ def evaluate(run: Training) -> tuple[float, float]:
     return nats / tokens, nats / math.log(2) / max(bytes_of_text, 1)
 
 
-def evaluate_and_save(run: Training, report: Report) -> None:
+def evaluate_and_save(run: Run, report: Report) -> None:
     """Evaluate; keep the weights if they are the best so far, and what resuming needs; tell."""
     val_loss, bits_per_byte = evaluate(run)
     run.evaluated_at = run.step
@@ -271,19 +228,14 @@ def evaluate_and_save(run: Training, report: Report) -> None:
         save_model(run.model, run.folder, run.dataset.tokenizer.end_of_text)
     report.log(val_loss, bits_per_byte)
     # Last, for it says that all this has been done: a kill before it has it done again.
-    save_progress(run)
+    save_resume(run.folder, snapshot(run))
     report.refresh_curve()
     verdict = "the best so far" if best else f"the best was {run.best_val_loss:.4f}"
     measured = f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte)"
     report.say(f"\nstep {run.step:,}: {measured}, {verdict}\n{sample(run)}")
 
 
-def save_progress(run: Training) -> None:
-    if run.world.is_main:
-        save_resume(run.folder, snapshot(run))
-
-
-def save_copy(run: Training) -> None:
+def save_copy(run: Run) -> None:
     """A folder step_000500 in the run's, to sample from later: --out_dir=out/.../step_000500."""
     if not run.world.is_main:
         return
@@ -292,175 +244,7 @@ def save_copy(run: Training) -> None:
     save_tokenizer(run.dataset.tokenizer, folder)
 
 
-# --- Before the first step ---
-
-
-def plan(given: dict[str, Any], restarted: bool) -> TrainConfig:
-    """All settings, `init_from` being decided: scratch, resume, or a trained model's folder."""
-    folder = run_folder(given.get("out_dir", TrainConfig.out_dir))
-    source = given.get("init_from", TrainConfig.init_from)
-    # A job that was started before goes on with what it has, whatever it was told to begin from.
-    goes_on = restarted and begun_by(folder) == job_name()
-    if (source == "auto" or goes_on) and (folder / RESUME).exists():
-        source = "resume"
-    elif source == "auto":
-        source = "scratch"
-    if source == "scratch":
-        config = TrainConfig(**given)
-    elif source == "resume":
-        config = plan_to_resume(folder, given)
-    else:
-        config = plan_to_finetune(model_folder(source), given)
-    return dataclasses.replace(config, init_from=source)
-
-
-SHAPE = ("n_layer", "n_head", "n_embd", "bias")  # of the model, whatever it was begun from
-# What resuming must leave as it was, for the weights to fit and the losses to be comparable.
-FIXED = (*SHAPE, "block_size", "pad_vocab_to", "optimizer", "dataset")
-
-
-def plan_to_resume(folder: Path, given: dict[str, Any]) -> TrainConfig:
-    """The settings the run was begun with, then those that are given; what changes is told."""
-    if not (folder / RESUME).exists():
-        raise FolioError(f"{folder}: there is no run to resume; --init_from=scratch begins one")
-    before = read_settings(folder / SETTINGS)
-    for name, new in given.items():
-        old = before.get(name, new)
-        if new == old or name in ("init_from", "out_dir", "eval_only"):
-            continue
-        if name in FIXED:
-            raise FolioError(
-                f"--{name}={new}: this run has {name}={old}, which resuming cannot change; "
-                "--init_from=scratch begins anew"
-            )
-        print(f"resuming with {name} = {new}, until now {old}")
-    here = {"out_dir": given.get("out_dir", TrainConfig.out_dir)}  # wherever it was begun
-    return configure(TrainConfig, [], base=before | given | here)
-
-
-def plan_to_finetune(folder: Path, given: dict[str, Any]) -> TrainConfig:
-    """The architecture of the weights in `folder`, and the settings that are given."""
-    found = read_config(folder)
-    for name in SHAPE:
-        asked, there = given.get(name, getattr(found, name)), getattr(found, name)
-        if asked != there:
-            raise FolioError(f"{name}={asked} does not fit {folder}, which has {there}")
-    names = (*SHAPE, "block_size", "dropout")
-    return TrainConfig(**{name: getattr(found, name) for name in names} | given)
-
-
-def find_dataset(config: TrainConfig) -> Dataset:
-    """The dataset, checked; Shakespeare is prepared if he is not there yet."""
-    if config.dataset in DATASETS and not (DATA / config.dataset).exists():
-        prepare_shakespeare(DATASETS[config.dataset], config.dataset)
-    tokenizer = BPETokenizer.gpt2() if config.tokenizer == "gpt2" else None
-    return open_dataset(config.dataset, config.block_size, tokenizer)
-
-
-def begin(given: dict[str, Any], world: World) -> Training:
-    """A model with its optimizer: fresh, from a folder of weights, or where a run stood."""
-    # Of several nodes only the one that lost a process may know that this is a restart.
-    restarted = bool(world.greatest(int(is_restarted())))
-    config = world.decide(lambda: check_shares(plan(given, restarted), world.size))
-    with advice_when_out_of_memory(ADVICE):
-        run = world.after_main(lambda: assemble(config, world))
-        run.runner = world.runner_for(run.model)
-    return run
-
-
-def check_shares(config: TrainConfig, processes: int) -> TrainConfig:
-    """The same; FolioError if its micro-batches cannot be shared equally by the processes."""
-    wanted = config.gradient_accumulation_steps
-    if wanted % processes == 0:
-        return config
-    below, above = wanted // processes * processes, -(-wanted // processes) * processes
-    fitting = " or ".join(str(value) for value in (below, above) if value)
-    raise FolioError(
-        f"gradient_accumulation_steps={wanted} cannot be shared equally by {processes} processes; "
-        f"try {fitting}"
-    )
-
-
-def assemble(config: TrainConfig, world: World) -> Training:
-    world.settle(config.device, config.dtype, config.compile)
-    dataset, folder = find_dataset(config), run_folder(config.out_dir)
-    torch.manual_seed(config.seed)
-    adapt = {name: getattr(config, name) for name in ("block_size", "dropout", "pad_vocab_to")}
-    if config.init_from in ("scratch", "resume"):
-        shape = {name: getattr(config, name) for name in SHAPE}
-        model = GPT(GPTConfig(vocab_size=dataset.tokenizer.vocab_size, **shape, **adapt))
-        owner = folder
-    else:
-        owner = model_folder(config.init_from)
-        model = load_model(owner, **adapt)
-        config = dataclasses.replace(config, bias=model.config.bias)
-    if config.init_from != "scratch" and (
-        load_tokenizer(owner) != dataset.tokenizer
-        or model.config.vocab_size != dataset.tokenizer.vocab_size
-    ):
-        raise FolioError(
-            f"--dataset={config.dataset}: its tokenizer is not the one the model in {owner} reads"
-        )
-    model.to(world.device, world.weights_dtype)
-    optimizer, scaler = make_optimizer(model, config, world.dtype), world.scaler()
-    run = Training(config, folder, dataset, world, model, model, optimizer, scaler)
-    if config.init_from == "resume":
-        restore(run, load_resume(folder))
-    return run
-
-
-def move_in(run: Training) -> None:
-    """Make the run's folder ready, and write into it what is known from the start."""
-    make_room(run.folder, run.config.init_from == "resume", job_name())
-    write_text(run.folder / SETTINGS, as_json(run.config))
-    save_tokenizer(run.dataset.tokenizer, run.folder)
-
-
-PROGRESS = ("step", "evaluated_at", "best_val_loss", "tokens", "seconds")
-
-
-def snapshot(run: Training) -> dict:
-    """All that continuing needs, in plain containers."""
-    return {
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "data": identity(run.dataset),
-        "eval_tokens": run.config.eval_tokens,
-        **{name: getattr(run, name) for name in PROGRESS},
-    }
-
-
-def identity(dataset: Dataset) -> list:
-    """What tells a dataset from what it was before: its text, where that is known, and sizes."""
-    return [dataset.meta.get("sha256"), len(dataset.train), len(dataset.val)]
-
-
-def restore(run: Training, saved: dict) -> None:
-    """Put the run where snapshot() found it; learning rates stay those of the settings."""
-    if saved.get("data") != identity(run.dataset):
-        raise FolioError(
-            f"--dataset={run.config.dataset}: holds another text than when {run.folder} was begun; "
-            "--init_from=scratch begins anew"
-        )
-    try:
-        run.model.load_state_dict(saved["model"])
-        groups = [dict(group) for group in run.optimizer.param_groups]
-        run.optimizer.load_state_dict(saved["optimizer"])
-        for group, wanted in zip(run.optimizer.param_groups, groups, strict=True):
-            group.update({key: value for key, value in wanted.items() if key != "params"})
-        if saved["scaler"]:  # empty where the precision needed none
-            run.scaler.load_state_dict(saved["scaler"])
-        for name in PROGRESS:
-            setattr(run, name, saved[name])
-        if saved["eval_tokens"] != run.config.eval_tokens:
-            run.best_val_loss = math.inf  # of other windows: nothing to compare with
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise FolioError(f"{run.folder / RESUME}: does not fit this run ({reason})") from None
-
-
-def training_batches(run: Training) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def training_batches(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """This process's micro-batches on its device, the next one fetched while one is in use."""
     config, stream = run.config, run.dataset.train
     accumulation = config.gradient_accumulation_steps
@@ -480,7 +264,7 @@ def training_batches(run: Training) -> Iterator[tuple[torch.Tensor, torch.Tensor
 # --- When something is wrong ---
 
 
-def stop_if_not_finite(loss: float, grad_norm: float, run: Training) -> None:
+def stop_if_not_finite(loss: float, grad_norm: float, run: Run) -> None:
     """Leave before a loss or gradient that is no number touches the weights."""
     # In float16 a gradient may overflow: the scaler then skips the update and scales by less.
     # It gives up where no scale is small enough.
@@ -488,21 +272,21 @@ def stop_if_not_finite(loss: float, grad_norm: float, run: Training) -> None:
     hopeful = math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() > 1e-3)
     if math.isfinite(loss) and hopeful:
         return
-    run.world.decide(lambda: complain(loss, grad_norm, run))
 
+    def complain():
+        raise FolioError(
+            f"step {run.step}: the loss is {loss} and the gradient's norm {grad_norm}; stopped "
+            "before the weights were changed. The last checkpoint in "
+            f"{run.folder} is as it was. Try smaller --learning_rate and --muon_learning_rate"
+        )
 
-def complain(loss: float, grad_norm: float, run: Training) -> None:
-    raise FolioError(
-        f"step {run.step}: the loss is {loss} and the gradient's norm {grad_norm}; stopped before "
-        f"the weights were changed. The last checkpoint in {run.folder} is as it was. "
-        "Try a smaller --learning_rate"
-    )
+    run.world.decide(complain)
 
 
 # --- A glimpse of the model ---
 
 
-def sample(run: Training) -> str:
+def sample(run: Run) -> str:
     """A few lines of the model's own, indented; '' if none are asked for."""
     if run.config.sample_tokens == 0:
         return ""
@@ -520,7 +304,7 @@ def sample(run: Training) -> str:
     return textwrap.indent(text.strip(), "    ")
 
 
-def evaluate_only(run: Training) -> None:
+def evaluate_only(run: Run) -> None:
     """Print the validation loss of the model as it is."""
     where = {"scratch": "untrained", "resume": f"step {run.step:,} of {run.folder}"}
     what = where.get(run.config.init_from, run.config.init_from)

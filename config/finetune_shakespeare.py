@@ -2,7 +2,7 @@
 
 Needs GPT-2's tokens of him: python prepare_shakespeare.py --tokenizer=gpt2 (train.py does that by
 itself), and the 548 MB of weights, which are fetched once. A step reads 16,384 tokens: this is
-work for a GPU.
+work for a GPU. Neither its loss nor its time has been measured yet.
 """
 
 init_from = "gpt2"

@@ -4,7 +4,7 @@
 
 Weights, gradients and AdamW's two averages take 16 bytes a parameter: 12 GB on each GPU, and
 the activations of a micro-batch come on top. 8 at a time is an estimate for 80 GB; where it is too
-much, halve it and double gradient_accumulation_steps.
+much, halve it and double gradient_accumulation_steps. Nothing of it has been measured yet.
 """
 
 out_dir = "out/gpt2_large"

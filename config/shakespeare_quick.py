@@ -1,7 +1,7 @@
 """Shakespeare, a character at a time, in a quarter of a minute on two CPU cores.
 
 For lecture halls: done before it is explained, and better than nanoGPT's recipe for a CPU, which
-takes more than five times as long. Two layers and a short context make for many steps, which early
+takes six times as long. Two layers and a short context make for many steps, which early
 on count most.
 """
 

@@ -1,4 +1,4 @@
-"""GPT-2 (124M) from scratch, on ten billion tokens of FineWeb: GPT-2's own recipe, as AdamW has it.
+"""GPT-2 (124M) from scratch with AdamW, on ten billion tokens of FineWeb.
 
     python -m data.prepare_fineweb --shards=100
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
@@ -38,6 +38,6 @@ warmup_iters = 700
 weight_decay = 0.1
 beta2 = 0.95
 
-eval_interval = 250
+eval_interval = 500
 eval_tokens = 10 * 1024 * 1024
 log_interval = 10

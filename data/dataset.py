@@ -64,7 +64,15 @@ def open_dataset(name: str, block_size: int, tokenizer: Tokenizer | None = None)
     return Dataset(folder, tokenizer, meta, *streams)
 
 
+FETCHED_BY = {
+    "fineweb": "python -m data.prepare_fineweb --shards=100",
+    "openwebtext": "python -m data.prepare_openwebtext",
+}
+
+
 def hint_for(name: str) -> str:
+    if name in FETCHED_BY:
+        return f"; {FETCHED_BY[name]} fetches it"
     there = [path.parent.name for path in DATA.glob("*/tokenizer.json")]
     names = f"; there are: {', '.join(sorted(there))}" if there else ""
     return did_you_mean(name, there) or names

@@ -54,6 +54,8 @@ def promised(url: str) -> tuple[int | None, str | None]:
         )
     except requests.RequestException as error:
         raise DownloadError(f"{url}: no answer ({type(error).__name__})") from None
+    if answer.status_code >= 400:
+        raise DownloadError(f"{url}: the server answered {answer.status_code} {answer.reason}")
     size = answer.headers.get("X-Linked-Size", "")
     etag = answer.headers.get("X-Linked-ETag", "").strip('"')
     sha256 = etag if re.fullmatch("[0-9a-f]{64}", etag) else None

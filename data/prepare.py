@@ -1,7 +1,7 @@
 """From text to a dataset's folder: what all preparers share but for the source of the text."""
 
+import hashlib
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -14,6 +14,7 @@ import numpy as np
 from configurator import FolioError
 from data.bpe import train_bpe
 from data.dataset import DATA, read_meta
+from data.files import move_aside, write_json, write_text
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, tokenizer_text
 
 
@@ -57,12 +58,17 @@ def write_dataset(
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
-        counts = {}
+        counts, sha256 = {}, hashlib.sha256()
         for split, texts in splits.items():
-            counts |= write_tokens(fresh / f"{split}.bin", split, texts, tokenizer, dtype)
-        meta = {**origin, **counts, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size}
-        (fresh / "tokenizer.json").write_text(tokenizer_text(tokenizer), encoding="utf-8")
-        (fresh / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            path = fresh / f"{split}.bin"
+            counts |= write_tokens(path, split, texts, tokenizer, dtype)
+            with open(path, "rb") as file:
+                hashlib.file_digest(file, lambda: sha256)
+        # A text whose own hash is not known is known by that of its tokens.
+        meta = {"sha256": sha256.hexdigest(), **origin, **counts, "dtype": dtype.name}
+        meta["vocab_size"] = tokenizer.vocab_size
+        write_text(fresh / "tokenizer.json", tokenizer_text(tokenizer))
+        write_json(fresh / "meta.json", meta)
         move_into_place(fresh, folder, meta)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -110,10 +116,10 @@ def move_into_place(fresh: Path, folder: Path, meta: dict[str, Any]) -> None:
     """Rename fresh to folder. What is there moves aside, and goes if it is the same or stood in."""
     replaced = None
     if folder.exists():
-        if not (folder / "train.bin").exists():
+        if not any((folder / name).exists() for name in SIGNS):
             raise FolioError(f"{folder}: there is something else at this place; rename --dataset")
-        old = read_meta(folder)
-        same = old.get("sha256") is not None and old == meta
+        old = old_meta(folder)
+        same = old == meta
         stood_in = old.get("stands_in_for") is not None and "stands_in_for" not in meta
         replaced = move_aside(folder)
         if not (same or stood_in):
@@ -124,12 +130,24 @@ def move_into_place(fresh: Path, folder: Path, meta: dict[str, Any]) -> None:
         shutil.rmtree(replaced)
 
 
-def move_aside(folder: Path) -> Path:
-    """Rename `folder` to the first free of folder.1, folder.2, ... and return that name."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    return folder.rename(aside)
+SIGNS = ("train.bin", "val.bin", "tokenizer.json", "meta.json")  # of a dataset, perhaps damaged
+
+
+def old_meta(folder: Path) -> dict[str, Any]:
+    """read_meta(), but {} where it is damaged: what is prepared anew need not be whole."""
+    try:
+        return read_meta(folder)
+    except FolioError:
+        return {}
+
+
+def shards_folder(name: str, source: str) -> Path:
+    """data/NAME, for shards of `source` to be added to; FolioError if another dataset is there."""
+    folder = dataset_folder(name)
+    if (folder / "train.bin").exists() or old_meta(folder).get("source", source) != source:
+        raise FolioError(f"{folder}: holds another dataset; choose another --dataset")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def read_text(path: Path) -> str:

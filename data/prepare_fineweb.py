@@ -8,15 +8,15 @@ the dataset kjj0/fineweb10B-gpt2. What is there already is kept, so a fetch that
 for more shards, goes on where the last one ended.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from configurator import FolioError, Range, configure, run_main
 from data.dataset import has_header, map_shard
+from data.files import write_json, write_text
 from data.hub import fetch_large, hub_url
-from data.prepare import dataset_folder
+from data.prepare import shards_folder
 from data.tokenizer import BPETokenizer, tokenizer_text
 
 SOURCE = "datasets/kjj0/fineweb10B-gpt2"
@@ -31,10 +31,8 @@ class FineWebConfig:
 
 def main() -> None:
     config = configure(FineWebConfig)
-    folder = dataset_folder(config.dataset)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = shards_folder(config.dataset, SOURCE)
     tokenizer = BPETokenizer.gpt2()
-    (folder / "tokenizer.json").write_text(tokenizer_text(tokenizer), encoding="utf-8")
     fetch_shard("fineweb_val_000000.bin", folder / "val_000000.bin")
     for number in range(1, config.shards + 1):
         name = f"train_{number:06}.bin"
@@ -43,10 +41,12 @@ def main() -> None:
         "source": SOURCE, "vocab_size": tokenizer.vocab_size, "dtype": "uint16",
         "val_tokens": count_tokens(folder, "val"), "train_tokens": count_tokens(folder, "train"),
     }  # fmt: skip
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "meta.json", meta)
+    # Last: without it train.py takes no dataset of which a part is still to come.
+    write_text(folder / "tokenizer.json", tokenizer_text(tokenizer))
     print(
-        f"{folder}: {meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} to "
-        "validate with\nnext: torchrun --standalone --nproc_per_node=8 train.py "
+        f"{folder}: {meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} held "
+        "out\nnext: torchrun --standalone --nproc_per_node=8 train.py "
         "config/train_gpt2.py (reads 10,000,000,000)"
     )
 

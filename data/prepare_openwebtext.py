@@ -9,7 +9,6 @@ turned into a shard of tokens with an end-of-text token after each page, and rem
 page is held out for validation. What is done is kept, so a preparation that was stopped goes on.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ import requests
 
 from configurator import FolioError, Whole, configure, run_main
 from data.download import CONNECT_SECONDS, SILENCE_SECONDS, DownloadError
+from data.files import write_json, write_text
 from data.hub import fetch_large, hub_headers, hub_url
-from data.prepare import dataset_folder, write_tokens
+from data.prepare import shards_folder, write_tokens
 from data.tokenizer import BPETokenizer, tokenizer_text
 
 SOURCE = "api/datasets/Skylion007/openwebtext/parquet/plain_text/train"
-HELD_OUT = 2000  # every so manyth page is for validation
+HELD_OUT = 2000  # every n-th page is for validation
 PAGES = 256  # read at a time
 
 
@@ -42,10 +42,8 @@ def main() -> None:
         import pyarrow  # noqa: F401
     except ImportError:
         raise FolioError('its files are read by pyarrow: pip install -e ".[openwebtext]"') from None
-    folder = dataset_folder(config.dataset)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = shards_folder(config.dataset, SOURCE)
     tokenizer = BPETokenizer.gpt2()
-    (folder / "tokenizer.json").write_text(tokenizer_text(tokenizer), encoding="utf-8")
     total = count_files()
     wanted = min(config.shards or total, total)
     for number in range(wanted):
@@ -56,10 +54,12 @@ def main() -> None:
         for split in ("train", "val")
     }
     meta = {"source": SOURCE, "vocab_size": tokenizer.vocab_size, "dtype": "uint16", **counts}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "meta.json", meta)
+    # Last: without it train.py takes no dataset of which a part is still to come.
+    write_text(folder / "tokenizer.json", tokenizer_text(tokenizer))
     print(
-        f"{folder}: {meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} to "
-        f"validate with\nnext: torchrun --standalone --nproc_per_node=8 train.py "
+        f"{folder}: {meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} held "
+        f"out\nnext: torchrun --standalone --nproc_per_node=8 train.py "
         f"config/train_gpt2.py --dataset={config.dataset}"
     )
 
@@ -80,9 +80,11 @@ def count_files() -> int:
 def prepare_file(folder: Path, number: int, tokenizer: BPETokenizer) -> None:
     """Make train_NNNN.bin and val_NNNN.bin of the corpus's file of that number, if need be."""
     splits = {split: folder / f"{split}_{number:04}.bin" for split in ("val", "train")}
+    parquet = folder / f"{number}.parquet"
     if splits["train"].exists():  # written last
+        parquet.unlink(missing_ok=True)
         return
-    source = fetch_large(hub_url(f"{SOURCE}/{number}.parquet"), folder / f"{number}.parquet")
+    source = fetch_large(hub_url(f"{SOURCE}/{number}.parquet"), parquet)
     for split, path in splits.items():
         fresh = path.with_name(f".{path.name}.tmp")
         write_tokens(fresh, split, part(pages(source), split), tokenizer, np.dtype("<u2"))

@@ -62,8 +62,9 @@ def main() -> None:
     origin = {"source": ", ".join(str(path.resolve()) for path in inputs), "documents": len(sizes)}
     meta = write_dataset(folder, tokenizer, splits, origin)
     print(
-        f"{folder}: {len(sizes):,} document{'s' * several}, {meta['vocab_size']:,} symbols, "
-        f"{meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} held out\n"
+        f"{folder}: {len(sizes):,} document{'s' * several}, a vocabulary of "
+        f"{meta['vocab_size']:,}; {meta['train_tokens']:,} tokens to train on and "
+        f"{meta['val_tokens']:,} held out\n"
         f"next: python train.py config/shakespeare_char.py --dataset={config.dataset} "
         f"--out_dir=out/{config.dataset}"
     )
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def is_held_out(number: int, documents: int, fraction: float) -> bool:
-    """Every so manyth of several documents, and at least the last: 3 of 30 at 0.1."""
+    """Whether this one of several documents is: 3 of 30 at 0.1, and never none."""
     if int(documents * fraction) == 0:
         return number == documents - 1
     return int((number + 1) * fraction) > int(number * fraction)

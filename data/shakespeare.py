@@ -12,6 +12,7 @@ from typing import Any
 from configurator import FolioError
 from data.dataset import DATA
 from data.download import DownloadError, download, hash_file
+from data.files import replacing
 from data.prepare import dataset_folder, make_tokenizer, read_text, split_text, write_dataset
 
 # Collected by Andrej Karpathy for char-rnn (2015).
@@ -42,8 +43,10 @@ def prepare_shakespeare(
     origin["sha256"] = hashlib.sha256(raw).hexdigest()
     if origin["sha256"] == SHA256:  # Shakespeare is himself, whichever way he came, and stays
         origin["source"] = SHAKESPEARE
-        kept_at().parent.mkdir(exist_ok=True)
-        kept_at().write_bytes(raw)
+        if not kept_at().exists():
+            kept_at().parent.mkdir(exist_ok=True)
+            with replacing(kept_at()) as temporary:
+                temporary.write_bytes(raw)
     splits = split_text(text, val_fraction=0.1)
     # An alphabet may come from all of the text; merges are learned, from what is for learning.
     learn_from = [text] if tokenizer == "char" else splits["train"]

@@ -3,10 +3,11 @@
     python -m tests.break_and_see            # all of them, about two minutes
     python -m tests.break_and_see mask scale # some, by a word of their titles
 
-Each change is made to a copy of the house, and the lesson that should notice is run there. It has
-to fail; on the house as it is, it passes.
+Each change is made to a copy of the repository, and the lesson that should notice is run there. It
+has to fail; on the code as it is, it passes. (Needs pytest: pip install -e ".[dev]".)
 """
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,11 @@ CHANGES = [
         "test_distributed.py::test_two_processes_train_as_one_does",
     ),
     Change(
+        "without the rehearsal of many processes", "training/run.py",
+        "world.rehearse(run.runner, config.batch_size, config.block_size)", "pass",
+        "test_distributed.py::test_a_wish_to_stop_is_shared_and_resuming_goes_on_bit_by_bit",
+    ),
+    Change(
         "with queries, keys and values made orthogonal as one matrix", "training/optimizer.py",
         "count = 3 if rows == 3 * columns else 1", "count = 1",
         "test_optimizer.py::test_a_matrix_moves_alike_alone_and_in_company",
@@ -167,17 +173,19 @@ CHANGES = [
 
 
 def main() -> None:
+    if importlib.util.find_spec("pytest") is None:
+        sys.exit('the lessons are run by pytest: pip install -e ".[dev]"')
     words = sys.argv[1:]
     chosen = [c for c in CHANGES if not words or any(word in c.title for word in words)]
     unnoticed = 0
     with tempfile.TemporaryDirectory() as folder:
-        house = Path(folder) / "folio"
-        shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns(".*", "out", "*.bin", "weights"))
+        copy = Path(folder) / "folio"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "out", "*.bin", "weights"))
         for change in chosen:
-            path = house / change.file
+            path = copy / change.file
             whole = path.read_text(encoding="utf-8")
             path.write_text(broken(whole, change), encoding="utf-8")
-            noticed, complaint = run_lesson(house, change.lesson)
+            noticed, complaint = run_lesson(copy, change.lesson)
             path.write_text(whole, encoding="utf-8")
             unnoticed += not noticed
             name = change.lesson.split("::")[1].removeprefix("test_").replace("_", " ")
@@ -195,14 +203,16 @@ def broken(source: str, change: Change) -> str:
     return source.replace(change.line, change.instead)
 
 
-def run_lesson(house: Path, lesson: str) -> tuple[bool, str]:
+def run_lesson(copy: Path, lesson: str) -> tuple[bool, str]:
     """Whether it fails, and its first line of complaint."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [*command, f"tests/{lesson}"], cwd=house, capture_output=True, text=True, timeout=300
+        [*command, f"tests/{lesson}"], cwd=copy, capture_output=True, text=True, timeout=300
     )
     complaints = [line for line in result.stdout.splitlines() if line.startswith("E ")]
-    return result.returncode == 1, " ".join(complaints[0][1:].split()) if complaints else ""
+    if result.returncode != 1 or not complaints:
+        return False, ""
+    return True, " ".join(complaints[0][1:].split())
 
 
 if __name__ == "__main__":

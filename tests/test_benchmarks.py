@@ -56,7 +56,7 @@ def test_a_step_on_a_gpu_is_measured_on_any_machine(call, tmp_path):
     assert "| adamw | 2 |" in result.stdout and "| muon | 2 |" in result.stdout
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the copy of the house is not made there")
+@pytest.mark.skipif(sys.platform == "win32", reason="the copy is not made there")
 def test_the_time_to_a_loss_is_measured(call, tmp_path, monkeypatch):
     # Whole runs of train.py, in a process of their own, on a dataset at a path of our own.
     text = RHYME * 60

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 import sys
 
 import pytest
@@ -11,12 +12,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from configurator import FolioError
+from data.files import replacing, write_text
 from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
 from tests.test_tokenizer import AWKWARD, toy_bpe
 from training.checkpoint import (
     RESUME, SETTINGS, WEIGHTS, load_model, load_resume, locked, make_room, newest_run, read_config,
-    replacing, save_model, save_resume, save_tokenizer,
+    save_model, save_resume, save_tokenizer,
 )  # fmt: skip
 
 SHAPE = GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
@@ -179,6 +181,20 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         raise OSError(28, "No space left on device")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows flushes no folders")
+def test_a_disk_that_cannot_flush_a_folder_serves_too(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")  # as some network disks have it
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 half", b"<html>", "half", "pickle"])

@@ -9,10 +9,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from configurator import FolioError
 from data import dataset as dataset_module
 from data import prepare as prepare_module
 from data import prepare_fineweb, prepare_openwebtext
 from data.dataset import SHARD_MAGIC, open_dataset
+from data.prepare import split_text, write_dataset
 from data.tokenizer import BPETokenizer
 from tests.conftest import assert_one_line_error
 from tests.test_tokenizer import toy_bpe
@@ -24,6 +26,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     files: ClassVar = {}  # path -> bytes
     seen: ClassVar = []  # (method, path, range) of each request
     cut: ClassVar = {}  # path -> how often to break off in the middle
+    busy: ClassVar = set()  # (method, path) of requests that are answered with 503
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -35,8 +38,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         self.seen.append((self.command, self.path, wanted))
         data = self.files.get(self.path)
-        if data is None:
-            return self.send_error(404)
+        if data is None or (self.command, self.path) in self.busy:
+            return self.send_error(404 if data is None else 503)
         start = int(wanted[6:-1]) if wanted else 0
         self.send_response(206 if wanted else 200)
         if wanted:
@@ -59,7 +62,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(data_folder, monkeypatch):
     """An empty hub, a data/ folder of our own, and a small vocabulary in the place of GPT-2's."""
-    Hub.files, Hub.seen, Hub.cut = {}, [], {}
+    Hub.files, Hub.seen, Hub.cut, Hub.busy = {}, [], {}, set()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -113,9 +116,27 @@ def test_a_shard_that_broke_off_goes_on_where_it_broke_off(hub, data_folder, cal
     part = data_folder / "fineweb" / "train_000001.bin.part"
     arrived = part.stat().st_size
     assert 0 < arrived < len(hub.files[path])
+    with pytest.raises(FolioError, match=r"no tokenizer\.json"):  # half a corpus is no dataset
+        open_dataset("fineweb", block_size=8)
     assert call(prepare_fineweb, "--shards=1").returncode == 0
     assert hub.seen[-1] == ("GET", path, f"bytes={arrived}-")
     assert (data_folder / "fineweb" / "train_000001.bin").read_bytes() == hub.files[path]
+
+
+def test_a_hub_that_promises_nothing_for_once_is_not_believed(hub, data_folder, call):
+    hub.busy.add(("HEAD", f"{fineweb(hub, 1)}train_000001.bin"))
+    assert_one_line_error(call(prepare_fineweb, "--shards=1"), "answered 503")
+    assert not (data_folder / "fineweb" / "train_000001.bin").exists()
+
+
+def test_shards_are_never_put_beside_another_dataset(hub, data_folder, call):
+    fineweb(hub, 1)
+    write_dataset(data_folder / "mine", toy_bpe(), split_text("low " * 99), {"source": "mine"})
+    before = (data_folder / "mine" / "tokenizer.json").read_bytes()
+    assert_one_line_error(call(prepare_fineweb, "--dataset=mine"), "another dataset")
+    assert call(prepare_fineweb, "--shards=1").returncode == 0
+    assert_one_line_error(call(prepare_openwebtext, "--dataset=fineweb"), "another dataset")
+    assert (data_folder / "mine" / "tokenizer.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -182,6 +203,13 @@ def test_a_preparation_that_was_stopped_goes_on_with_the_next_file(openwebtext, 
     assert call(prepare_openwebtext).returncode == 0
     fetched = [path for _, path, _ in hub.seen[before:] if path.endswith(".parquet")]
     assert set(fetched) == {f"/{prepare_openwebtext.SOURCE}/1.parquet"}
+
+
+def test_a_kill_after_the_last_write_leaves_nothing_behind(openwebtext, call, data_folder):
+    assert call(prepare_openwebtext).returncode == 0
+    (data_folder / "openwebtext" / "0.parquet").touch()  # not yet removed
+    assert call(prepare_openwebtext).returncode == 0
+    assert not list((data_folder / "openwebtext").glob("*.parquet*"))
 
 
 def test_a_file_that_is_no_parquet_is_refused_and_removed(openwebtext, hub, call, data_folder):

@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 import train
 from configurator import FolioError
 from tests.conftest import ROOT, prepare_rhyme, tiny_flags
-from tests.test_train import assert_same_state, log_of, without_clock
+from tests.test_train import assert_same_state, log_of, stop_after, without_clock
 from training.checkpoint import RESUME, WEIGHTS, load_resume
-from training.world import is_restarted, job_name
+from training.run import check_shares
+from training.world import World, is_restarted, job_name
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun there has no gloo store")
 
-SHARED_WORK = ("--gradient_accumulation_steps=4", "--dropout=0.2", "--max_iters=20")
+MORE = ("--dropout=0.2", "--max_iters=20")
+SHARED_WORK = ("--gradient_accumulation_steps=4", *MORE)
 
 # train.py, but for what becomes of process 1 in the middle of an update.
 MISHAP = """
@@ -45,12 +47,12 @@ train.run_main(train.main)
 """
 
 
-def start_two(script: Path, *flags: str, restarts: int = 0) -> subprocess.Popen:
+def start(script: Path, *flags: str, restarts: int = 0, processes: int = 2) -> subprocess.Popen:
     """`torchrun --standalone --nproc_per_node=2 SCRIPT FLAGS`, in a process group of its own."""
     return subprocess.Popen(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-            f"--max-restarts={restarts}", str(script), *flags,
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc_per_node={processes}", f"--max-restarts={restarts}", str(script), *flags,
         ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -61,8 +63,8 @@ def start_two(script: Path, *flags: str, restarts: int = 0) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def run_two(script: Path, *flags: str, restarts: int = 0) -> subprocess.CompletedProcess:
-    job = start_two(script, *flags, restarts=restarts)
+def run_job(script: Path, *flags: str, **how: int) -> subprocess.CompletedProcess:
+    job = start(script, *flags, **how)
     try:
         told, complained = job.communicate(timeout=120)
     finally:
@@ -86,16 +88,17 @@ def one(call, tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Train in two processes with this optimizer, once for all lessons; the folder of the run."""
+    """Train in several processes, once for all lessons; the folder of the run."""
     home, done = tmp_path_factory.mktemp("undisturbed"), {}
     rhyme = prepare_rhyme(home / "rhyme")
 
-    def trained(optimizer: str) -> Path:
-        if optimizer not in done:
-            done[optimizer] = home / optimizer
-            flags = [*tiny_flags(rhyme, done[optimizer]), *SHARED_WORK, f"--optimizer={optimizer}"]
-            assert run_two(ROOT / "train.py", *flags).returncode == 0
-        return done[optimizer]
+    def trained(*flags: str, processes: int) -> Path:
+        key = (*flags, processes)
+        if key not in done:
+            done[key] = home / str(len(done))
+            whole = [*tiny_flags(rhyme, done[key]), *flags]
+            assert run_job(ROOT / "train.py", *whole, processes=processes).returncode == 0
+        return done[key]
 
     return trained
 
@@ -115,7 +118,7 @@ def mishap(tmp_path: Path, step: int, signal_name: str) -> Path:
 def test_two_processes_train_as_one_does(tiny, tmp_path, one, dtype, optimizer, tolerance):
     flags = (f"--dtype={dtype}", f"--optimizer={optimizer}")
     alone = one(*flags)
-    job = run_two(ROOT / "train.py", *tiny, *SHARED_WORK, *flags)
+    job = run_job(ROOT / "train.py", *tiny, *SHARED_WORK, *flags)
     assert job.returncode == 0, job.stderr
     assert "2 processes" in job.stdout
     assert job.stdout.count("step 20: validation loss") == 1  # one of them speaks
@@ -140,8 +143,8 @@ def test_gradients_travel_once_per_update(tiny, tmp_path):
         "def hook(group, bucket):\n"
         "    sent.append(bucket.is_last())\n"
         "    return allreduce_hook(group, bucket)\n"
-        "def begin(given, world):\n"
-        "    run = real(given, world)\n"
+        "def begin(cls, given, world):\n"
+        "    run = real(cls, given, world)\n"
         "    run.runner.register_comm_hook(dist.group.WORLD, hook)\n"
         "    return run\n"
         "train.begin = begin\n"
@@ -150,33 +153,43 @@ def test_gradients_travel_once_per_update(tiny, tmp_path):
         "finally:\n"
         "    print('updates sent:', sum(sent))\n"
     )
-    job = run_two(script, *tiny, "--gradient_accumulation_steps=4")
+    job = run_job(script, *tiny, "--gradient_accumulation_steps=4")
     assert job.returncode == 0, job.stderr
     assert job.stdout.count("updates sent: 8\n") == 2  # max_iters, in each of the two
 
 
 def test_micro_batches_that_cannot_be_shared_are_refused_once(tiny):
-    job = run_two(ROOT / "train.py", *tiny, "--gradient_accumulation_steps=3")
+    job = run_job(ROOT / "train.py", *tiny, "--gradient_accumulation_steps=3")
     assert job.returncode != 0
     assert job.stderr.count("train.py: gradient_accumulation_steps=3 cannot be shared") == 1
     assert "by 2 processes; try 2 or 4" in job.stderr
     with pytest.raises(FolioError, match=r"try 8$"):
-        train.check_shares(train.TrainConfig(gradient_accumulation_steps=5), 8)
+        check_shares(train.TrainConfig(gradient_accumulation_steps=5), 8)
+    only = train.TrainConfig(gradient_accumulation_steps=5, eval_only=True)
+    assert check_shares(only, 8) is only  # an evaluation can always be shared
+
+
+def test_half_of_what_torchrun_tells_is_an_error_for_people(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as some schedulers set it, for each process
+    with World() as world:
+        assert world.size == 1
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(FolioError, match=r"RANK and WORLD_SIZE are set.*MASTER_ADDR"), World():
+        pass
 
 
 # --- Stopping, dying, going on ---
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_wish_to_stop_is_shared_and_resuming_goes_on_bit_by_bit(
-    tiny, tmp_path, undisturbed, optimizer
-):
-    flags = [*tiny, *SHARED_WORK, f"--optimizer={optimizer}"]
-    whole, part = undisturbed(optimizer), tmp_path / "run"
-    stopped = run_two(mishap(tmp_path, 6, "SIGTERM"), *flags)
+def test_a_wish_to_stop_is_shared_and_resuming_goes_on_bit_by_bit(tiny, tmp_path, undisturbed):
+    """Among three, for the sum of three numbers, unlike that of two, depends on their order."""
+    more, how = ["--gradient_accumulation_steps=6", *MORE], {"processes": 3}
+    flags = [*tiny, *more]
+    whole, part = undisturbed(*more, **how), tmp_path / "run"
+    stopped = run_job(mishap(tmp_path, 6, "SIGTERM"), *flags, **how)
     assert "exitcode  : 143" in stopped.stderr  # one was asked, and both left
     assert "stopped, and saved: 7 of 20 steps" in stopped.stdout
-    resumed = run_two(ROOT / "train.py", *flags, "--init_from=resume")
+    resumed = run_job(ROOT / "train.py", *flags, "--init_from=resume", **how)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_state(load_resume(whole), load_resume(part))
     assert_same_state(load_file(whole / WEIGHTS), load_file(part / WEIGHTS))
@@ -188,8 +201,8 @@ def test_a_job_that_loses_a_process_starts_again_and_ends_as_if_nothing_had_happ
     tiny, tmp_path, undisturbed, step
 ):
     """Step 0: right after the first checkpoint; step 9: one after that of step 8."""
-    whole, hurt = undisturbed("muon"), tmp_path / "run"
-    job = run_two(mishap(tmp_path, step, "SIGKILL"), *tiny, *SHARED_WORK, restarts=3)
+    whole, hurt = undisturbed(*SHARED_WORK, processes=2), tmp_path / "run"
+    job = run_job(mishap(tmp_path, step, "SIGKILL"), *tiny, *SHARED_WORK, restarts=3)
     assert job.returncode == 0, job.stderr
     assert "Signal 9 (SIGKILL)" in job.stderr or "exitcode: -9" in job.stderr
     assert f"from step {step // 4 * 4}" in job.stdout
@@ -205,14 +218,14 @@ def test_a_process_lost_before_the_first_checkpoint_costs_nothing_either(tiny, t
     script.write_text(
         "import os, signal, train\n"
         "real = train.begin\n"
-        "def begin(given, world):\n"
+        "def begin(cls, given, world):\n"
         "    if world.rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(given, world)\n"
+        "    return real(cls, given, world)\n"
         "train.begin = begin\n"
         "train.run_main(train.main)\n"
     )
-    job = run_two(script, *flags, restarts=3)
+    job = run_job(script, *flags, restarts=3)
     assert job.returncode == 0, job.stderr
     assert "the run that was there is now" in job.stdout
     assert load_resume(tmp_path / "run")["step"] == 8
@@ -222,9 +235,7 @@ def test_a_process_lost_before_the_first_checkpoint_costs_nothing_either(tiny, t
 
 
 def test_sigterm_to_the_whole_job_saves_and_leaves(tiny, tmp_path):
-    job = start_two(
-        ROOT / "train.py", *tiny, "--gradient_accumulation_steps=2", "--max_iters=1000000"
-    )
+    job = start(ROOT / "train.py", *tiny, "--gradient_accumulation_steps=2", "--max_iters=1000000")
     log = tmp_path / "run" / "log.csv"
     try:
         deadline = time.monotonic() + 60
@@ -259,7 +270,7 @@ def test_a_requeued_job_resumes_whatever_it_was_told_to_begin_from(
     tiny, tmp_path, call, monkeypatch
 ):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert call(train, *tiny, "--max_iters=4").returncode == 0
+    stop_after(4, tiny)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     again = call(train, *tiny)
     assert again.returncode == 0, again.stderr
@@ -268,3 +279,13 @@ def test_a_requeued_job_resumes_whatever_it_was_told_to_begin_from(
     other = call(train, *tiny)
     assert "the run that was there is now" in other.stdout
     assert (tmp_path / "run.1" / RESUME).exists()
+
+
+def test_a_requeued_job_of_several_runs_makes_each_of_them(tiny, tmp_path, call, monkeypatch):
+    """A script that trains with one seed after the other, in one folder, from its beginning."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert call(train, *tiny, "--seed=1").returncode == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    second = call(train, *tiny, "--seed=2")
+    assert "the run that was there is now" in second.stdout
+    assert load_resume(tmp_path / "run")["step"] == 8

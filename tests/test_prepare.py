@@ -25,6 +25,7 @@ from data.prepare import dataset_folder, read_text, split_text, write_dataset
 from data.shakespeare import SHA256, prepare_shakespeare, understudy_notice
 from data.tokenizer import CharTokenizer
 from tests.conftest import ROOT, SHARED, assert_one_line_error
+from training import run as run_module
 
 BODY = bytes(range(256)) * 1600  # 409,600 bytes
 CUT = 200_000  # where a transfer breaks off
@@ -230,6 +231,25 @@ def test_the_same_text_replaces_its_dataset_and_another_moves_it_aside(tmp_path,
     assert "mine.1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["meta.json", "train.bin"])
+def test_a_damaged_dataset_can_be_prepared_again(tmp_path, name):
+    """As the errors that name the damage advise."""
+    folder, text = tmp_path / "mine", "to be or not to be\n" * 9
+    prepared(folder, text)
+    (folder / name).write_text("[") if name == "meta.json" else (folder / name).unlink()
+    prepared(folder, text)
+    assert len(open_dataset(str(folder), 8).train) == 153
+
+
+def test_a_text_is_known_by_its_tokens_where_nobody_told_its_hash(tmp_path):
+    letters = CharTokenizer.of("abc")
+    metas = [
+        write_dataset(tmp_path / name, letters, {"train": [text], "val": ["ab"]}, {})
+        for name, text in (("one", "abc"), ("same", "abc"), ("other", "abb"))
+    ]
+    assert metas[0] == metas[1] != metas[2]
+
+
 def test_a_folder_that_is_no_dataset_is_never_moved(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary").touch()
@@ -292,7 +312,7 @@ def test_a_mistake_in_preparing_is_one_line(tmp_path, call):
 @pytest.fixture
 def trained_here(theatre, call, monkeypatch, tmp_path):
     """One update of a tiny model by train.py, on whatever plays in the theatre."""
-    for module in (dataset_module, train):
+    for module in (dataset_module, run_module):
         monkeypatch.setattr(module, "DATA", theatre)
     return lambda: call(
         train, f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--max_iters=1", "--n_layer=1",

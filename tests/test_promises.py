@@ -27,11 +27,10 @@ from safetensors.torch import load_file
 import sample
 import train
 from configurator import FolioError
+from data.files import replacing
 from tests.conftest import ROOT, assert_one_line_error, run_script
 from tests.test_train import assert_same_state, log_of, without_clock
-from training.checkpoint import (
-    RESUME, SETTINGS, WEIGHTS, load_model, load_resume, replacing,
-)  # fmt: skip
+from training.checkpoint import RESUME, SETTINGS, WEIGHTS, load_model, load_resume
 
 # Not under Windows, which has other signals and other limits.
 resource = pytest.importorskip("resource")
@@ -49,6 +48,7 @@ torch.set_num_threads(1)
 import train
 from configurator import given_settings
 from training import checkpoint, report
+from training.run import restore
 from training.world import World
 
 folder, trials, flags = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
@@ -64,10 +64,10 @@ def saying(name, function):
     return wrapped
 
 def save_for_ever(first):
-    run = train.begin(given_settings(train.TrainConfig, flags), World())
+    run = train.begin(train.TrainConfig, given_settings(train.TrainConfig, flags), World())
     train.move_in(run) if first else checkpoint.make_room(folder, continuing=True)
     if not first:
-        train.restore(run, checkpoint.load_resume(folder))
+        restore(run, checkpoint.load_resume(folder))
     train.evaluate = lambda run: (-float(run.step // 3), 1.0)  # each third one is the best so far
     checkpoint.torch.save = saying("writing resume.pt", torch.save)
     checkpoint.safetensors.torch.save_file = saying(
@@ -76,7 +76,7 @@ def save_for_ever(first):
     report.append_row = saying("writing a row", report.append_row)
     os.fsync = saying("flushing", os.fsync)
     os.replace = saying("renaming", os.replace)
-    log = report.Report(folder, run.step, 10**9)
+    log = report.Report(run)
     log.refresh_curve = saying("between", lambda: None)
     log.say = lambda text: None
     with log:

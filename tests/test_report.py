@@ -1,21 +1,37 @@
 """What a run leaves to look at: a log that can be trusted, a curve, and figures for people."""
 
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.report import (
-    COLUMNS, Report, Update, clock, flops_per_token, peak_flops, read_log,
+    COLUMNS, Report, Update, clock, flops_per_token, peak_flops, read_log, summary,
 )  # fmt: skip
 
 
+@pytest.fixture
+def run(tmp_path):
+    """As much of a run as a report looks at: it makes ten steps of 100 tokens, 0.5 s each."""
+    config, world = SimpleNamespace(max_iters=10), SimpleNamespace(is_main=True, device_name="")
+    return SimpleNamespace(
+        folder=tmp_path, config=config, world=world, dataset=SimpleNamespace(meta={}), step=0,
+        tokens=0, seconds=0.0, best_val_loss=math.inf,
+    )  # fmt: skip
+
+
 def told(report: Report, step: int, val_loss: float | None = None) -> None:
-    report.updated(step, step * 100, step * 0.5, Update(3.0 / step, 1.0, 1e-3))
+    report.run.step, report.run.tokens, report.run.seconds = step, step * 100, step * 0.5
+    report.updated(Update(3.0 / step, 1.0, 1e-3))
     report.log(val_loss)
 
 
-def test_a_row_says_how_things_stand_after_a_step(tmp_path):
-    with Report(tmp_path, 0, 10) as report:
+def test_a_row_says_how_things_stand_after_a_step(run, tmp_path):
+    with Report(run) as report:
         report.log(4.0)
         told(report, 1)
         told(report, 5, val_loss=2.0)
@@ -28,21 +44,22 @@ def test_a_row_says_how_things_stand_after_a_step(tmp_path):
     assert tuple(rows[0]) == COLUMNS
 
 
-def test_a_log_is_cut_back_to_the_step_that_goes_on(tmp_path):
-    with Report(tmp_path, 0, 10) as report:
+def test_a_log_is_cut_back_to_the_step_that_goes_on(run, tmp_path):
+    with Report(run) as report:
         for step in (1, 2, 3, 4):
             told(report, step)
     with open(tmp_path / "log.csv", "a") as file:
         file.write("5,500,2.")  # a row that a kill cut short
-    with Report(tmp_path, 2, 10) as report:
+    run.step = 2
+    with Report(run) as report:
         told(report, 3, val_loss=1.0)
     rows = read_log(tmp_path / "log.csv", 10)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[2]["val_loss"] == 1.0
 
 
-def test_the_curve_is_drawn_from_the_rows(tmp_path, recwarn):
-    with Report(tmp_path, 0, 10) as report:
+def test_the_curve_is_drawn_from_the_rows(run, tmp_path, recwarn):
+    with Report(run) as report:
         report.log(4.0)
         report.draw_curve()
         first = (tmp_path / "loss.png").read_bytes()
@@ -52,8 +69,8 @@ def test_the_curve_is_drawn_from_the_rows(tmp_path, recwarn):
     assert len(recwarn) == 0
 
 
-def test_the_curve_is_drawn_anew_once_in_a_while(tmp_path):
-    with Report(tmp_path, 0, 10) as report:
+def test_the_curve_is_drawn_anew_once_in_a_while(run, tmp_path):
+    with Report(run) as report:
         report.log(4.0)
         report.refresh_curve()
         assert not (tmp_path / "loss.png").exists()
@@ -62,13 +79,29 @@ def test_the_curve_is_drawn_anew_once_in_a_while(tmp_path):
     assert (tmp_path / "loss.png").exists()
 
 
-def test_a_silent_report_says_and_writes_nothing(tmp_path, capsys):
-    with Report(tmp_path, 0, 10, silent=True) as report:
+def test_a_silent_report_says_and_writes_nothing(run, tmp_path, capsys):
+    run.world.is_main = False
+    with Report(run) as report:
         report.say("hello")
         told(report, 5, val_loss=1.0)
         report.draw_curve()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
+
+
+def test_the_next_command_writes_with_the_weights_of_this_run(run, tmp_path, monkeypatch):
+    """sample.py by itself takes the newest."""
+    for module in ("report", "checkpoint"):
+        monkeypatch.setattr(f"training.{module}.HERE", tmp_path)
+    for name, time in (("older", 1e9), ("newer", 2e9)):
+        weights = tmp_path / "out" / name / "model.safetensors"
+        weights.parent.mkdir(parents=True)
+        weights.touch()
+        os.utime(weights, (time, time))
+    run.folder = tmp_path / "out" / "newer"
+    assert "python sample.py\n" in summary(run)
+    run.folder = tmp_path / "out" / "older"
+    assert f"python sample.py --out_dir={Path('out/older')}\n" in summary(run)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.2, "1:15"), (3675, "1:01:15")])
@@ -101,9 +134,10 @@ def test_the_cost_of_a_token_is_that_of_all_its_products(model):
     assert flops_per_token(model) == counter.get_total_flops() / idx.numel()
 
 
-def test_utilisation_is_speed_over_speed_at_peak(tmp_path, capsys, monkeypatch):
+def test_utilisation_is_speed_over_speed_at_peak(run, capsys, monkeypatch):
     monkeypatch.setattr("training.report.QUIET_SECONDS", 0)
-    with Report(tmp_path, 0, 10, limit=400.0) as report:
+    monkeypatch.setattr("training.report.tokens_per_second_at_peak", lambda run: 400.0)
+    with Report(run) as report:
         told(report, 1)
         told(report, 2)
     assert "200 tokens/s, 50% MFU" in capsys.readouterr().out

@@ -81,6 +81,10 @@ def test_what_cannot_be_sampled_from_is_said_in_one_line(written, folder, tmp_pa
     assert_one_line_error(written(folder, "--temperature=-1"), "temperature")
 
 
+def test_nanogpts_word_for_a_runs_own_weights_is_understood(written, folder):
+    assert written(folder, "--init_from=resume").returncode == 0
+
+
 def test_text_appears_as_it_is_drawn(capsys):
     tokenizer = toy_bpe()
     seen = []

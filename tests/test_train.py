@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 import train
 from configurator import FolioError, given_settings
 from data.prepare import split_text, write_dataset
-from data.tokenizer import CharTokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer
 from tests.conftest import ROOT, assert_one_line_error, run_script
 from tests.test_tokenizer import toy_bpe
-from train import TrainConfig, begin, evaluate, learning_rate_share, plan
+from train import TrainConfig, begin, evaluate, learning_rate_share
 from training.checkpoint import (
     RESUME, SETTINGS, WEIGHTS, load_model, load_resume, save_resume,
 )  # fmt: skip
+from training.run import Run, plan
 from training.world import World
 
 
@@ -41,8 +42,8 @@ def run_in_process(call):
     return trained
 
 
-def training_for(*flags: str) -> train.Training:
-    return begin(given_settings(TrainConfig, list(flags)), World())
+def training_for(*flags: str) -> Run:
+    return begin(TrainConfig, given_settings(TrainConfig, list(flags)), World())
 
 
 def log_of(folder) -> list[dict[str, str]]:
@@ -424,9 +425,19 @@ def test_every_precision_trains(tiny, dtype, optimizer):
     assert {p.dtype for p in run.model.parameters()} == {wanted}
 
 
+def test_the_root_of_the_disk_is_no_folder_for_a_run(tiny, call):
+    assert_one_line_error(call(train, *tiny, "--out_dir=/"), "--out_dir=/: no folder for a run")
+
+
+def test_a_corpus_that_is_not_there_is_told_how_to_fetch(tiny, call):
+    assert_one_line_error(
+        call(train, *tiny, "--dataset=fineweb"), "python -m data.prepare_fineweb --shards=100"
+    )
+
+
 def test_a_plan_settles_where_the_weights_come_from(tiny, tmp_path):
     def planned(flag):
-        return plan(given_settings(TrainConfig, [*tiny, flag]), restarted=False)
+        return plan(TrainConfig, given_settings(TrainConfig, [*tiny, flag]), restarted=False)
 
     assert planned("--init_from=auto").init_from == "scratch"
     with pytest.raises(FolioError, match="no run to resume"):
@@ -446,7 +457,7 @@ def test_copies_of_the_weights_can_be_kept_to_compare_stages(tiny, tmp_path, run
 
 
 def test_nanogpts_bin_files_train_as_they_are(gpt2, tmp_path, run_in_process, monkeypatch):
-    monkeypatch.setattr(train.BPETokenizer, "gpt2", lambda: gpt2)
+    monkeypatch.setattr(BPETokenizer, "gpt2", lambda: gpt2)
     folder = tmp_path / "openwebtext"
     folder.mkdir()
     ids = gpt2.encode("All the world's a stage, and all the men and women merely players.\n" * 40)
@@ -457,7 +468,7 @@ def test_nanogpts_bin_files_train_as_they_are(gpt2, tmp_path, run_in_process, mo
         "--n_embd=8", "--max_iters=1", "--block_size=8", "--sample_tokens=3", "--device=cpu",
     ]  # fmt: skip
     told = run_in_process(*flags, "--tokenizer=gpt2")
-    assert "50,257 kinds" in told
+    assert "a vocabulary of 50,257" in told
 
 
 # --- What each part of an update does ---
@@ -547,21 +558,19 @@ def test_a_run_that_was_stopped_is_evaluated_when_it_ends_there(tiny, tmp_path, 
 
 def test_resuming_refuses_another_text_under_the_same_name(tiny, tmp_path, run_in_process, call):
     for text in ("to be or not to be\n", "not to be or to be\n"):
-        origin = {"source": "a test", "sha256": text}
-        write_dataset(
-            tmp_path / "mine", CharTokenizer.of(text), {"train": [text * 9], "val": [text]}, origin
-        )
+        splits = {"train": [text * 9], "val": [text]}
+        write_dataset(tmp_path / "mine", CharTokenizer.of(text), splits, {"source": "a test"})
         flags = [*tiny, f"--dataset={tmp_path / 'mine'}"]
         if text.startswith("to"):
             run_in_process(*flags)
-    assert_one_line_error(call(train, *flags, "--init_from=resume"), "another text")
+    assert_one_line_error(call(train, *flags, "--init_from=resume"), "not the text with which")
 
 
 def test_resuming_refuses_a_dataset_that_has_grown(tiny, rhyme, run_in_process, call):
     """Windows are counted through all shards: with one shard more, all of them are others."""
     run_in_process(*tiny, "--max_iters=4")
     shutil.copy(rhyme / "train.bin", rhyme / "train_more.bin")
-    assert_one_line_error(call(train, *tiny, "--init_from=resume"), "another text")
+    assert_one_line_error(call(train, *tiny, "--init_from=resume"), "not the text with which")
 
 
 def test_an_evaluation_that_overflows_is_not_the_best_and_spoils_nothing(

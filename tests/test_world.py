@@ -8,23 +8,29 @@ import pytest
 import torch
 
 from configurator import FolioError
-from training import world as world_module
-from training.world import (
-    StopSignal, World, advice_when_out_of_memory, choose_compile, choose_device, choose_dtype,
+from training import machine as machine_module
+from training.machine import (
+    advice_when_out_of_memory, choose_compile, choose_device, choose_dtype,
 )  # fmt: skip
+from training.world import StopSignal, World
 
 CPU, GPU, APPLE = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
 
 @pytest.fixture
-def machine(monkeypatch):
-    """Pretend to be another machine; this one has no GPU to ask."""
+def machine(monkeypatch, tmp_path):
+    """Pretend to be another machine; this one may have no GPU to ask."""
+    (tmp_path / "Python.h").touch()
 
-    def pretend(cuda=False, mps=False, capability=(9, 0), triton=True):
+    def pretend(
+        cuda=False, mps=False, capability=(9, 0), triton=True, compiler=True, headers=tmp_path
+    ):
+        monkeypatch.setattr("shutil.which", lambda name: name if compiler else None)
+        monkeypatch.setattr("sysconfig.get_path", lambda *_: str(headers))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-        monkeypatch.setattr(world_module, "has_triton", lambda: triton)
+        monkeypatch.setattr(machine_module, "has_triton", lambda: triton)
 
     return pretend
 
@@ -80,15 +86,38 @@ def test_auto_compiles_where_that_can_be_done_and_pays(machine):
     assert choose_compile("auto", GPU)[0] is True
     assert choose_compile("auto", CPU)[0] is choose_compile("auto", APPLE)[0] is False
     assert choose_compile(True, CPU)[0] is True
-    machine(cuda=True, triton=False)
-    chosen, why = choose_compile("auto", GPU)
-    assert chosen is False and "Triton" in why
 
 
-def test_compiling_for_a_cpu_wants_a_compiler(machine, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: None)
+@pytest.mark.skipif(sys.platform == "win32", reason="there Triton brings what it needs")
+@pytest.mark.parametrize(
+    ("without", "why"),
+    [
+        ({"triton": False}, "Triton is not installed"),
+        ({"compiler": False}, "no C compiler"),
+        ({"headers": "/nowhere"}, "no Python.h"),
+    ],
+)
+def test_compiling_for_a_gpu_wants_triton_and_what_triton_wants(machine, without, why):
+    machine(cuda=True, **without)
+    chosen, told = choose_compile("auto", GPU)
+    assert chosen is False and why in told
+    with pytest.raises(FolioError, match=why):
+        choose_compile(True, GPU)
+
+
+def test_compiling_for_a_cpu_wants_a_compiler(machine):
+    machine(compiler=False)
     with pytest.raises(FolioError, match="--compile"):
         choose_compile(True, CPU)
+
+
+def test_processes_meet_on_the_cpu_where_the_gpu_is_apples(machine):
+    machine(mps=True)
+    world = World()
+    world.size = 2
+    assert world.settle().device == CPU
+    with pytest.raises(FolioError, match="--device=mps"):
+        world.settle("mps")
 
 
 def test_a_world_tells_what_it_chose_and_why():
@@ -118,11 +147,27 @@ def test_the_first_signal_is_a_wish_and_the_second_an_order(number, status):
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+def test_a_terminal_that_closes_is_a_wish_however_often_it_says_so():
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.wished(World()) and stop.status == 129
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.wished(World())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_running_out_of_memory_says_what_to_try():
     for error in (
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("you can't allocate memory"),
         RuntimeError("MPS backend out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
         MemoryError(),
     ):
         with (

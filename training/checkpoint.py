@@ -10,8 +10,6 @@
 
 So `AutoModelForCausalLM.from_pretrained(folder)` opens what Folio wrote, and load_model() opens a
 folder of GPT-2's published weights as it opens a run's. There is no exporter and no importer.
-
-A file is written beside its place, flushed and renamed: it is there whole or not at all.
 """
 
 import contextlib
@@ -19,7 +17,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import pickle
 import sys
 import zipfile
@@ -33,13 +30,13 @@ import safetensors.torch
 import torch
 
 from configurator import FolioError, did_you_mean
-from data.gpt2 import PUBLISHED, fetch_gpt2
-from data.prepare import move_aside
+from data.files import move_aside, replacing, write_json, write_text
+from data.gpt2 import PUBLISHED, WEIGHTS, fetch_gpt2
 from data.tokenizer import END_OF_TEXT, Tokenizer, tokenizer_text
 from model import GPT, GPTConfig
 
 HERE = Path(__file__).resolve().parent.parent
-WEIGHTS, RESUME, SETTINGS = "model.safetensors", "resume.pt", "settings.json"
+RESUME, SETTINGS = "resume.pt", "settings.json"
 
 
 # --- The model and its tokenizer ---
@@ -59,9 +56,12 @@ def save_model(model: GPT, folder: Path, end_of_text: int | None = None) -> None
         folder / "generation_config.json",
         {**ends, "do_sample": True, "max_length": model.config.block_size, "max_new_tokens": None},
     )
+    about = {"format": "pt", "sha256": digest(tensors)}
     with replacing(folder / WEIGHTS) as temporary:
-        about = {"format": "pt", "sha256": digest(tensors)}
-        safetensors.torch.save_file(tensors, temporary, metadata=about)
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata=about)
+        except safetensors.SafetensorError as error:  # in which a full disk's error is wrapped
+            raise OSError(str(error)) from None
 
 
 def load_model(folder: Path, **changes: Any) -> GPT:
@@ -69,7 +69,7 @@ def load_model(folder: Path, **changes: Any) -> GPT:
 
     changes: block_size (positions beyond it are cut), dropout, pad_vocab_to.
     Raises FolioError if a file is missing or damaged, if the architecture is not GPT-2's, or if the
-    weights do not fit it; the message names all that do not.
+    weights do not fit it; the message names those that do not.
     """
     shape = read_config(folder)
     config = dataclasses.replace(shape, **changes)
@@ -151,8 +151,8 @@ def read_config(folder: Path) -> GPTConfig:
             **{key: found[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
         }
         dropout, bias = found.get("resid_pdrop", 0.1), found.get("bias", True)
-        different = [key for key, good in ONLY_GPT2.items() if found.get(key, good[0]) not in good]
-        inner = found.get("n_inner")
+        only = {**ONLY_GPT2, "n_inner": (None, 4 * found["n_embd"])}
+        different = [key for key, good in only.items() if found.get(key, good[0]) not in good]
     except FileNotFoundError:
         raise FolioError(
             f"{path}: there is no model here; python train.py config/shakespeare_char.py makes one"
@@ -166,8 +166,6 @@ def read_config(folder: Path) -> GPTConfig:
     possible = all(type(size) is int and 0 < size < 2**24 for size in sizes.values())
     if not possible or sizes["n_layer"] > 1000:
         raise FolioError(f"{path}: no model has such sizes: {sizes}")
-    if inner not in (None, 4 * sizes["n_embd"]):
-        raise FolioError(f"{path}: not GPT-2's architecture (n_inner={inner!r})")
     if type(bias) is not bool or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         raise FolioError(f"{path}: not the description of a GPT-2 ({bias=}, {dropout=})")
     try:
@@ -316,9 +314,12 @@ def load_resume(folder: Path) -> dict[str, Any]:
 def run_folder(out_dir: str) -> Path:
     """out_dir as a path; a relative one starts where Folio stands, not where it is called."""
     try:
-        return HERE / Path(out_dir.replace("\0", "")).expanduser()
+        folder = HERE / Path(out_dir.replace("\0", "")).expanduser()
     except RuntimeError as error:
         raise FolioError(f"--out_dir={out_dir}: {error}") from None
+    if not folder.name:
+        raise FolioError(f"--out_dir={out_dir}: no folder for a run; name one in it")
+    return folder
 
 
 def model_folder(source: str) -> Path:
@@ -330,7 +331,7 @@ def model_folder(source: str) -> Path:
         return fetch_gpt2(source)
     folder = run_folder(source)
     if not folder.is_dir():
-        guess = did_you_mean(source, ["scratch", "resume", "auto", *PUBLISHED])
+        guess = did_you_mean(source, ("scratch", "resume", "auto", *PUBLISHED))
         raise FolioError(f"{source}: there is no such folder, and no such weights{guess}")
     return folder
 
@@ -406,37 +407,3 @@ def make_room(folder: Path, continuing: bool, job: str = "") -> None:
             temporary.unlink()
     if job or begun_by(folder):
         lock_of(folder).write_text(job, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what is written there takes its place at the end."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # the bytes are on the disk before the name is
-        os.replace(temporary, path)
-        if sys.platform != "win32":  # where a folder cannot be opened, nor need be
-            directory = os.open(path.parent, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        # torch and safetensors wrap what the operating system told them.
-        told = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = getattr(told, "strerror", None) or str(told).partition("\n")[0]
-        raise FolioError(f"{path}: cannot be written ({reason}); what was there is kept") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, contents: dict[str, Any]) -> None:
-    write_text(path, json.dumps(contents, indent=2) + "\n")

@@ -92,9 +92,9 @@ class Muon(torch.optim.Optimizer):
 
     lr: that length, the singular values of an update (of a matrix with n times as many rows as
     columns, sqrt(n) times as much); weight_decay: per unit of lr.
-    Matrices of one shape are orthogonalised together, in one batched product after another; in
-    bfloat16 if that is the precision, which is several times as fast where the hardware has it: a
-    direction need not be exact.
+    Matrices of one shape are orthogonalised together, in one batched product after another, where
+    torch.optim.Muon takes one at a time; in bfloat16 if that is the precision, which is several
+    times as fast where the hardware has it: a direction need not be exact.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ log.csv has a row for every `log_interval` steps and for every evaluation:
 
 A row says how things stand after `step` updates. Losses are in nats per token, and bits_per_byte is
 what val_loss comes to, whatever the vocabulary. train_loss is the last update's mean over all its
-micro-batches; seconds are of training, evaluations left out.
+micro-batches; learning_rate is AdamW's; seconds are of training, evaluations left out.
 """
 
 import csv
@@ -17,8 +17,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.files import replacing
 from data.shakespeare import understudy_notice
-from training.checkpoint import HERE, replacing
+from training.checkpoint import HERE, WEIGHTS, newest_run
+from training.run import Run
 
 try:
     from tqdm import tqdm
@@ -51,28 +53,13 @@ class Update:
 class Report:
     """Tells of a run while it goes on. Use as a context manager, so that the bar is put away.
 
-    A silent report (of a process that is not the main one) says and writes nothing.
+    In a process that is not the main one it says and writes nothing.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        first_step: int,
-        last_step: int,
-        tokens: int = 0,
-        seconds: float = 0.0,
-        *,
-        silent: bool = False,
-        limit: float | None = None,
-    ):
-        """From first_step, after so many tokens and seconds, to last_step.
-
-        limit: the tokens per second that the machine could do at its peak, where known.
-        """
-        self.folder, self.last_step, self.silent, self.limit = folder, last_step, silent, limit
-        self.rows = [] if silent else read_log(folder / "log.csv", first_step)
-        self.step = first_step
-        self.tokens, self.seconds = tokens, seconds
+    def __init__(self, run: Run):
+        self.run, self.silent = run, not run.world.is_main
+        self.limit = tokens_per_second_at_peak(run)
+        self.rows = [] if self.silent else read_log(run.folder / "log.csv", run.step)
         self.latest: Update | None = None
         self.measured_from: tuple[int, float] | None = None  # (tokens, seconds) of the last row
         self.said_at = self.drawn_at = time.monotonic()
@@ -80,7 +67,7 @@ class Report:
 
     def __enter__(self) -> "Report":
         if not self.silent:
-            write_log(self.folder / "log.csv", self.rows)
+            write_log(self.run.folder / "log.csv", self.rows)
         return self
 
     def __exit__(self, *_) -> None:
@@ -97,18 +84,18 @@ class Report:
         if self.bar is not None:
             self.bar.refresh()
 
-    def updated(self, step: int, tokens: int, seconds: float, latest: Update) -> None:
-        """`step` updates have been made, from so many tokens, in so many seconds of training."""
+    def updated(self, latest: Update) -> None:
+        """An update has been made, and the run counts it."""
+        run, self.latest = self.run, latest
         if self.measured_from is None:
             # The first update also warms things up (and compiles): speed is measured after it.
-            self.measured_from = (tokens, seconds)
+            self.measured_from = (run.tokens, run.seconds)
             if tqdm and sys.stderr.isatty() and not self.silent:
                 self.bar = tqdm(
-                    total=self.last_step, initial=self.step, dynamic_ncols=True, leave=False,
-                    bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, "
+                    total=run.config.max_iters, initial=run.step - 1, dynamic_ncols=True,
+                    leave=False, bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, "
                     "{remaining} left{postfix}",
                 )  # fmt: skip
-        self.step, self.tokens, self.seconds, self.latest = step, tokens, seconds, latest
         if self.bar is not None:
             self.bar.update()
 
@@ -116,14 +103,14 @@ class Report:
         """Write a row of log.csv, and show the progress."""
         if self.silent:
             return
-        tokens_before, seconds_before = self.measured_from or (self.tokens, self.seconds)
-        elapsed = self.seconds - seconds_before
-        speed = (self.tokens - tokens_before) / elapsed if elapsed > 0 else None
-        latest = self.latest
+        run, latest = self.run, self.latest
+        tokens_before, seconds_before = self.measured_from or (run.tokens, run.seconds)
+        elapsed = run.seconds - seconds_before
+        speed = (run.tokens - tokens_before) / elapsed if elapsed > 0 else None
         row = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": round(self.seconds, 3),
+            "step": run.step,
+            "tokens": run.tokens,
+            "seconds": round(run.seconds, 3),
             "train_loss": latest and latest.loss,
             "val_loss": val_loss,
             "learning_rate": latest and latest.learning_rate,
@@ -131,25 +118,25 @@ class Report:
             "tokens_per_second": speed and round(speed),
             "bits_per_byte": bits_per_byte,
         }
-        if self.rows and self.rows[-1]["step"] == self.step:
+        if self.rows and self.rows[-1]["step"] == run.step:
             # Evaluated after a restart, at a step that was logged before: one row tells both.
             told = {column: figure for column, figure in row.items() if figure is not None}
             self.rows[-1] |= told
-            write_log(self.folder / "log.csv", self.rows)
+            write_log(run.folder / "log.csv", self.rows)
         else:
-            append_row(self.folder / "log.csv", row)
+            append_row(run.folder / "log.csv", row)
             self.rows.append(row)
         if latest is None:
             return
-        self.measured_from = (self.tokens, self.seconds)
+        self.measured_from = (run.tokens, run.seconds)
         pace = f"loss {latest.loss:.3f}" + (f", {speed:,.0f} tokens/s" if speed else "")
         pace += f", {speed / self.limit:.0%} MFU" if speed and self.limit else ""
         if self.bar is not None:
             self.bar.set_postfix_str(pace)
         elif val_loss is None and time.monotonic() - self.said_at >= QUIET_SECONDS:
             self.said_at = time.monotonic()
-            left = (self.last_step - self.step) * self.seconds / self.step
-            self.say(f"step {self.step:,} of {self.last_step:,}: {pace}, {clock(left)} left")
+            left = (run.config.max_iters - run.step) * run.seconds / run.step
+            self.say(f"step {run.step:,} of {run.config.max_iters:,}: {pace}, {clock(left)} left")
 
     def refresh_curve(self) -> None:
         """draw_curve(), unless that was done a moment ago: it takes as long as many small steps."""
@@ -163,10 +150,7 @@ class Report:
         self.drawn_at = time.monotonic()
         figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
         axes = figure.subplots()
-        train = [
-            (row["step"], row["train_loss"]) for row in self.rows if row["train_loss"] is not None
-        ]
-        val = [(row["step"], row["val_loss"]) for row in self.rows if row["val_loss"] is not None]
+        train, val = self.points("train_loss"), self.points("val_loss")
         if train:
             axes.plot(*zip(*train, strict=True), color="#9db4cf", lw=1.2, label="training batch")
         if val:
@@ -176,13 +160,17 @@ class Report:
                 f"{best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="center"
             )
         axes.set(xlabel="step", ylabel="loss (nats per token)")
-        axes.set_title(self.folder.name, parse_math=False)
-        axes.set_xlim(0, 1.03 * max(self.last_step, 1))
+        axes.set_title(self.run.folder.name, parse_math=False)
+        axes.set_xlim(0, 1.03 * max(self.run.config.max_iters, 1))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        with replacing(self.folder / "loss.png") as temporary:
+        with replacing(self.run.folder / "loss.png") as temporary:
             figure.savefig(temporary, format="png")
+
+    def points(self, column: str) -> list[tuple[int, float]]:
+        """(step, figure) of each row that has one in this column."""
+        return [(row["step"], row[column]) for row in self.rows if row[column] is not None]
 
 
 # --- log.csv ---
@@ -254,7 +242,7 @@ def flops_per_token(model) -> int:
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-def tokens_per_second_at_peak(run) -> float | None:
+def tokens_per_second_at_peak(run: Run) -> float | None:
     """Of all processes' devices together; None where a device's peak is not known.
 
     Speed divided by this is the model FLOPs utilisation, MFU.
@@ -266,7 +254,7 @@ def tokens_per_second_at_peak(run) -> float | None:
 # --- Before the first step and after the last ---
 
 
-def banner(run) -> str:
+def banner(run: Run) -> str:
     """What train.py is about to do with `run`: data, model, steps, machine, folder."""
     config, data = run.config, run.dataset
     per_step = config.tokens_per_step
@@ -277,8 +265,8 @@ def banner(run) -> str:
         config.init_from, f", from the weights in {config.init_from}"
     )
     lines = [
-        f"data     {config.dataset}: {len(data.train):,} tokens of "
-        f"{data.tokenizer.vocab_size:,} kinds, and {len(data.val):,} held out",
+        f"data     {config.dataset}: {len(data.train):,} tokens, and {len(data.val):,} held out; "
+        f"a vocabulary of {data.tokenizer.vocab_size:,}",
         f"model    {parameters:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
         f"{config.n_embd} channels, context {config.block_size}{origin}",
         f"steps    {left:,} of {per_step:,} tokens: {passes:.1f} times through the data",
@@ -288,7 +276,7 @@ def banner(run) -> str:
     return "\n".join(lines + list(filter(None, [understudy_notice(data.meta)])))
 
 
-def summary(run) -> str:
+def summary(run: Run) -> str:
     """What it did, and what to type next."""
     config = run.config
     total = max(config.max_iters, run.step)
@@ -300,9 +288,11 @@ def summary(run) -> str:
     ]
     if (run.folder / "loss.png").exists():
         lines.append(f"curve    {shown_path(run.folder / 'loss.png')}")
-    out_dir = (
-        "" if run.folder.parent == HERE / "out" else f" --out_dir={shlex.quote(str(run.folder))}"
-    )
+    where = run.folder.relative_to(HERE) if run.folder.is_relative_to(HERE) else run.folder
+    # sample.py by itself takes the newest weights under out/.
+    newest = (run.folder / WEIGHTS).exists() and where.parent == Path("out")
+    newest = newest and newest_run() == run.folder
+    out_dir = "" if newest else f" --out_dir={shlex.quote(str(where))}"
     lines.append(f"next     python sample.py{out_dir}")
     if run.step < config.max_iters:
         lines.append("or       the same command with --init_from=resume, to go on")
@@ -322,14 +312,3 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-class Stopwatch:
-    """Seconds since it was started: with Stopwatch() as watch: ...; watch.seconds."""
-
-    def __enter__(self) -> "Stopwatch":
-        self.start = time.perf_counter()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.seconds = time.perf_counter() - self.start

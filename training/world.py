@@ -1,30 +1,28 @@
 """Who am I among how many, on which device, in which precision.
 
 A single process is a world of one: the ordinary case, not a branch. The training story asks its
-world to share work, to add up numbers and to agree on stopping, and never asks how many there are.
+world to share work, to add up numbers and to agree on stopping; how many there are it has to know
+only where gradients are averaged.
 """
 
 import contextlib
 import datetime
 import itertools
 import os
-import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._triton import has_triton
 
 from configurator import FolioError
+from training.machine import choose_compile, choose_device, choose_dtype
 
-Device = Literal["auto", "cuda", "mps", "cpu"]
-Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-Switch = Literal["auto", True, False]
 PATIENCE = datetime.timedelta(hours=1)  # for the main process to prepare a dataset, for instance
+HANG = datetime.timedelta(minutes=15)  # an exchange of gradients that takes longer has failed
 
 
 class World:
@@ -37,17 +35,20 @@ class World:
     def __init__(self):
         self.rank, self.size = 0, 1
         self.device = torch.device("cpu")
-        self.dtype = torch.float32  # of matrix products; weights stay in float32 (or float64)
+        self.dtype = torch.float32  # of matrix products; in training, weights stay in float32
         self.compile = False  # whether torch.compile fuses the model's operations
         self.why = ""  # the choice and its reasons, in one line
+        self.talk = None  # the group of processes, where one may keep the others waiting
 
     def __enter__(self) -> "World":
-        if "WORLD_SIZE" in os.environ:  # torchrun tells each process who it is
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # torchrun tells each process who it is
+            nccl = torch.cuda.is_available() and dist.is_nccl_available()
+            backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
             store, self.rank, self.size = meeting_point()
             dist.init_process_group(
-                backend, store=store, rank=self.rank, world_size=self.size, timeout=PATIENCE
+                backend, store=store, rank=self.rank, world_size=self.size, timeout=HANG
             )
+            self.talk = dist.new_group(backend="gloo", timeout=PATIENCE)
         return self
 
     def __exit__(self, kind, error, _) -> None:
@@ -67,6 +68,10 @@ class World:
         Raises FolioError if the machine cannot do what is asked for.
         """
         place = choose_device(device)
+        if place == "mps" and self.size > 1:  # whose processes torch cannot join
+            if device == "mps":
+                raise FolioError("--device=mps: works without torchrun only; --device=cpu with it")
+            place = "cpu"
         self.device = torch.device(place)
         if place == "cuda":  # a node's processes take a GPU each
             number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -104,13 +109,11 @@ class World:
         if self.size == 1:
             return choose()
         answer = [None, True]
-        if self.is_main:
-            try:
+        try:
+            if self.is_main:
                 answer = [choose(), False]
-            finally:
-                dist.broadcast_object_list(answer, device=torch.device("cpu"))
-        else:
-            dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        finally:
+            dist.broadcast_object_list(answer, group=self.talk)
         result, gave_up = answer
         if gave_up:
             raise SystemExit(0)  # the main process's exit status is the job's
@@ -140,7 +143,7 @@ class World:
         if self.size == 1:
             return number
         numbers = torch.tensor([number])
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.talk)
         return int(numbers)
 
     # --- On the device ---
@@ -160,6 +163,21 @@ class World:
             devices = [self.device] if self.device.type == "cuda" else None
             runner = DistributedDataParallel(runner, devices, gradient_as_bucket_view=True)
         return runner
+
+    def rehearse(self, runner: torch.nn.Module, batch_size: int, block_size: int) -> None:
+        """One pass of runner_for()'s model forward and backward, for nothing, in a world of many.
+
+        After the first one, torch lays out anew in which order gradients are sent, and with it the
+        order in which three or more are added up: a resumed run would differ from one that was
+        never interrupted, in the last digit.
+        """
+        if isinstance(runner, DistributedDataParallel):
+            inputs = torch.zeros(batch_size, block_size, dtype=torch.long, device=self.device)
+            targets = inputs.clone()  # torch.compile would remember if the two were one
+            with self.autocast():
+                _, loss = runner(inputs, targets)
+            loss.backward()
+            runner.zero_grad(set_to_none=True)
 
     def hold_back(self, runner: torch.nn.Module, held: bool) -> None:
         """Whether the next passes of runner_for()'s model keep their gradients to this process.
@@ -197,7 +215,10 @@ class World:
 
 def meeting_point() -> tuple[dist.Store, int, int]:
     """Where the processes find one another, this one's rank, and their number."""
-    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    except ValueError as error:
+        raise FolioError(f"RANK and WORLD_SIZE are set, as torchrun does it: {error}") from None
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
         # torchrun, restarting the processes of a node, keeps its store, and in it the addresses of
         # the dead, which whoever comes first would take for those of the living: each attempt gets
@@ -227,67 +248,7 @@ def is_restarted() -> bool:
     return any(int(os.environ.get(count) or 0) > 0 for count in counts)
 
 
-# --- What the machine can do ---
-
-
-def choose_device(wanted: str) -> str:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if wanted == "auto":
-        return next((name for name, available in there.items() if available), "cpu")
-    if not there.get(wanted, True):
-        raise FolioError(f"--device={wanted}: torch {torch.__version__} finds none; --device=cpu")
-    return wanted
-
-
-def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    brain = has_bfloat16(device)
-    if wanted == "auto":
-        if brain:
-            return torch.bfloat16, ""
-        if device.type == "cuda":
-            return torch.float16, " (this GPU has no fast bfloat16)"
-        return torch.float32, ""
-    refused = wanted == "bfloat16" and device.type == "cuda" and not brain
-    if refused or (wanted == "float64" and device.type == "mps"):
-        raise FolioError(f"--dtype={wanted}: this device cannot; --dtype=auto picks what it can")
-    return getattr(torch, wanted), ""
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 as such, and fast, instead of emulating it.
-
-    bfloat16 has float32's range, so that nothing overflows that would not there.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability() >= (8, 0)  # since the A100
-    if device.type != "cpu":
-        return False
-    # x86 has had it since about 2020 (AVX512_BF16) and 2023 (AMX); torch's names are private.
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
-
-
-def choose_compile(wanted: str | bool, device: torch.device) -> tuple[bool, str]:
-    compilers = (os.environ.get("CXX", "g++"), "c++", "clang++", "cl")
-    if wanted is True and device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise FolioError("--compile: for a CPU torch needs a C++ compiler, and finds none (g++)")
-    if wanted != "auto":
-        return bool(wanted), ""
-    if device.type != "cuda":
-        return False, " (gains nothing at this size)" if device.type == "cpu" else ""
-    return (True, "") if has_triton() else (False, " (Triton is not installed)")
-
-
-@contextlib.contextmanager
-def advice_when_out_of_memory(advice: str) -> Iterator[None]:
-    """Within it, running out of memory becomes one line that says what to try."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        signs = ("out of memory", "allocate memory", "size calculation overflowed")
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
-            raise
-        raise FolioError(f"out of memory: try {advice}") from None
+# --- Stopping together ---
 
 
 class StopSignal:
@@ -296,7 +257,8 @@ class StopSignal:
     with StopSignal() as stop:
         while not stop.wished(world): ...
 
-    `stop.status` is then the exit status that shells expect: 130 or 143; 0 if nobody wished.
+    A closed terminal's SIGHUP is such a wish, too. `stop.status` is then the exit status that
+    shells expect: 130, 143 or 129; 0 if nobody wished.
     """
 
     def __init__(self):
@@ -310,15 +272,20 @@ class StopSignal:
         return agreed != 0
 
     def __enter__(self):
-        self.before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        for number in self.before:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # Windows has no SIGHUP, and nohup has it ignored.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.getsignal(number) for number in numbers}
+        for number in numbers:
             signal.signal(number, self.wish)
         return self
 
     def wish(self, number: int, frame: FrameType | None) -> None:
-        # torchrun passes on what its processes have heard themselves; it is the one that kills
-        # those who take more than 30 seconds to leave.
-        if self.status and not dist.is_torchelastic_launched():
+        # A closing terminal may tell a process twice, and torchrun passes on what its processes
+        # have heard themselves; it is the one that kills those who take more than 30 seconds.
+        insists = number in (signal.SIGINT, signal.SIGTERM) and not dist.is_torchelastic_launched()
+        if self.status and insists:
             raise KeyboardInterrupt
         self.status = self.status or 128 + number
 

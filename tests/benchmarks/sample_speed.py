@@ -5,8 +5,8 @@
 
 Each writes the same number of tokens with random weights of the same shape. The limit is one
 matrix-vector product for each weight of the model, measured in the same rounds: no way of writing
-one text at a time can do with less. The last columns are Folio's alone: without its cache, and ten
-texts written as one batch, in tokens per second of all ten together.
+one text at a time can do with less. The last columns are Folio's alone: ten texts written as one
+batch, in tokens per second of all ten together, and how many times the rate of one that is.
 """
 
 from dataclasses import dataclass

@@ -8,8 +8,8 @@ alone, evaluations left out. The loss is over the whole validation text, in wind
 own context, side by side; the peer's model is measured in the same way. It wants tiny Shakespeare
 in data/shakespeare_char (python prepare_shakespeare.py), and hands its integers to the peer.
 
-It takes an hour: what is done stands in the JSON file after each run, and the same command goes on.
-(Remove that file once a recipe has changed.)
+Three seeds of the long recipe take an hour: what is done stands in the JSON file after each run,
+and the same command goes on. (Remove that file once a recipe has changed.)
 """
 
 import csv

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.train_speed
     python -m tests.benchmarks.train_speed --peer=../nanoGPT --json=speed.json
 
-All train the same shape on the same random text in float32, a whole step each time: batch, forward,
-backward, clipping, update. The limit is what one large float32 matrix product reaches, measured in
+All train the same shape on the same random text, a whole step each time: batch, forward, backward,
+clipping, update. The limit is what one large float32 matrix product reaches, measured in
 the same rounds; a model's share of it is its tokens per second times 6 N + 12 L C T (see
 training/report.py) over that.
 """
@@ -19,9 +19,10 @@ from configurator import Count, NonNegative, configure, run_main
 from data.dataset import DATA, TokenStream
 from model import GPT, GPTConfig
 from tests.benchmarks.measuring import interleaved, load_peer, matrix_product, rate, report
-from train import TrainConfig, Training, training_batches, update
+from train import TrainConfig, training_batches, update
 from training.optimizer import make_optimizer
 from training.report import flops_per_token
+from training.run import Run
 from training.world import World
 
 VOCABULARY = 65
@@ -97,7 +98,7 @@ def folio_step(config: SpeedConfig, optimizer: str, dtype: str):
     model = GPT(shape_of(config))
     dataset = RandomDataset()
     made = make_optimizer(model, settings, world.dtype)
-    run = Training(settings, DATA, dataset, world, model, model, made, world.scaler())
+    run = Run(settings, DATA, dataset, world, model, model, made, world.scaler())
     batches = training_batches(run)
 
     def step():

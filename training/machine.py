@@ -1,0 +1,100 @@
+"""What a machine can do: its fastest device, the precision that is good at, whether compiling pays.
+
+"auto" takes the best there is; whoever asks for what there is not gets a FolioError.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.utils._triton import has_triton
+
+from configurator import FolioError
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Switch = Literal["auto", True, False]
+
+
+def choose_device(wanted: str) -> str:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted == "auto":
+        return next((name for name, available in there.items() if available), "cpu")
+    if not there.get(wanted, True):
+        raise FolioError(f"--device={wanted}: torch {torch.__version__} finds none; --device=cpu")
+    return wanted
+
+
+def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    brain = has_bfloat16(device)
+    if wanted == "auto":
+        if brain:
+            return torch.bfloat16, ""
+        if device.type == "cuda":
+            return torch.float16, " (this GPU has no fast bfloat16)"
+        return torch.float32, ""
+    refused = wanted == "bfloat16" and device.type == "cuda" and not brain
+    if refused or (wanted == "float64" and device.type == "mps"):
+        raise FolioError(f"--dtype={wanted}: this device cannot; --dtype=auto picks what it can")
+    return getattr(torch, wanted), ""
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 as such, and fast, instead of emulating it.
+
+    bfloat16 has float32's range, so that nothing overflows that would not there.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)  # since the A100
+    if device.type != "cpu":
+        return False
+    # x86 has had it since about 2020 (AVX512_BF16) and 2023 (AMX); torch's names are private.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def choose_compile(wanted: str | bool, device: torch.device) -> tuple[bool, str]:
+    missing = what_compiling_lacks(device)
+    if wanted is True and missing:
+        raise FolioError(f"--compile: {missing}")
+    if wanted != "auto":
+        return wanted, ""
+    if device.type != "cuda":
+        return False, " (gains little on a CPU)" if device.type == "cpu" else ""
+    return not missing, f" ({missing})" if missing else ""
+
+
+def what_compiling_lacks(device: torch.device) -> str:
+    """What torch.compile would not find on this machine, or ''."""
+    if device.type == "cpu":
+        names = (os.environ.get("CXX", "g++"), "c++", "clang++", "cl")
+        return "" if any(map(shutil.which, names)) else "torch finds no C++ compiler (g++)"
+    if device.type != "cuda":
+        return ""
+    if not has_triton():
+        return "Triton is not installed"
+    if sys.platform == "win32":  # where Triton brings the rest
+        return ""
+    # Triton launches its kernels from a module in C, which it compiles.
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
+        return "Triton finds no C compiler (gcc)"
+    headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    return "" if headers.exists() else "Triton finds no Python.h (python3-dev)"
+
+
+@contextlib.contextmanager
+def advice_when_out_of_memory(advice: str) -> Iterator[None]:
+    """Within it, running out of memory becomes one line that says what to try."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        signs = ("out of memory", "allocate memory", "size calculation overflowed", "ALLOC_FAILED")
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
+            raise
+        raise FolioError(f"out of memory: try {advice}") from None
