@@ -52,6 +52,8 @@ def open_dataset(name: str, block_size: int, tokenizer: Tokenizer | None = None)
         raise FolioError(f"there is no dataset {name!r} in {DATA}{hint_for(name)}")
     if (folder / "tokenizer.json").exists():
         tokenizer = load_tokenizer(folder)
+    elif name in FETCHED_BY and not (folder / "train.bin").exists():
+        raise FolioError(f"{folder}: not yet whole; {FETCHED_BY[name]} goes on with it")
     elif tokenizer is None:
         raise FolioError(
             f"{folder}: there is no tokenizer.json to say what its ids mean; prepare it again, "

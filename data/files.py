@@ -38,14 +38,16 @@ def flush_folder(folder: Path) -> None:
     """The names in it are on the disk, too, where the system and the disk can promise that."""
     if sys.platform == "win32":  # where a folder cannot be opened
         return
-    directory = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(directory)
-    except OSError as error:  # network disks often cannot
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(directory)
+        directory = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        # Network disks often cannot; and a folder may be one to write to and not to read.
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES):
+            raise FolioError(f"{folder}: written, but not surely ({error.strerror})") from None
 
 
 def write_text(path: Path, text: str) -> None:

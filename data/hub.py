@@ -5,11 +5,14 @@ The environment may name another hub (HF_ENDPOINT) and a token to show it (HF_TO
 
 import os
 import re
+import time
 from pathlib import Path
 
 import requests
 
-from data.download import CONNECT_SECONDS, SILENCE_SECONDS, DownloadError, download
+from data.download import ATTEMPTS, CONNECT_SECONDS, SILENCE_SECONDS, DownloadError, download
+
+PAUSE = 1.0  # seconds before the second attempt; each further one waits twice as long
 
 
 def hub_url(path: str) -> str:
@@ -46,15 +49,18 @@ def promised(url: str) -> tuple[int | None, str | None]:
     The hub answers with a redirection to where the bytes are, and with X-Linked-Size and
     X-Linked-ETag, which for files in its large-file store is the SHA-256.
     """
-    try:
-        answer = requests.head(
-            url,
-            headers={**hub_headers(), "Accept-Encoding": "identity"},
-            timeout=(CONNECT_SECONDS, SILENCE_SECONDS),
-        )
-    except requests.RequestException as error:
-        raise DownloadError(f"{url}: no answer ({type(error).__name__})") from None
-    if answer.status_code >= 400:
+    headers = {**hub_headers(), "Accept-Encoding": "identity"}
+    for attempt in range(ATTEMPTS):
+        try:
+            answer = requests.head(url, headers=headers, timeout=(CONNECT_SECONDS, SILENCE_SECONDS))
+        except requests.RequestException as error:
+            raise DownloadError(f"{url}: no answer ({type(error).__name__})") from None
+        busy = answer.status_code in (408, 429) or answer.status_code >= 500
+        if not busy or answer.status_code == 501:
+            break
+        time.sleep(PAUSE * 2**attempt)
+    # 405 and 501: a hub that makes no promises.
+    if answer.status_code >= 400 and answer.status_code not in (405, 501):
         raise DownloadError(f"{url}: the server answered {answer.status_code} {answer.reason}")
     size = answer.headers.get("X-Linked-Size", "")
     etag = answer.headers.get("X-Linked-ETag", "").strip('"')

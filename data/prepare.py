@@ -147,6 +147,8 @@ def shards_folder(name: str, source: str) -> Path:
     if (folder / "train.bin").exists() or old_meta(folder).get("source", source) != source:
         raise FolioError(f"{folder}: holds another dataset; choose another --dataset")
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "meta.json").exists():
+        write_json(folder / "meta.json", {"source": source})  # the rest when all is there
     return folder
 
 

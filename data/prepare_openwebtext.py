@@ -55,7 +55,7 @@ def main() -> None:
     }
     meta = {"source": SOURCE, "vocab_size": tokenizer.vocab_size, "dtype": "uint16", **counts}
     write_json(folder / "meta.json", meta)
-    # Last: without it train.py takes no dataset of which a part is still to come.
+    # Last: a first fetch that broke off is no dataset yet.
     write_text(folder / "tokenizer.json", tokenizer_text(tokenizer))
     print(
         f"{folder}: {meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} held "

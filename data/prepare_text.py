@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def is_held_out(number: int, documents: int, fraction: float) -> bool:
-    """Whether this one of several documents is: 3 of 30 at 0.1, and never none."""
+    """Whether this one of several documents is held out: 3 of 30 at 0.1, and never none."""
     if int(documents * fraction) == 0:
         return number == documents - 1
     return int((number + 1) * fraction) > int(number * fraction)

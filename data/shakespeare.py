@@ -43,7 +43,7 @@ def prepare_shakespeare(
     origin["sha256"] = hashlib.sha256(raw).hexdigest()
     if origin["sha256"] == SHA256:  # Shakespeare is himself, whichever way he came, and stays
         origin["source"] = SHAKESPEARE
-        if not kept_at().exists():
+        if not (kept_at().exists() and hash_file(kept_at()) == SHA256):
             kept_at().parent.mkdir(exist_ok=True)
             with replacing(kept_at()) as temporary:
                 temporary.write_bytes(raw)

@@ -116,16 +116,22 @@ def test_a_shard_that_broke_off_goes_on_where_it_broke_off(hub, data_folder, cal
     part = data_folder / "fineweb" / "train_000001.bin.part"
     arrived = part.stat().st_size
     assert 0 < arrived < len(hub.files[path])
-    with pytest.raises(FolioError, match=r"no tokenizer\.json"):  # half a corpus is no dataset
-        open_dataset("fineweb", block_size=8)
+    with pytest.raises(FolioError, match="prepare_fineweb --shards=100 goes on"):
+        open_dataset("fineweb", block_size=8)  # half a corpus is no dataset
+    assert_one_line_error(call(prepare_openwebtext, "--dataset=fineweb"), "another dataset")
     assert call(prepare_fineweb, "--shards=1").returncode == 0
     assert hub.seen[-1] == ("GET", path, f"bytes={arrived}-")
     assert (data_folder / "fineweb" / "train_000001.bin").read_bytes() == hub.files[path]
 
 
-def test_a_hub_that_promises_nothing_for_once_is_not_believed(hub, data_folder, call):
-    hub.busy.add(("HEAD", f"{fineweb(hub, 1)}train_000001.bin"))
+def test_a_hub_that_promises_nothing_for_once_is_asked_again_and_not_believed(
+    hub, data_folder, call, monkeypatch
+):
+    monkeypatch.setattr("data.hub.PAUSE", 0)
+    path = f"{fineweb(hub, 1)}train_000001.bin"
+    hub.busy.add(("HEAD", path))
     assert_one_line_error(call(prepare_fineweb, "--shards=1"), "answered 503")
+    assert hub.seen.count(("HEAD", path, None)) == 4
     assert not (data_folder / "fineweb" / "train_000001.bin").exists()
 
 

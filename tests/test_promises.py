@@ -256,6 +256,31 @@ def test_a_terminal_is_left_clean(tiny):
     assert told[-4].startswith("stopped, and saved")
 
 
+def test_a_terminal_that_closes_loses_nothing(tiny, tmp_path):
+    import fcntl
+    import pty
+    import termios
+
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 100))
+    running = subprocess.Popen(
+        [sys.executable, "train.py", *tiny, "--max_iters=100000", "--eval_interval=100000"],
+        cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(slave)
+    try:
+        seen, deadline = "", time.monotonic() + 60
+        while "steps, " not in seen:
+            assert time.monotonic() < deadline, seen[-500:]
+            seen += os.read(master, 4096).decode(errors="replace")
+        os.close(master)
+        assert running.wait(timeout=30) == 129  # 128 + SIGHUP
+    finally:
+        running.kill()
+    assert load_resume(tmp_path / "run")["step"] > 0
+
+
 def on_screen(line: str) -> str:
     """What a terminal shows of a line in which carriage returns overwrite: 'abc\\rX' -> 'Xbc'."""
     shown = ""

@@ -2,7 +2,6 @@
 
 import math
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -101,7 +100,7 @@ def test_the_next_command_writes_with_the_weights_of_this_run(run, tmp_path, mon
     run.folder = tmp_path / "out" / "newer"
     assert "python sample.py\n" in summary(run)
     run.folder = tmp_path / "out" / "older"
-    assert f"python sample.py --out_dir={Path('out/older')}\n" in summary(run)
+    assert "python sample.py --out_dir=out/older\n" in summary(run)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.2, "1:15"), (3675, "1:01:15")])

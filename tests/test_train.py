@@ -429,7 +429,7 @@ def test_the_root_of_the_disk_is_no_folder_for_a_run(tiny, call):
     assert_one_line_error(call(train, *tiny, "--out_dir=/"), "--out_dir=/: no folder for a run")
 
 
-def test_a_corpus_that_is_not_there_is_told_how_to_fetch(tiny, call):
+def test_a_corpus_that_is_not_there_is_told_how_to_fetch(tiny, call, data_folder):
     assert_one_line_error(
         call(train, *tiny, "--dataset=fineweb"), "python -m data.prepare_fineweb --shards=100"
     )

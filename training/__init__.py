@@ -1,1 +1,1 @@
-"""What training is made of, beside the model: run, optimizer, checkpoints, processes, report."""
+"""What training is made of, beside the model: run, optimizer, checkpoints, processes, machine."""

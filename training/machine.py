@@ -62,7 +62,7 @@ def has_bfloat16(device: torch.device) -> bool:
 def choose_compile(wanted: str | bool, device: torch.device) -> tuple[bool, str]:
     missing = what_compiling_lacks(device)
     if wanted is True and missing:
-        raise FolioError(f"--compile: {missing}")
+        raise FolioError(f"--compile: {missing}; leave it at auto")
     if wanted != "auto":
         return wanted, ""
     if device.type != "cuda":
@@ -78,7 +78,7 @@ def what_compiling_lacks(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     if not has_triton():
-        return "Triton is not installed"
+        return "Triton is not installed, or does not know this GPU"
     if sys.platform == "win32":  # where Triton brings the rest
         return ""
     # Triton launches its kernels from a module in C, which it compiles.

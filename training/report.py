@@ -10,7 +10,9 @@ micro-batches; learning_rate is AdamW's; seconds are of training, evaluations le
 """
 
 import csv
+import errno
 import math
+import os
 import shlex
 import sys
 import time
@@ -80,7 +82,13 @@ class Report:
             return
         if self.bar is not None:
             self.bar.clear()
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            # The terminal is gone, and what there is to save is not.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if self.bar is not None:
             self.bar.refresh()
 
@@ -292,7 +300,7 @@ def summary(run: Run) -> str:
     # sample.py by itself takes the newest weights under out/.
     newest = (run.folder / WEIGHTS).exists() and where.parent == Path("out")
     newest = newest and newest_run() == run.folder
-    out_dir = "" if newest else f" --out_dir={shlex.quote(str(where))}"
+    out_dir = "" if newest else f" --out_dir={shlex.quote(where.as_posix())}"
     lines.append(f"next     python sample.py{out_dir}")
     if run.step < config.max_iters:
         lines.append("or       the same command with --init_from=resume, to go on")

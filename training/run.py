@@ -57,6 +57,7 @@ def begin(cls: type, given: dict[str, Any], world: World) -> Run:
     config = world.decide(lambda: check_shares(plan(cls, given, restarted), world.size))
     with advice_when_out_of_memory(ADVICE):
         run = world.after_main(lambda: assemble(config, world))
+        world.greatest(0)  # all are here: from now on nobody keeps the others waiting for long
         run.runner = world.runner_for(run.model)
         if not config.eval_only:
             world.rehearse(run.runner, config.batch_size, config.block_size)
@@ -76,7 +77,8 @@ def plan(cls: type, given: dict[str, Any], restarted: bool) -> Any:
     folder = run_folder(given.get("out_dir", cls.out_dir))
     source = given.get("init_from", cls.init_from)
     # A job that was started before goes on with what it has, whatever it was told to begin from.
-    goes_on = restarted and begun_by(folder) == job_name() and was_given(folder, given)
+    same_job = restarted and begun_by(folder) == job_name()
+    goes_on = same_job and was_begun_with(cls, folder, given, source)
     if (source == "auto" or goes_on) and (folder / RESUME).exists():
         source = "resume"
     elif source == "auto":
@@ -90,15 +92,20 @@ def plan(cls: type, given: dict[str, Any], restarted: bool) -> Any:
     return dataclasses.replace(config, init_from=source)
 
 
-def was_given(folder: Path, given: dict[str, Any]) -> bool:
+def was_begun_with(cls: type, folder: Path, given: dict[str, Any], source: str) -> bool:
     """Whether the run there has these settings: one job may make several, one after another."""
     if not (folder / SETTINGS).exists():
         return False
     before = read_settings(folder / SETTINGS)
-    return all(before.get(name) == new for name, new in given.items() if name != "init_from")
+    wanted = {field.name: field.default for field in dataclasses.fields(cls)} | given
+    # What was not given then came from the weights it began with.
+    unknown = set() if source == "scratch" else set(OF_WEIGHTS) - given.keys()
+    names = wanted.keys() - unknown - {"init_from"}
+    return all(before.get(name) == wanted[name] for name in names)
 
 
 SHAPE = ("n_layer", "n_head", "n_embd", "bias")  # of the model, whatever it was begun from
+OF_WEIGHTS = (*SHAPE, "block_size", "dropout")  # what a folder of weights says by itself
 # What resuming must leave as it was, for the weights to fit and the losses to be comparable.
 FIXED = (*SHAPE, "block_size", "pad_vocab_to", "optimizer", "dataset")
 
@@ -129,8 +136,7 @@ def plan_to_finetune(cls: type, folder: Path, given: dict[str, Any]) -> Any:
         asked, there = given.get(name, getattr(found, name)), getattr(found, name)
         if asked != there:
             raise FolioError(f"{name}={asked} does not fit {folder}, which has {there}")
-    names = (*SHAPE, "block_size", "dropout")
-    return cls(**{name: getattr(found, name) for name in names} | given)
+    return cls(**{name: getattr(found, name) for name in OF_WEIGHTS} | given)
 
 
 def check_shares(config: Any, processes: int) -> Any:

@@ -22,7 +22,7 @@ from configurator import FolioError
 from training.machine import choose_compile, choose_device, choose_dtype
 
 PATIENCE = datetime.timedelta(hours=1)  # for the main process to prepare a dataset, for instance
-HANG = datetime.timedelta(minutes=15)  # an exchange of gradients that takes longer has failed
+HANG = datetime.timedelta(minutes=15)  # an exchange of gradients that takes longer hangs
 
 
 class World:
@@ -35,10 +35,12 @@ class World:
     def __init__(self):
         self.rank, self.size = 0, 1
         self.device = torch.device("cpu")
-        self.dtype = torch.float32  # of matrix products; in training, weights stay in float32
+        self.dtype = torch.float32  # of matrix products; training keeps weights_dtype
         self.compile = False  # whether torch.compile fuses the model's operations
         self.why = ""  # the choice and its reasons, in one line
-        self.talk = None  # the group of processes, where one may keep the others waiting
+        self.talk = (
+            None  # the processes again, with PATIENCE: for when one keeps the others waiting
+        )
 
     def __enter__(self) -> "World":
         if {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # torchrun tells each process who it is
@@ -167,15 +169,15 @@ class World:
     def rehearse(self, runner: torch.nn.Module, batch_size: int, block_size: int) -> None:
         """One pass of runner_for()'s model forward and backward, for nothing, in a world of many.
 
-        After the first one, torch lays out anew in which order gradients are sent, and with it the
-        order in which three or more are added up: a resumed run would differ from one that was
-        never interrupted, in the last digit.
+        After the first backward pass torch settles in which order gradients are sent, and so in
+        which order three or more of them are added. Without a rehearsal the first step after every
+        start would add in another order, and a resumed run would differ in the last digit.
         """
         if isinstance(runner, DistributedDataParallel):
             inputs = torch.zeros(batch_size, block_size, dtype=torch.long, device=self.device)
             targets = inputs.clone()  # torch.compile would remember if the two were one
             with self.autocast():
-                _, loss = runner(inputs, targets)
+                loss = runner(inputs, targets)[1]
             loss.backward()
             runner.zero_grad(set_to_none=True)
 
@@ -218,7 +220,10 @@ def meeting_point() -> tuple[dist.Store, int, int]:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
     except ValueError as error:
-        raise FolioError(f"RANK and WORLD_SIZE are set, as torchrun does it: {error}") from None
+        raise FolioError(
+            f"RANK and WORLD_SIZE are set, as torchrun does it, but then: {error}; unset them, or "
+            "start with torchrun"
+        ) from None
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
         # torchrun, restarting the processes of a node, keeps its store, and in it the addresses of
         # the dead, which whoever comes first would take for those of the living: each attempt gets
