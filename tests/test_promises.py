@@ -140,9 +140,9 @@ def test_a_kill_while_saving_leaves_files_that_are_whole_and_belong_together(
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tiny, tmp_path, trials):
-    kills = trials(2, 20)
+    kills = trials(1, 20)
     flags = [
-        *tiny, f"--max_iters={150 * kills}", "--dropout=0.2", "--eval_interval=20",
+        *tiny, f"--max_iters={150 * kills + 150}", "--dropout=0.2", "--eval_interval=20",
         "--sample_tokens=0", "--init_from=auto",
     ]  # fmt: skip
     whole, hurt = tmp_path / "run", tmp_path / "hurt"
