@@ -56,7 +56,6 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C): softmax(query · key / sqrt(head_dim)) weighs the values.
@@ -73,7 +72,8 @@ class CausalSelfAttention(nn.Module):
             q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0
         )
         y = y.transpose(1, 2).reshape(B, T, C)  # what the heads heard, side by side again
-        return self.resid_dropout(self.c_proj(y))
+        y = self.c_proj(y)
+        return F.dropout(y, self.dropout) if self.training else y
 
 
 # --- Compute: the multilayer perceptron ---
@@ -84,13 +84,14 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.dropout = config.dropout
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, C), with 4C numbers in between."""
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout) if self.training else x
 
 
 class Block(nn.Module):
@@ -126,7 +127,6 @@ class GPT(nn.Module):
             {
                 "wte": nn.Embedding(rows, config.n_embd),  # what a token means
                 "wpe": nn.Embedding(config.block_size, config.n_embd),  # where it stands
-                "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
             }
@@ -174,7 +174,8 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit a context of {self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]
-        x = self.transformer.drop(x)
+        if self.training:
+            x = F.dropout(x, self.config.dropout)
         for i, block in enumerate(self.transformer.h):
             x = block(x, caches[i] if caches else None)
         return self.transformer.ln_f(x)
@@ -297,12 +298,10 @@ def draw(
     """
     if temperature < 1e-6:  # as good as 0
         return logits.argmax(dim=-1)
-    logits = logits.float()
-    # Relative to the greatest, so that a tiny temperature cannot overflow.
-    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature
+    logits = logits.float() / temperature
+    candidates = None
     if 0 < top_k < logits.size(-1):
-        best = logits.topk(top_k, dim=-1)
-        logits = torch.full_like(logits, -math.inf).scatter(1, best.indices, best.values)
+        logits, candidates = logits.topk(top_k)  # (B, top_k) each
     probs = F.softmax(logits, dim=-1)
     if top_p < 1:
         descending, order = probs.sort(dim=-1, descending=True)
@@ -315,4 +314,5 @@ def draw(
     # A race: of clocks that ring at rates p, each is the first to with probability p. That is how
     # torch.multinomial draws, too, but it looks for negative numbers first, and waits for a GPU.
     waits = torch.empty_like(probs).exponential_(generator=generator)
-    return (probs / waits).argmax(dim=-1).to(logits.device)
+    first = (probs / waits).argmax(dim=-1).to(logits.device)  # (B,)
+    return first if candidates is None else candidates.gather(1, first[:, None]).squeeze(1)

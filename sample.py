@@ -22,7 +22,7 @@ from configurator import Count, FolioError, Fraction, NonNegative, Whole, config
 from data.prepare import read_text
 from data.tokenizer import Tokenizer, load_tokenizer
 from training.checkpoint import load_model, model_folder, newest_run
-from training.machine import Device, Precision, advice_when_out_of_memory
+from training.machine import Device, Precision, advice_when_out_of_memory, ready_to_write
 from training.world import World
 
 
@@ -42,7 +42,7 @@ class SampleConfig:
     seed: Whole = 1337  # of the draws: the same seed writes the same text
     # --- Machine ---
     device: Device = "auto"  # where to compute; auto takes the fastest there is
-    dtype: Precision = "auto"  # of the weights; auto is bfloat16 where the device has it
+    dtype: Precision = "auto"  # of the weights; auto is what writes fastest, on a GPU bfloat16
 
     instead: ClassVar = {"compile": "writing is not compiled; its cache is what makes it fast"}
 
@@ -59,7 +59,7 @@ def main() -> None:
     folder = model_folder(source) if source else newest_run()
     world = World().settle(config.device, config.dtype)
     with advice_when_out_of_memory("a smaller model, or --device=cpu"):
-        model = load_model(folder).to(world.device, world.dtype)
+        model = ready_to_write(load_model(folder), world.device, config.dtype)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise FolioError(

@@ -59,8 +59,7 @@ CHANGES = [
     ),
     Change(
         "with an MLP that looks at its neighbours", "model.py",
-        "return self.dropout(self.c_proj(F.gelu(self.c_fc(x)",
-        "return self.dropout(self.c_proj(F.gelu(self.c_fc(x.cumsum(1))",
+        "self.c_proj(F.gelu(self.c_fc(x)", "self.c_proj(F.gelu(self.c_fc(x.cumsum(1))",
         "test_model.py::test_the_mlp_thinks_about_each_node_alone",
     ),
     Change(
@@ -101,7 +100,7 @@ CHANGES = [
     ),
     Change(
         "without temperature", "model.py",
-        ".values) / temperature", ".values)",
+        "logits.float() / temperature", "logits.float()",
         "test_model.py::test_temperature_sharpens_and_flattens",
     ),
     Change(

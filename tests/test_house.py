@@ -42,7 +42,7 @@ ALLOWED = {
     "prepare_shakespeare.py": {"configurator", "data"},
     "training/__init__.py": set(),
     "training/optimizer.py": {"torch"},
-    "training/machine.py": {"configurator", "torch"},
+    "training/machine.py": {"configurator", "model", "torch"},
     "training/checkpoint.py": {"configurator", "data", "model", "safetensors", "torch"},
     "training/world.py": {"configurator", "torch", "training.machine"},
     "training/run.py": {

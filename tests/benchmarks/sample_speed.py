@@ -10,13 +10,16 @@ batch, in tokens per second of all ten together, and how many times the rate of 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 
 from configurator import Count, FolioError, configure, run_main
 from model import GPT, GPTConfig
 from tests.benchmarks.measuring import interleaved, load_peer, rate, report
+from training.machine import Packed, ready_to_write
 
 # name -> layers, heads, channels, context, vocabulary, tokens to write, tokens of the prompt
 SIZES = {
@@ -54,7 +57,7 @@ def measure(name: str, config: SampleSpeedConfig) -> dict:
     layers, heads, channels, context, vocabulary, tokens, prompt = SIZES[name]
     dtype = getattr(torch, config.dtype)
     shape = GPTConfig(context, vocabulary, layers, heads, channels, bias=True)
-    model = GPT(shape).to(dtype).eval()
+    model = ready_to_write(GPT(shape), torch.device("cpu"), config.dtype)
     start = torch.randint(vocabulary, (1, prompt))
 
     def write(texts=1):
@@ -63,7 +66,7 @@ def measure(name: str, config: SampleSpeedConfig) -> dict:
 
     contestants = {
         "Folio": rate(write, tokens, 0),
-        "limit": rate(vector_products(model), 1, 0.5),
+        "limit": rate(vector_products(model, dtype), 1, 0.5),
         "ten at once": rate(lambda: write(10), 10 * tokens, 0),
     }
     if config.peer:
@@ -81,15 +84,20 @@ def measure(name: str, config: SampleSpeedConfig) -> dict:
     }
 
 
-def vector_products(model: GPT):
-    """One product of each weight matrix with one vector, and nothing else."""
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "wpe" not in n]
-    vectors = [torch.randn(1, p.size(1), dtype=p.dtype) for p in matrices]
+def vector_products(model: GPT, dtype: torch.dtype):
+    """One product of each weight matrix with one vector, made as the model makes it."""
+    shape = GPT(model.config).to(dtype)
+    matrices = [p for n, p in shape.named_parameters() if p.dim() == 2 and "wpe" not in n]
+    vectors = [torch.randn(1, p.size(1), dtype=dtype) for p in matrices]
+    if any(isinstance(module, Packed) for module in model.modules()):
+        products = [Packed(matrix).forward for matrix in matrices]
+    else:
+        products = [partial(F.linear, weight=matrix) for matrix in matrices]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def multiply():
-        for vector, matrix in zip(vectors, matrices, strict=True):
-            torch.nn.functional.linear(vector, matrix)
+        for product, vector in zip(products, vectors, strict=True):
+            product(vector)
 
     return multiply
 
