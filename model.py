@@ -56,6 +56,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.attend = F.scaled_dot_product_attention
 
     def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C): softmax(query · key / sqrt(head_dim)) weighs the values.
@@ -68,9 +69,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, n_head, nodes so far, head_dim) each
         # The mask keeps every node from hearing its future. A single new node has none.
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0
-        )
+        dropout = self.dropout if self.training else 0.0
+        y = self.attend(q, k, v, is_causal=T > 1, dropout_p=dropout)  # (B, n_head, T, head_dim)
         y = y.transpose(1, 2).reshape(B, T, C)  # what the heads heard, side by side again
         y = self.c_proj(y)
         return F.dropout(y, self.dropout) if self.training else y

@@ -11,8 +11,8 @@ from configurator import FolioError
 from model import GPT, GPTConfig
 from training import machine as machine_module
 from training.machine import (
-    Packed, advice_when_out_of_memory, can_pack, choose_compile, choose_device, choose_dtype,
-    has_bfloat16, ready_to_write,
+    Packed, advice_when_out_of_memory, attend_as_suits, attend_in_float32, can_pack,
+    choose_compile, choose_device, choose_dtype, has_bfloat16, ready_to_write,
 )  # fmt: skip
 from training.world import StopSignal, World
 
@@ -81,6 +81,34 @@ def test_auto_takes_the_precision_the_device_is_good_at(machine, monkeypatch):
         choose_dtype("bfloat16", GPU)
     with pytest.raises(FolioError, match="--dtype=float64"):
         choose_dtype("float64", APPLE)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "matrices", "suits"),
+    [
+        (CPU, torch.bfloat16, False, True),
+        (CPU, torch.bfloat16, True, False),  # AMX is as fast at it
+        (CPU, torch.float32, False, False),
+        (CPU, torch.float64, False, False),  # which would lose digits
+        (GPU, torch.bfloat16, False, False),
+    ],
+)
+def test_attention_computes_in_float32_where_that_is_faster(
+    monkeypatch, device, dtype, matrices, suits
+):
+    monkeypatch.setattr(machine_module, "processor_has", lambda what: matrices)
+    model = GPT(GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=16))
+    attend_as_suits(model, device, dtype)
+    assert [block.attn.attend is attend_in_float32 for block in model.transformer.h] == [suits] * 2
+
+
+def test_attention_in_float32_says_what_autocast_rounds():
+    q, k, v = torch.randn(3, 2, 2, 8, 4).bfloat16().unbind()
+    with torch.autocast("cpu", torch.bfloat16):
+        heard = attend_in_float32(q, k, v, is_causal=True)
+    weights = q.double() @ k.double().mT / 2  # by hand: sqrt(head_dim) is 2
+    weights = weights.masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf).softmax(-1)
+    torch.testing.assert_close(heard, (weights @ v.double()).float())
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -26,7 +26,7 @@ from training.checkpoint import (
     RESUME, SETTINGS, begun_by, load_model, load_resume, make_room, model_folder, read_config,
     run_folder, save_tokenizer,
 )  # fmt: skip
-from training.machine import advice_when_out_of_memory
+from training.machine import advice_when_out_of_memory, attend_as_suits
 from training.optimizer import Both, make_optimizer
 from training.world import World, is_restarted, job_name
 
@@ -177,6 +177,7 @@ def assemble(config: Any, world: World) -> Run:
             f"--dataset={config.dataset}: its tokenizer is not the one the model in {owner} reads"
         )
     model.to(world.device, world.weights_dtype)
+    attend_as_suits(model, world.device, world.dtype)
     optimizer, scaler = make_optimizer(model, config, world.dtype), world.scaler()
     run = Run(config, folder, dataset, world, model, model, optimizer, scaler)
     if config.init_from == "resume":

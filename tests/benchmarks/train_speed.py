@@ -20,6 +20,7 @@ from data.dataset import DATA, TokenStream
 from model import GPT, GPTConfig
 from tests.benchmarks.measuring import interleaved, load_peer, matrix_product, rate, report
 from train import TrainConfig, training_batches, update
+from training.machine import attend_as_suits
 from training.optimizer import make_optimizer
 from training.report import flops_per_token
 from training.run import Run
@@ -96,6 +97,7 @@ def folio_step(config: SpeedConfig, optimizer: str, dtype: str):
         max_iters=10**9, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
     )  # fmt: skip
     model = GPT(shape_of(config))
+    attend_as_suits(model, world.device, world.dtype)
     dataset = RandomDataset()
     made = make_optimizer(model, settings, world.dtype)
     run = Run(settings, DATA, dataset, world, model, model, made, world.scaler())
