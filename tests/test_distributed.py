@@ -88,7 +88,10 @@ def one(call, tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Train in several processes, once for all lessons; the folder of the run."""
+    """Train in several processes, once for all lessons; the folder of the run.
+
+    What was told on the way stands in its told.txt.
+    """
     home, done = tmp_path_factory.mktemp("undisturbed"), {}
     rhyme = prepare_rhyme(home / "rhyme")
 
@@ -97,7 +100,9 @@ def undisturbed(tmp_path_factory):
         if key not in done:
             done[key] = home / str(len(done))
             whole = [*tiny_flags(rhyme, done[key]), *flags]
-            assert run_job(ROOT / "train.py", *whole, processes=processes).returncode == 0
+            job = run_job(ROOT / "train.py", *whole, processes=processes)
+            assert job.returncode == 0, job.stderr
+            (done[key] / "told.txt").write_text(job.stdout)
         return done[key]
 
     return trained
@@ -116,20 +121,19 @@ def mishap(tmp_path: Path, signal_name: str, *steps: int) -> Path:
 @pytest.mark.parametrize(
     ("dtype", "optimizer", "tolerance"), [("float64", "muon", 1e-9), ("float32", "adamw", 1e-4)]
 )
-def test_two_processes_train_as_one_does(tiny, tmp_path, one, dtype, optimizer, tolerance):
+def test_two_processes_train_as_one_does(one, undisturbed, dtype, optimizer, tolerance):
     flags = (f"--dtype={dtype}", f"--optimizer={optimizer}")
-    alone = one(*flags)
-    job = run_job(ROOT / "train.py", *tiny, *SHARED_WORK, *flags)
-    assert job.returncode == 0, job.stderr
-    assert "2 processes" in job.stdout
-    assert job.stdout.count("step 20: validation loss") == 1  # one of them speaks
-    left, right = log_of(alone), log_of(tmp_path / "run")
+    alone, together = one(*flags), undisturbed(*SHARED_WORK, *flags, processes=2)
+    told = (together / "told.txt").read_text()
+    assert "2 processes" in told
+    assert told.count("step 20: validation loss") == 1  # one of them speaks
+    left, right = log_of(alone), log_of(together)
     assert len(left) == len(right) == 11
     for a, b in zip(without_clock(left), without_clock(right), strict=True):
         for column in a:
             if a[column]:
                 assert float(b[column]) == pytest.approx(float(a[column]), rel=tolerance), column
-    weights = [load_resume(folder)["model"] for folder in (alone, tmp_path / "run")]
+    weights = [load_resume(folder)["model"] for folder in (alone, together)]
     for name in weights[0]:
         torch.testing.assert_close(*(w[name] for w in weights), rtol=tolerance, atol=tolerance)
 
@@ -201,8 +205,9 @@ def test_a_job_that_loses_a_process_starts_again_and_ends_as_if_nothing_had_happ
     tiny, tmp_path, undisturbed
 ):
     """At step 0, right after the first checkpoint, and again at 9, one after that of step 8."""
-    whole, hurt = undisturbed(*SHARED_WORK, processes=2), tmp_path / "run"
-    job = run_job(mishap(tmp_path, "SIGKILL", 0, 9), *tiny, *SHARED_WORK, restarts=3)
+    flags = [*SHARED_WORK, "--dtype=float64", "--optimizer=muon"]
+    whole, hurt = undisturbed(*flags, processes=2), tmp_path / "run"
+    job = run_job(mishap(tmp_path, "SIGKILL", 0, 9), *tiny, *flags, restarts=3)
     assert job.returncode == 0, job.stderr
     assert "Signal 9 (SIGKILL)" in job.stderr or "exitcode: -9" in job.stderr
     assert "from step 0" in job.stdout and "from step 8" in job.stdout
