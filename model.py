@@ -56,7 +56,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.attend = F.scaled_dot_product_attention
+        self.attend = F.scaled_dot_product_attention  # training/kernels.py may know a faster one
 
     def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C): softmax(query · key / sqrt(head_dim)) weighs the values.
@@ -73,7 +73,7 @@ class CausalSelfAttention(nn.Module):
         y = self.attend(q, k, v, is_causal=T > 1, dropout_p=dropout)  # (B, n_head, T, head_dim)
         y = y.transpose(1, 2).reshape(B, T, C)  # what the heads heard, side by side again
         y = self.c_proj(y)
-        return F.dropout(y, self.dropout) if self.training else y
+        return F.dropout(y, self.dropout) if self.training else y  # no call, while writing
 
 
 # --- Compute: the multilayer perceptron ---

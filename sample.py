@@ -22,7 +22,8 @@ from configurator import Count, FolioError, Fraction, NonNegative, Whole, config
 from data.prepare import read_text
 from data.tokenizer import Tokenizer, load_tokenizer
 from training.checkpoint import load_model, model_folder, newest_run
-from training.machine import Device, Precision, advice_when_out_of_memory, ready_to_write
+from training.kernels import ready_to_write
+from training.machine import Device, Precision, advice_when_out_of_memory
 from training.world import World
 
 
@@ -42,7 +43,7 @@ class SampleConfig:
     seed: Whole = 1337  # of the draws: the same seed writes the same text
     # --- Machine ---
     device: Device = "auto"  # where to compute; auto takes the fastest there is
-    dtype: Precision = "auto"  # of the weights; auto is what writes fastest, on a GPU bfloat16
+    dtype: Precision = "auto"  # of the weights; auto is what writes fastest with this model
 
     instead: ClassVar = {"compile": "writing is not compiled; its cache is what makes it fast"}
 
@@ -57,7 +58,7 @@ def main() -> None:
     config = configure(SampleConfig)
     source = config.init_from or config.out_dir
     folder = model_folder(source) if source else newest_run()
-    world = World().settle(config.device, config.dtype)
+    world = World().settle(config.device)
     with advice_when_out_of_memory("a smaller model, or --device=cpu"):
         model = ready_to_write(load_model(folder), world.device, config.dtype)
     tokenizer = load_tokenizer(folder)

@@ -102,7 +102,7 @@ def undisturbed(tmp_path_factory):
             whole = [*tiny_flags(rhyme, done[key]), *flags]
             job = run_job(ROOT / "train.py", *whole, processes=processes)
             assert job.returncode == 0, job.stderr
-            (done[key] / "told.txt").write_text(job.stdout)
+            (done[key] / "told.txt").write_text(job.stdout, encoding="utf-8")
         return done[key]
 
     return trained
@@ -124,7 +124,7 @@ def mishap(tmp_path: Path, signal_name: str, *steps: int) -> Path:
 def test_two_processes_train_as_one_does(one, undisturbed, dtype, optimizer, tolerance):
     flags = (f"--dtype={dtype}", f"--optimizer={optimizer}")
     alone, together = one(*flags), undisturbed(*SHARED_WORK, *flags, processes=2)
-    told = (together / "told.txt").read_text()
+    told = (together / "told.txt").read_text(encoding="utf-8")
     assert "2 processes" in told
     assert told.count("step 20: validation loss") == 1  # one of them speaks
     left, right = log_of(alone), log_of(together)

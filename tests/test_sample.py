@@ -46,6 +46,18 @@ def test_the_same_seed_writes_the_same_text(written, folder):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_the_precision_asked_for_is_the_one_it_writes_in(written, folder, monkeypatch):
+    made, real = [], sample.ready_to_write
+
+    def ready(*how):
+        made.append(real(*how))
+        return made[0]
+
+    monkeypatch.setattr(sample, "ready_to_write", ready)
+    assert written(folder, "--dtype=float64", "--max_new_tokens=1").returncode == 0
+    assert made[0].transformer.wte.weight.dtype == torch.float64
+
+
 def test_several_samples_begin_alike_and_go_on_differently(written, folder):
     result = written(folder, "--start=ab", "--num_samples=3", "--max_new_tokens=30")
     texts = result.stdout.rstrip("\n").split("\n---------------\n")

@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from configurator import FolioError
-from model import GPT, GPTConfig
 from training import machine as machine_module
 from training.machine import (
-    Packed, advice_when_out_of_memory, attend_as_suits, attend_in_float32, can_pack,
-    choose_compile, choose_device, choose_dtype, has_bfloat16, ready_to_write,
+    advice_when_out_of_memory, choose_compile, choose_device, choose_dtype,
 )  # fmt: skip
 from training.world import StopSignal, World
 
@@ -81,75 +79,6 @@ def test_auto_takes_the_precision_the_device_is_good_at(machine, monkeypatch):
         choose_dtype("bfloat16", GPU)
     with pytest.raises(FolioError, match="--dtype=float64"):
         choose_dtype("float64", APPLE)
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "matrices", "suits"),
-    [
-        (CPU, torch.bfloat16, False, True),
-        (CPU, torch.bfloat16, True, False),  # AMX is as fast at it
-        (CPU, torch.float32, False, False),
-        (CPU, torch.float64, False, False),  # which would lose digits
-        (GPU, torch.bfloat16, False, False),
-    ],
-)
-def test_attention_computes_in_float32_where_that_is_faster(
-    monkeypatch, device, dtype, matrices, suits
-):
-    monkeypatch.setattr(machine_module, "processor_has", lambda what: matrices)
-    model = GPT(GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=16))
-    attend_as_suits(model, device, dtype)
-    assert [block.attn.attend is attend_in_float32 for block in model.transformer.h] == [suits] * 2
-
-
-def test_attention_in_float32_says_what_autocast_rounds():
-    q, k, v = torch.randn(3, 2, 2, 8, 4).bfloat16().unbind()
-    with torch.autocast("cpu", torch.bfloat16):
-        heard = attend_in_float32(q, k, v, is_causal=True)
-    weights = q.double() @ k.double().mT / 2  # by hand: sqrt(head_dim) is 2
-    weights = weights.masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf).softmax(-1)
-    torch.testing.assert_close(heard, (weights @ v.double()).float())
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 0.03)])
-def test_a_model_packed_for_writing_says_what_it_said(monkeypatch, dtype, close, bias):
-    if not can_pack(CPU, getattr(torch, dtype)):
-        pytest.skip(f"there is no oneDNN for this processor in {dtype}")
-    monkeypatch.setattr(machine_module, "SMALL", 0)
-    shape = GPTConfig(
-        block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=16, bias=bias, pad_vocab_to=8
-    )
-    model = GPT(shape)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    idx = torch.randint(13, (3, 5))
-    with torch.inference_mode():
-        before = model.eval()(idx)[0]
-        text = torch.stack(list(model.generate(idx, 20, temperature=0)))
-        packed = ready_to_write(model, CPU, dtype)
-        after = packed(idx)[0]
-        packed_text = torch.stack(list(packed.generate(idx, 20, temperature=0)))
-    layers = [layer for block in packed.transformer.h for layer in (block.attn, block.mlp)]
-    assert all(isinstance(part, Packed) for layer in layers for part in layer.children())
-    assert after.dtype == getattr(torch, dtype)
-    torch.testing.assert_close(after.float(), before, rtol=close, atol=close)
-    if dtype == "float32":
-        assert packed_text.equal(text)
-
-
-def test_a_small_model_writes_in_float32_on_a_cpu_and_a_large_one_with_fewer_bytes(monkeypatch):
-    shape = GPTConfig(block_size=8, vocab_size=13, n_layer=1, n_head=2, n_embd=16)
-    small = ready_to_write(GPT(shape), CPU)
-    assert small.transformer.wte.weight.dtype == torch.float32
-    assert type(small.transformer.h[0].mlp.c_fc) is torch.nn.Linear
-    assert ready_to_write(GPT(shape), CPU, "bfloat16").transformer.wte.weight.element_size() == 2
-    monkeypatch.setattr(machine_module, "SMALL", 0)
-    fewest = 2 if has_bfloat16(CPU) else 4
-    assert ready_to_write(GPT(shape), CPU).transformer.wte.weight.element_size() == fewest
-    half = ready_to_write(GPT(shape), CPU, "float16")  # which oneDNN does not have everywhere
-    assert type(half.transformer.h[0].mlp.c_fc) is torch.nn.Linear
 
 
 def test_auto_compiles_where_that_can_be_done_and_pays(machine):

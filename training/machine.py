@@ -1,12 +1,10 @@
-"""What a machine can do: its fastest device, the precision that is good at, whether compiling pays,
-and how a model's weights have to lie in memory to be read fast.
+"""What a machine can do: its fastest device, the precision that is good at, whether compiling pays.
 
 "auto" takes the best there is; whoever asks for what there is not gets a FolioError.
 """
 
 import contextlib
 import os
-import platform
 import shutil
 import sys
 import sysconfig
@@ -15,18 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from torch.utils._triton import has_triton
 
 from configurator import FolioError
-from model import GPT
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Switch = Literal["auto", True, False]
-
-SMALL = 2_000_000  # parameters that stay in a processor's caches from one token to the next
 
 
 def choose_device(wanted: str) -> str:
@@ -96,80 +89,6 @@ def what_compiling_lacks(device: torch.device) -> str:
         return "Triton finds no C compiler (gcc)"
     headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
     return "" if headers.exists() else "Triton finds no Python.h (python3-dev)"
-
-
-# --- Training ---
-
-
-def attend_as_suits(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
-    """Let attention alone compute in float32, where that is faster than what autocast would do.
-
-    A CPU that multiplies bfloat16 in AVX-512 needs four times as long for its gradient there as in
-    float32, at contexts of 64 and 128 (torch 2.13); at 256 and more it is a draw.
-    """
-    lower = dtype in (torch.bfloat16, torch.float16)
-    if device.type == "cpu" and lower and not processor_has("amx_tile"):
-        for block in model.transformer.h:
-            block.attn.attend = attend_in_float32
-
-
-def attend_in_float32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how) -> torch.Tensor:
-    with torch.autocast(q.device.type, enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
-
-
-# --- Writing ---
-
-
-def ready_to_write(model: GPT, device: torch.device, dtype: str = "auto") -> GPT:
-    """The same model, where, in which precision and in which layout it writes fastest.
-
-    Every token that is written takes a reading of all weights. On a CPU, a small model's are in the
-    caches: what counts is the number of calls, and float32 needs the fewest. Those of a larger one
-    come from memory each time anew: what counts is bytes, half as many in bfloat16, and that they
-    are read in the order in which they lie there.
-    """
-    small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
-    if device.type == "cpu" and small and dtype == "auto":
-        dtype = "float32"
-    chosen, _ = choose_dtype(dtype, device)
-    model = model.to(device, chosen).eval()
-    if not small and can_pack(device, chosen):
-        pack(model)
-    return model
-
-
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has oneDNN for this processor, and oneDNN the precision."""
-    ours = device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
-    known = dtype == torch.float32 or (dtype == torch.bfloat16 and has_bfloat16(device))
-    return ours and known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-@torch.no_grad()
-def pack(model: GPT) -> None:
-    """Lay out the weights as oneDNN reads them; from then on the model can only be read from."""
-    for block in model.transformer.h:
-        for part in (block.attn, block.mlp):
-            for name, layer in list(part.named_children()):
-                setattr(part, name, Packed(layer.weight, layer.bias))
-    # The table is needed as it is, too: that is how tokens become nodes.
-    model.logits = Packed(model.transformer.wte.weight[: model.config.vocab_size]).forward
-
-
-class Packed(nn.Module):
-    """A linear layer that multiplies one node, or a few, about twice as fast as nn.Linear.
-
-    torch packs weights like that when it compiles a model, and has no public name for it.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)  # for one node
-        self.bias = bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 @contextlib.contextmanager

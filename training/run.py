@@ -26,7 +26,8 @@ from training.checkpoint import (
     RESUME, SETTINGS, begun_by, load_model, load_resume, make_room, model_folder, read_config,
     run_folder, save_tokenizer,
 )  # fmt: skip
-from training.machine import advice_when_out_of_memory, attend_as_suits
+from training.kernels import attend_as_suits
+from training.machine import advice_when_out_of_memory
 from training.optimizer import Both, make_optimizer
 from training.world import World, is_restarted, job_name
 

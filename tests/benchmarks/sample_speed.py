@@ -4,9 +4,10 @@
     python -m tests.benchmarks.sample_speed --peer=../nanoGPT --json=sampling.json
 
 Each writes the same number of tokens with random weights of the same shape. The limit is one
-matrix-vector product for each weight of the model, measured in the same rounds: no way of writing
-one text at a time can do with less. The last columns are Folio's alone: ten texts written as one
-batch, in tokens per second of all ten together, and how many times the rate of one that is.
+matrix-vector product for each weight of the model, by the same kernels and in the same rounds: what
+is left of the time goes into attention and into calling small operations. The last columns are
+Folio's alone: ten texts written as one batch, in tokens per second of all ten together, and how
+many times the rate of one that is.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from configurator import Count, FolioError, configure, run_main
 from model import GPT, GPTConfig
 from tests.benchmarks.measuring import interleaved, load_peer, rate, report
-from training.machine import Packed, ready_to_write
+from training.kernels import Packed, ready_to_write
 
 # name -> layers, heads, channels, context, vocabulary, tokens to write, tokens of the prompt
 SIZES = {
@@ -86,8 +87,8 @@ def measure(name: str, config: SampleSpeedConfig) -> dict:
 
 def vector_products(model: GPT, dtype: torch.dtype):
     """One product of each weight matrix with one vector, made as the model makes it."""
-    shape = GPT(model.config).to(dtype)
-    matrices = [p for n, p in shape.named_parameters() if p.dim() == 2 and "wpe" not in n]
+    plain = GPT(model.config).to(dtype)
+    matrices = [p for n, p in plain.named_parameters() if p.dim() == 2 and "wpe" not in n]
     vectors = [torch.randn(1, p.size(1), dtype=dtype) for p in matrices]
     if any(isinstance(module, Packed) for module in model.modules()):
         products = [Packed(matrix).forward for matrix in matrices]

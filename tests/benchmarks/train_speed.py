@@ -20,7 +20,7 @@ from data.dataset import DATA, TokenStream
 from model import GPT, GPTConfig
 from tests.benchmarks.measuring import interleaved, load_peer, matrix_product, rate, report
 from train import TrainConfig, training_batches, update
-from training.machine import attend_as_suits
+from training.kernels import attend_as_suits
 from training.optimizer import make_optimizer
 from training.report import flops_per_token
 from training.run import Run
