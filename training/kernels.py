@@ -24,8 +24,8 @@ def attend_as_suits(model: GPT, device: torch.device, dtype: torch.dtype) -> Non
     """Let attention alone compute in float32, where that is faster than what autocast would do.
 
     A CPU that multiplies bfloat16 in AVX-512 needs four times as long for attention's gradient
-    there as in float32, at contexts of 64 and 128 (torch 2.13); at 256 it is a draw. AMX, with
-    instructions of its own for bfloat16, is left alone.
+    there as in float32, at contexts of 64 and 128 (torch 2.13); at 256 it is a draw. AMX, which
+    has instructions of its own for bfloat16, has not been measured and is left alone.
     """
     avx = processor_has("avx512_bf16") and not processor_has("amx_tile")
     if device.type == "cpu" and dtype == torch.bfloat16 and avx:
