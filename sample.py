@@ -60,7 +60,8 @@ def main() -> None:
     folder = model_folder(source) if source else newest_run()
     world = World().settle(config.device)
     with advice_when_out_of_memory("a smaller model, or --device=cpu"):
-        model = ready_to_write(load_model(folder), world.device, config.dtype)
+        model = load_model(folder)
+        model = ready_to_write(model, world.device, config.dtype, config.num_samples)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise FolioError(

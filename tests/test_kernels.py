@@ -10,7 +10,7 @@ import train
 from configurator import configure
 from model import GPT, GPTConfig
 from training import kernels, machine
-from training.kernels import Packed, attend_as_suits, attend_in_float32, can_pack, ready_to_write
+from training.kernels import attend_as_suits, attend_in_float32, can_pack, ready_to_write
 from training.run import assemble
 from training.world import World
 
@@ -19,22 +19,20 @@ TINY = GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "instructions", "suits"),
+    ("device", "dtype", "block_size", "suits"),
     [
-        (CPU, torch.bfloat16, {"avx512_bf16"}, True),
-        (CPU, torch.bfloat16, {"avx512_bf16", "amx_tile"}, False),
-        (CPU, torch.bfloat16, set(), False),
-        (CPU, torch.float16, {"avx512_bf16"}, False),
-        (CPU, torch.float32, {"avx512_bf16"}, False),
-        (CPU, torch.float64, {"avx512_bf16"}, False),  # which would lose digits
-        (GPU, torch.bfloat16, {"avx512_bf16"}, False),
+        (CPU, torch.bfloat16, 8, True),
+        (CPU, torch.bfloat16, 256, False),
+        (CPU, torch.float16, 8, False),
+        (CPU, torch.float32, 8, False),
+        (CPU, torch.float64, 8, False),  # which would lose digits
+        (GPU, torch.bfloat16, 8, False),
     ],
 )
 def test_attention_computes_in_float32_where_that_was_seen_to_be_faster(
-    monkeypatch, device, dtype, instructions, suits
+    device, dtype, block_size, suits
 ):
-    monkeypatch.setattr(kernels, "processor_has", lambda what: what in instructions)
-    model = GPT(TINY)
+    model = GPT(dataclasses.replace(TINY, block_size=block_size))
     attend_as_suits(model, device, dtype)
     assert [block.attn.attend is attend_in_float32 for block in model.transformer.h] == [suits] * 2
 
@@ -62,11 +60,10 @@ def test_a_model_packed_for_writing_says_what_it_said(monkeypatch, dtype, close,
     with torch.inference_mode():
         before = model.eval()(idx)[0]
         text = torch.stack(list(model.generate(idx, 20, temperature=0)))
-        packed = ready_to_write(model, CPU, dtype)
+        packed = ready_to_write(model, CPU, dtype, texts=3)
         after = packed(idx)[0]
         packed_text = torch.stack(list(packed.generate(idx, 20, temperature=0)))
-    layers = [layer for block in packed.transformer.h for layer in (block.attn, block.mlp)]
-    assert all(isinstance(part, Packed) for layer in layers for part in layer.children())
+    assert not any(isinstance(module, nn.Linear) for module in packed.modules())
     assert after.dtype == getattr(torch, dtype)
     torch.testing.assert_close(after.float(), before, rtol=close, atol=close)
     if dtype == "float32":
@@ -95,8 +92,36 @@ def test_what_is_small_or_in_another_precision_is_not_packed(monkeypatch):
         assert type(ready_to_write(GPT(TINY), CPU, dtype).transformer.h[0].mlp.c_fc) is nn.Linear
 
 
-def test_a_run_attends_as_suits_its_machine(monkeypatch, tiny):
-    monkeypatch.setattr(kernels, "processor_has", lambda what: what == "avx512_bf16")
+@pytest.mark.parametrize(
+    ("intel", "dtype", "texts", "packed"),
+    [
+        (True, "float32", 1, False),
+        (True, "float32", 10, True),
+        (True, "bfloat16", 1, True),
+        (False, "float32", 1, True),
+    ],
+)
+def test_what_mkl_reads_as_fast_as_it_can_be_read_is_left_to_it(
+    monkeypatch, intel, dtype, texts, packed
+):
+    monkeypatch.setattr(kernels, "is_intel", lambda: intel)
+    monkeypatch.setattr(kernels, "can_pack", lambda device, dtype: True)
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    told = []
+    monkeypatch.setattr(kernels, "pack", told.append)
+    model = ready_to_write(GPT(TINY), CPU, dtype, texts)
+    assert told == [model] * packed
+
+
+def test_what_writes_finds_its_parts_without_torchs_help(monkeypatch):
+    model = ready_to_write(GPT(TINY), CPU)
+    asked = []
+    monkeypatch.setattr(nn.Module, "__getattr__", lambda module, name: asked.append(name))
+    assert len(list(model.generate(torch.zeros(1, 1, dtype=torch.long), 5))) == 5
+    assert asked == []
+
+
+def test_a_run_attends_as_suits_its_precision(tiny):
     for dtype, suits in (("bfloat16", True), ("float32", False)):
         given = configure(train.TrainConfig, [*tiny, f"--dtype={dtype}"])
         run = assemble(given, World())

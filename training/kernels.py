@@ -1,19 +1,21 @@
 """Where torch has two ways to compute the same, the one that is faster on this machine.
 
 model.py says what is computed; here it is told, of a finished model, how. Each choice is for a CPU,
-and was measured on one, an AMD EPYC with AVX-512: tests/benchmarks/README.md has the figures.
+and was measured on two, an AMD EPYC with AVX-512 and an Intel Xeon with AMX:
+tests/benchmarks/README.md has the figures.
 """
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from model import GPT
-from training.machine import choose_dtype, has_bfloat16, processor_has
+from training.machine import choose_dtype, has_bfloat16, is_intel
 
+SHORT = 192  # contexts below it
 SMALL = 2_000_000  # parameters that stay in a processor's caches from one token to the next
 
 
@@ -23,12 +25,10 @@ SMALL = 2_000_000  # parameters that stay in a processor's caches from one token
 def attend_as_suits(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
     """Let attention alone compute in float32, where that is faster than what autocast would do.
 
-    A CPU that multiplies bfloat16 in AVX-512 needs four times as long for attention's gradient
-    there as in float32, at contexts of 64 and 128 (torch 2.13); at 256 it is a draw. AMX, which
-    has instructions of its own for bfloat16, has not been measured and is left alone.
+    What torch 2.13 has for attention in bfloat16 on a CPU is made for long contexts: from 192
+    tokens on it repays its preparations; below, it takes two to four times as long as float32.
     """
-    avx = processor_has("avx512_bf16") and not processor_has("amx_tile")
-    if device.type == "cpu" and dtype == torch.bfloat16 and avx:
+    if device.type == "cpu" and dtype == torch.bfloat16 and model.config.block_size < SHORT:
         for block in model.transformer.h:
             block.attn.attend = attend_in_float32
 
@@ -42,14 +42,17 @@ def attend_in_float32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: 
 # --- To write ---
 
 
-def ready_to_write(model: GPT, device: torch.device, dtype: str = "auto") -> GPT:
+def ready_to_write(model: GPT, device: torch.device, dtype: str = "auto", texts: int = 1) -> GPT:
     """The same model, where, in which precision and in which layout it writes fastest.
+
+    texts: how many it will write side by side.
 
     Every token that is written takes a reading of all weights. On a CPU, a small model's are in the
     caches: what counts is the number of calls, and float32 needs the fewest. Those of a larger one
     come from memory each time anew: what counts is bytes, half as many in bfloat16, and that they
     are read in the order in which they lie there.
 
+    From then on the model can write, and can no longer be trained, saved or moved.
     Raises FolioError if the device cannot do what dtype asks for.
     """
     small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
@@ -57,8 +60,9 @@ def ready_to_write(model: GPT, device: torch.device, dtype: str = "auto") -> GPT
         dtype = "float32"
     chosen, _ = choose_dtype(dtype, device)
     model = model.to(device, chosen).eval()
-    if not small and can_pack(device, chosen):
+    if not small and can_pack(device, chosen) and not mkl_is_good(chosen, texts):
         pack(model)
+    keep_at_hand(model)
     return model
 
 
@@ -70,31 +74,44 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return x86 and known and all(hasattr(torch.ops.mkldnn, name) for name in needed)
 
 
-def pack(model: GPT) -> None:
-    """Lay out the weights as oneDNN reads them.
+def mkl_is_good(dtype: torch.dtype, texts: int) -> bool:
+    """Whether the library torch would call otherwise reads weights at the memory's own rate.
 
-    From then on the model can write, and can no longer be trained, saved or moved.
+    MKL is made for its maker's processors, for float32, and for one node or very many.
     """
+    return is_intel() and dtype == torch.float32 and texts <= 2
+
+
+def pack(model: GPT) -> None:
+    """Lay out the weights as oneDNN reads them."""
     for block in model.transformer.h:
         for part, names in ((block.attn, ("c_attn", "c_proj")), (block.mlp, ("c_fc", "c_proj"))):
             for name in names:
                 layer = getattr(part, name)
-                setattr(part, name, Packed(layer.weight, layer.bias))
-    # The table is needed as it is, too: that is how tokens become nodes. And logits() is a method,
-    # which a function can stand in for, but not a module.
-    model.logits = Packed(model.transformer.wte.weight[: model.config.vocab_size]).forward
+                delattr(part, name)  # a function cannot stand in for a module
+                setattr(part, name, packed_linear(layer.weight, layer.bias))
+    # The table is needed as it is, too: that is how tokens become nodes.
+    model.logits = packed_linear(model.transformer.wte.weight[: model.config.vocab_size])
 
 
-class Packed(nn.Module):
-    """A linear layer for a few nodes at a time, for which torch's usual library, MKL, is slow.
+def packed_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A linear layer for a few nodes at a time.
 
     torch packs weights like that when it compiles a model, and has no public name for it.
     """
+    product = torch.ops.mkldnn._linear_pointwise
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    bias = None if bias is None else bias.detach()
+    return lambda x: product(x, weight, bias, "none", [], "")
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)  # for one node
-        self.bias = None if bias is None else bias.detach()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+def keep_at_hand(model: GPT) -> None:
+    """Give each module what it consists of as ordinary attributes.
+
+    torch keeps parameters and parts in tables of their own, which Python looks into last and
+    through a function of torch's: a small model that writes spends a fifth of its time there.
+    """
+    for module in model.modules():
+        vars(module).update(module._parameters | module._modules)

@@ -62,6 +62,11 @@ def processor_has(instructions: str) -> bool:
     return getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)()  # private in torch
 
 
+def is_intel() -> bool:
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return "Intel" in known.get("cpu_name", "")
+
+
 def choose_compile(wanted: str | bool, device: torch.device) -> tuple[bool, str]:
     missing = what_compiling_lacks(device)
     if wanted is True and missing:
