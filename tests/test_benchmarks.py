@@ -1,6 +1,8 @@
 """The benchmarks run: at a tiny size, so that they are ready when somebody wants to measure."""
 
+import itertools
 import json
+import os
 import sys
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from data.prepare import split_text, write_dataset
 from data.tokenizer import CharTokenizer
 from tests.benchmarks import gpu, sample_speed, time_to_loss, train_speed
-from tests.benchmarks.measuring import interleaved, rate, shown
+from tests.benchmarks.measuring import in_its_own_process, interleaved, rate, shown
 from tests.conftest import RHYME, assert_one_line_error
 
 
@@ -26,6 +28,19 @@ def test_a_rate_is_work_per_second(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))  # each look takes a second
     assert rate(lambda: None, amount=10, seconds=3)() == 30 / 4
+
+
+def counter(start):
+    """Makes a contestant whose figures tell its turns and its process."""
+    turns = itertools.count(1)
+    return lambda: (next(turns), start, os.getpid())
+
+
+def test_a_contestant_in_its_own_process_takes_its_turns_like_the_others():
+    figures = interleaved({"A": in_its_own_process(counter, 7)}, rounds=2)["A"]
+    (_, _, process), _ = figures
+    assert process != os.getpid()
+    assert figures == [(2, 7, process), (3, 7, process)]
 
 
 def test_the_speed_of_training_is_measured(call, tmp_path):

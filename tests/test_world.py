@@ -1,6 +1,7 @@
 """Where the work is done: the device, the precision and the compiler that a machine offers."""
 
 import os
+import platform
 import signal
 import sys
 
@@ -125,6 +126,25 @@ def test_a_world_tells_what_it_chose_and_why():
     assert world.why.startswith("cpu (")
     assert "float32" in world.why and "not compiled" in world.why
     assert "bfloat16" in World().settle("cpu", "bfloat16").why
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries manage otherwise")
+def test_memory_that_one_step_frees_is_the_next_ones_as_it_is():
+    import resource  # which Windows has not
+
+    World().settle("cpu")
+
+    def step():
+        activations = [torch.ones(2**21) for _ in range(24)]  # 192 MiB, on 49,152 pages
+        while activations:  # backward, the latest first
+            activations.pop()
+
+    for _ in range(3):
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        step()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
 
 
 def test_in_a_world_of_one_all_work_is_ones_own():

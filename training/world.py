@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import FolioError
-from training.machine import choose_compile, choose_device, choose_dtype
+from training.machine import choose_compile, choose_device, choose_dtype, keep_freed_memory
 
 PATIENCE = datetime.timedelta(hours=1)  # for the main process to prepare a dataset, for instance
 HANG = datetime.timedelta(minutes=15)  # an exchange of gradients that takes longer hangs
@@ -81,6 +81,8 @@ class World:
                 raise FolioError(f"this node has {there} GPUs: --nproc_per_node={there}")
             self.device = torch.device("cuda", number)
             torch.cuda.set_device(self.device)
+        if place == "cpu":
+            keep_freed_memory()
         self.dtype, why_precision = choose_dtype(dtype, self.device)
         self.compile, why_compile = choose_compile(compile, self.device)
         names = {"cuda": self.device_name, "mps": "Apple GPU"}

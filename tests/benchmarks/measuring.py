@@ -1,14 +1,17 @@
 """What the benchmarks share: fair turns, medians, the machine's own limits, a peer's code.
 
-Contestants take turns, A B C A B C, in one process, so that whatever else the machine does hits all
-of them alike; what is reported is the median over the rounds and the spread between them.
+Contestants take turns, A B C A B C, so that whatever else the machine does hits all of them alike;
+what is reported is the median over the rounds and the spread between them.
 """
 
+import contextlib
 import importlib.util
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -44,6 +47,29 @@ def rate(work: Callable[[], None], amount: float, seconds: float) -> Callable[[]
         return done * amount / (time.perf_counter() - start)
 
     return measure
+
+
+def in_its_own_process(make: Callable[..., Callable[[], float]], *given) -> Callable[[], float]:
+    """The contestant that make(*given) returns, where it shares nothing with the others.
+
+    make: a function of a module, given: what can be pickled.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    spawn.Process(target=take_turns, args=(there, make, given), daemon=True).start()
+
+    def measure() -> float:
+        here.send("your turn")
+        return here.recv()
+
+    return measure
+
+
+def take_turns(pipe: Connection, make: Callable[..., Callable[[], float]], given: tuple) -> None:
+    measure = make(*given)
+    with contextlib.suppress(EOFError):  # the others have gone home
+        while pipe.recv():
+            pipe.send(measure())
 
 
 def synchronise() -> None:

@@ -18,7 +18,9 @@ import torch
 from configurator import Count, NonNegative, configure, run_main
 from data.dataset import DATA, TokenStream
 from model import GPT, GPTConfig
-from tests.benchmarks.measuring import interleaved, load_peer, matrix_product, rate, report
+from tests.benchmarks.measuring import (
+    in_its_own_process, interleaved, load_peer, matrix_product, rate, report,
+)  # fmt: skip
 from train import TrainConfig, training_batches, update
 from training.kernels import attend_as_suits
 from training.optimizer import make_optimizer
@@ -55,7 +57,9 @@ def main() -> None:
         for optimizer, dtype in (("adamw", "float32"), ("muon", "float32"), ("muon", "bfloat16"))
     }
     if config.peer:
-        contestants["nanoGPT, adamw, float32"] = rate(peer_step(config), tokens, config.seconds)
+        load_peer(config.peer)  # complains here, if at all
+        # Memory that is freed is kept in our process, but not in nanoGPT's.
+        contestants["nanoGPT, adamw, float32"] = in_its_own_process(peer_rate, config)
     product, operations = matrix_product(config.matrix)
     contestants["limit"] = rate(product, operations, config.seconds / 3)
     figures = interleaved(contestants, config.rounds)
@@ -118,6 +122,10 @@ class RandomDataset:
         self.train.name, self.train.vocab_size = "random text", VOCABULARY
         self.train.shards = [random_text()]
         self.train.lengths = np.array([len(self.train.shards[0])])
+
+
+def peer_rate(config: SpeedConfig):
+    return rate(peer_step(config), config.batch_size * config.block_size, config.seconds)
 
 
 def peer_step(config: SpeedConfig):
