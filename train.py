@@ -1,6 +1,6 @@
 """Train a GPT: read a stream of integers, learn to predict each from those before it.
 
-    python train.py config/shakespeare_char.py                  # two minutes on two CPU cores
+    python train.py config/shakespeare_char.py                  # a minute or two on two CPU cores
     python train.py config/shakespeare_char.py --max_iters=500  # flags win over files
     python train.py config/shakespeare_char.py --init_from=resume
     python train.py --help                                      # every setting
@@ -163,8 +163,8 @@ def update(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Up
         inputs, targets = next(batches)  # (B, T) each
         # Processes exchange gradients once, at the last of their micro-batches.
         world.hold_back(run.runner, micro_batch + world.size < accumulation)
-        # Dropout then depends on nothing but these three, and needs no saved state.
-        torch.manual_seed(seed_for(config.seed, run.step, micro_batch))
+        if config.dropout:  # which then depends on nothing but these three: no state to save
+            torch.manual_seed(seed_for(config.seed, run.step, micro_batch))
         with world.autocast():
             batch_loss = run.runner(inputs, targets)[1]  # the logits need not be kept
         part = batch_loss / accumulation  # of the mean over all micro-batches, of all processes

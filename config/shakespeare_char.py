@@ -1,6 +1,6 @@
 """Shakespeare, a character at a time, on any machine.
 
-On two CPU cores it takes about two minutes and reaches a validation loss of about 1.56.
+On two CPU cores it takes one to two minutes and reaches a validation loss of about 1.56.
 """
 
 out_dir = "out/shakespeare_char"

@@ -1,4 +1,4 @@
-"""Shakespeare, a character at a time, in seventeen minutes on two CPU cores.
+"""Shakespeare, a character at a time, in seven to seventeen minutes on two CPU cores.
 
 It reaches a validation loss of about 1.45, better than what nanoGPT reports of an A100 (1.4697),
 with a third of its weights. The text is read seven times: without more decay than usual it would

@@ -1,4 +1,4 @@
-"""Shakespeare, a character at a time, in a quarter of a minute on two CPU cores.
+"""Shakespeare, a character at a time, in a quarter of a minute on two CPU cores, or half of that.
 
 For lecture halls: done before it is explained, and better than nanoGPT's recipe for a CPU, which
 takes six times as long. Two layers and a short context make for many steps, which early on count

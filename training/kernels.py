@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from model import GPT
 from training.machine import choose_dtype, has_bfloat16, is_intel
 
-SHORT = 192  # contexts below it
+SHORT = 192  # tokens of context for which bfloat16 does not pay in attention
 SMALL = 2_000_000  # parameters that stay in a processor's caches from one token to the next
 
 
@@ -25,8 +25,8 @@ SMALL = 2_000_000  # parameters that stay in a processor's caches from one token
 def attend_as_suits(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
     """Let attention alone compute in float32, where that is faster than what autocast would do.
 
-    What torch 2.13 has for attention in bfloat16 on a CPU is made for long contexts: from 192
-    tokens on it repays its preparations; below, it takes two to four times as long as float32.
+    torch 2.13's attention in bfloat16 is made for long contexts. Below 192 tokens it takes a CPU
+    one and a half to four times as long as attention in float32 does.
     """
     if device.type == "cpu" and dtype == torch.bfloat16 and model.config.block_size < SHORT:
         for block in model.transformer.h:
@@ -75,9 +75,10 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def mkl_is_good(dtype: torch.dtype, texts: int) -> bool:
-    """Whether the library torch would call otherwise reads weights at the memory's own rate.
+    """Whether MKL, which torch calls where nothing is packed, reads weights as fast as they come.
 
-    MKL is made for its maker's processors, for float32, and for one node or very many.
+    On Intel's own processors it does, in float32, for one node or two; for four to ten it takes
+    up to twice as long as oneDNN, and as long on an AMD EPYC for a single one.
     """
     return is_intel() and dtype == torch.float32 and texts <= 2
 
@@ -97,7 +98,7 @@ def pack(model: GPT) -> None:
 def packed_linear(
     weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A linear layer for a few nodes at a time.
+    """A linear layer, (..., in) -> (..., out), for a few nodes at a time; weight: (out, in).
 
     torch packs weights like that when it compiles a model, and has no public name for it.
     """

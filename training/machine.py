@@ -64,6 +64,7 @@ def processor_has(instructions: str) -> bool:
 
 
 def is_intel() -> bool:
+    """Whether this is a processor of Intel's; False where torch cannot tell."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return "Intel" in known.get("cpu_name", "")
 
