@@ -1,8 +1,8 @@
 """Shakespeare, a character at a time, in a quarter of a minute on two CPU cores, or half of that.
 
 For lecture halls: done before it is explained, and better than nanoGPT's recipe for a CPU, which
-takes six times as long. Two layers and a short context make for many steps, which early on count
-most.
+takes six or seven times as long. Two layers and a short context make for many steps, which early on
+count most.
 """
 
 out_dir = "out/shakespeare_quick"
