@@ -221,9 +221,12 @@ class GPT(nn.Module):
         if not 0 <= keep < block_size:
             raise ValueError(f"keep={keep} is not in 0 ... {block_size - 1}")
         self.eval()
+        rows = len(idx)
         context = idx[:, -block_size:]
+        if (context == context[:1]).all():
+            context = context[:1]  # one prompt is read once, however many texts go on from it
         caches = None
-        ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        ended = torch.zeros(rows, dtype=torch.bool, device=idx.device)
         drawn = 0
         while max_new_tokens is None or drawn < max_new_tokens:
             start = context_start(context.size(1), block_size, keep)
@@ -232,7 +235,7 @@ class GPT(nn.Module):
                 caches = [KVCache(block_size) for _ in self.transformer.h]
             unread = context[:, caches[0].length :]
             x = self.nodes(unread, caches if use_cache else None)
-            logits = self.logits(x[:, -1])[:, : self.config.vocab_size]  # (B, V)
+            logits = self.logits(x[:, -1])[:, : self.config.vocab_size].expand(rows, -1)  # (B, V)
             ids = draw(logits, temperature, top_k, top_p, generator)  # (B,)
             if stop_token is not None:
                 ids = ids.masked_fill(ended, stop_token)
@@ -240,7 +243,7 @@ class GPT(nn.Module):
             yield ids
             if stop_token is not None and ended.all():
                 return
-            context = torch.cat((context, ids[:, None]), dim=1)
+            context = torch.cat((context.expand(rows, -1), ids[:, None]), dim=1)
             drawn += 1
 
 
@@ -276,6 +279,8 @@ class KVCache:
         if self.k is None:
             self.k = k.new_empty(B, n_head, self.block_size, head_dim)
             self.v = torch.empty_like(self.k)
+        elif len(self.k) < B:  # what one prompt said, for each text that goes on from it
+            self.k, self.v = self.k.repeat(B, 1, 1, 1), self.v.repeat(B, 1, 1, 1)
         self.k.narrow(2, self.length, T).copy_(k)
         self.v.narrow(2, self.length, T).copy_(v)
         self.length += T

@@ -298,6 +298,21 @@ def test_cropping_by_one_is_the_lectures_loop(model):
     assert torch.equal(written(model, idx, 20, temperature=0, keep=7), wanted[:, 3:])
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_prompt_that_all_texts_share_is_read_once(model, monkeypatch, use_cache):
+    prompt = torch.randint(VOCABULARY, (1, 5)).expand(3, -1)
+    read, nodes = [], model.nodes
+    monkeypatch.setattr(model, "nodes", lambda idx, *rest: read.append(idx) or nodes(idx, *rest))
+    drawn = written(model, prompt, 30, use_cache=use_cache)
+    assert [len(idx) for idx in read] == [1] + [3] * 29
+    context, generator = prompt, torch.Generator().manual_seed(1)
+    for i, ids in enumerate(drawn.T):
+        context = context[:, context_start(context.size(1), 8, 4) :]
+        assert torch.equal(draw(model(context)[0][:, -1], generator=generator), ids), i
+        context = torch.cat((context, ids[:, None]), dim=1)
+    assert len(set(map(tuple, drawn.tolist()))) == 3  # and each text went its own way
+
+
 def test_a_context_that_outgrows_the_block_keeps_its_latest_tokens():
     assert context_start(8, block_size=8, keep=4) == 0
     assert context_start(9, block_size=8, keep=4) == 4  # tokens 4 to 8: four old ones, one new

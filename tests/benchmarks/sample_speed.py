@@ -19,8 +19,9 @@ import torch.nn.functional as F
 
 from configurator import Count, FolioError, configure, run_main
 from model import GPT, GPTConfig
-from tests.benchmarks.measuring import interleaved, load_peer, rate, report
+from tests.benchmarks.measuring import in_its_own_process, interleaved, load_peer, rate, report
 from training.kernels import packed_linear, ready_to_write
+from training.world import World
 
 # name -> layers, heads, channels, context, vocabulary, tokens to write, tokens of the prompt
 SIZES = {
@@ -58,10 +59,9 @@ def measure(name: str, config: SampleSpeedConfig) -> dict:
     layers, heads, channels, context, vocabulary, tokens, prompt = SIZES[name]
     dtype = getattr(torch, config.dtype)
     shape = GPTConfig(context, vocabulary, layers, heads, channels, bias=True)
+    device = World().settle("cpu").device
     # Laid out for one text and for ten.
-    one, ten = (
-        ready_to_write(GPT(shape), torch.device("cpu"), config.dtype, texts) for texts in (1, 10)
-    )
+    one, ten = (ready_to_write(GPT(shape), device, config.dtype, texts) for texts in (1, 10))
     start = torch.randint(vocabulary, (1, prompt))
 
     def write(model, texts):
@@ -74,7 +74,9 @@ def measure(name: str, config: SampleSpeedConfig) -> dict:
         "ten at once": rate(lambda: write(ten, 10), 10 * tokens, 0),
     }
     if config.peer:
-        contestants["nanoGPT"] = rate(peer_writer(config, name, start), tokens, 0)
+        load_peer(config.peer)  # complains here, if at all
+        # Memory that is freed is kept in our process, but not in nanoGPT's.
+        contestants["nanoGPT"] = in_its_own_process(peer_rate, config, name)
     figures = interleaved(contestants, config.rounds)
     row = {"size": name, "Folio": figures["Folio"]}
     if config.peer:
@@ -106,8 +108,8 @@ def vector_products(model: GPT, dtype: torch.dtype):
     return multiply
 
 
-def peer_writer(config: SampleSpeedConfig, name: str, start: torch.Tensor):
-    layers, heads, channels, context, vocabulary, tokens, _ = SIZES[name]
+def peer_rate(config: SampleSpeedConfig, name: str):
+    layers, heads, channels, context, vocabulary, tokens, prompt = SIZES[name]
     peer = load_peer(config.peer)
     model = peer.GPT(
         peer.GPTConfig(
@@ -116,7 +118,8 @@ def peer_writer(config: SampleSpeedConfig, name: str, start: torch.Tensor):
         )
     )  # fmt: skip
     model.to(getattr(torch, config.dtype)).eval()
-    return lambda: model.generate(start, tokens)
+    start = torch.randint(vocabulary, (1, prompt))
+    return rate(lambda: model.generate(start, tokens), tokens, 0)
 
 
 if __name__ == "__main__":
