@@ -99,6 +99,11 @@ CHANGES = [
         "test_model.py::test_a_cached_node_is_what_it_would_be_without_a_cache",
     ),
     Change(
+        "with a shared prompt that is forgotten", "model.py",
+        "self.v.repeat(B, 1, 1, 1)", "0 * self.v.repeat(B, 1, 1, 1)",
+        "test_model.py::test_a_prompt_that_all_texts_share_is_read_once",
+    ),
+    Change(
         "without temperature", "model.py",
         "logits.float() / temperature", "logits.float()",
         "test_model.py::test_temperature_sharpens_and_flattens",
