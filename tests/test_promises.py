@@ -261,12 +261,16 @@ def test_a_terminal_that_closes_loses_nothing(tiny, tmp_path):
     import pty
     import termios
 
+    def on_a_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these lessons may themselves run in nohup
+
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 100))
     running = subprocess.Popen(
         [sys.executable, "train.py", *tiny, "--max_iters=100000", "--eval_interval=100000"],
         cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=on_a_terminal,
     )  # fmt: skip
     os.close(slave)
     try:

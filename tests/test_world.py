@@ -169,12 +169,13 @@ def test_the_first_signal_is_a_wish_and_the_second_an_order(number, status):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
 def test_a_terminal_that_closes_is_a_wish_however_often_it_says_so():
-    with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.wished(World()) and stop.status == 129
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.wished(World()) and stop.status == 129
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
         with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop.wished(World())
