@@ -68,7 +68,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in parts)  # (B, n_head, T, head_dim) each
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, n_head, nodes so far, head_dim) each
-        # The mask keeps every node from hearing its future. A single new node has none.
+        # The mask keeps every node from hearing its future. A single new node has none; and with
+        # torch's mask, which begins at the first key, it would hear the first node alone.
         dropout = self.dropout if self.training else 0.0
         y = self.attend(q, k, v, is_causal=T > 1, dropout_p=dropout)  # (B, n_head, T, head_dim)
         y = y.transpose(1, 2).reshape(B, T, C)  # what the heads heard, side by side again
@@ -209,22 +210,26 @@ class GPT(nn.Module):
     ) -> Iterator[torch.Tensor]:
         """Continue each row of idx (B, T), yielding (B,) ids as they are drawn.
 
-        Puts the model into evaluation mode: dropout is for training.
+        Puts the model into evaluation mode: dropout is for training. Nothing is kept for
+        gradients: ids that are to be trained on want to be cloned. T is at least 1.
         max_new_tokens: how many; None never ends.
         temperature, top_k, top_p: see draw().
         keep: tokens of a full context that go on into the next; None is half of block_size.
         stop_token: ends a row, which then repeats it until every row has ended.
-        use_cache: False reads the whole context for every token: the same ids, only slower.
+        use_cache: False reads the whole context for every token: the same, but for rounding,
+        only slower.
         """
         block_size = self.config.block_size
         keep = block_size // 2 if keep is None else keep
         if not 0 <= keep < block_size:
             raise ValueError(f"keep={keep} is not in 0 ... {block_size - 1}")
+        if idx.size(1) == 0:
+            raise ValueError("there is no token to go on from")
         self.eval()
         rows = len(idx)
-        context = idx[:, -block_size:]
+        context = idx[:, -block_size:]  # (B, T)
         if (context == context[:1]).all():
-            context = context[:1]  # one prompt is read once, however many texts go on from it
+            context = context[:1]  # (1, T): read once, however many texts go on from it
         caches = None
         ended = torch.zeros(rows, dtype=torch.bool, device=idx.device)
         drawn = 0
@@ -232,8 +237,8 @@ class GPT(nn.Module):
             start = context_start(context.size(1), block_size, keep)
             if start > 0 or caches is None:
                 context = context[:, start:]
-                caches = [KVCache(block_size) for _ in self.transformer.h]
-            unread = context[:, caches[0].length :]
+                caches = [KVCache(rows, block_size) for _ in self.transformer.h]
+            unread = context[:, caches[0].length :]  # all of it, then one token at a time
             x = self.nodes(unread, caches if use_cache else None)
             logits = self.logits(x[:, -1])[:, : self.config.vocab_size].expand(rows, -1)  # (B, V)
             ids = draw(logits, temperature, top_k, top_p, generator)  # (B,)
@@ -243,7 +248,7 @@ class GPT(nn.Module):
             yield ids
             if stop_token is not None and ended.all():
                 return
-            context = torch.cat((context.expand(rows, -1), ids[:, None]), dim=1)
+            context = torch.cat((context.expand(rows, -1), ids[:, None]), dim=1)  # (B, T + 1)
             drawn += 1
 
 
@@ -267,23 +272,26 @@ class KVCache:
     computed again, and writing costs one node's work per token instead of the whole context's.
     """
 
-    def __init__(self, block_size: int):
-        self.block_size = block_size
-        self.length = 0  # nodes held
-        self.k = self.v = None  # (B, n_head, block_size, head_dim) each, allocated once
+    def __init__(self, rows: int, block_size: int):
+        self.rows, self.block_size = rows, block_size
+        self.length = 0  # nodes held, of each row
+        self.k = self.v = None  # (rows, n_head, block_size, head_dim) each, allocated once
 
     def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add T nodes' keys and values (B, n_head, T, head_dim); return those of all nodes."""
-        B, n_head, T, head_dim = k.shape
+        """Add T nodes' keys and values (B, n_head, T, head_dim); return those of all nodes.
+
+        B is rows, or 1: what is the same in all rows.
+        """
+        _, n_head, T, head_dim = k.shape
         assert T == 1 or self.length == 0, "the causal mask is that of a context read at once"
         if self.k is None:
-            self.k = k.new_empty(B, n_head, self.block_size, head_dim)
+            self.k = k.new_empty(self.rows, n_head, self.block_size, head_dim)
             self.v = torch.empty_like(self.k)
-        elif len(self.k) < B:  # what one prompt said, for each text that goes on from it
-            self.k, self.v = self.k.repeat(B, 1, 1, 1), self.v.repeat(B, 1, 1, 1)
         self.k.narrow(2, self.length, T).copy_(k)
         self.v.narrow(2, self.length, T).copy_(v)
         self.length += T
+        if self.length == T:
+            return k, v
         return self.k.narrow(2, 0, self.length), self.v.narrow(2, 0, self.length)
 
 
@@ -300,6 +308,7 @@ def draw(
     top_k: only the k likeliest tokens are candidates; 0 means all.
     top_p: only the likeliest tokens that together reach this probability (nucleus sampling,
     Holtzman et al. 2020); 1 means all.
+    Logits that are no numbers (NaN) are not looked for: they draw id 0.
     """
     if temperature < 1e-6:  # as good as 0
         return logits.argmax(dim=-1)
@@ -316,8 +325,9 @@ def draw(
         probs = probs.masked_fill(late.scatter(1, order, late), 0.0)
     if generator is not None:
         probs = probs.to(generator.device)  # the draw is made where the dice are
-    # A race: of clocks that ring at rates p, each is the first to with probability p. That is how
-    # torch.multinomial draws, too, but it looks for negative numbers first, and waits for a GPU.
+    # A race: clocks with waits of 1 on average, drawn from the exponential distribution, ring after
+    # waits / p, and with probability p each is the first. That is how torch.multinomial draws,
+    # too, but it looks for negative numbers first, and waits for a GPU.
     waits = torch.empty_like(probs).exponential_(generator=generator)
     first = (probs / waits).argmax(dim=-1).to(logits.device)  # (B,)
     return first if candidates is None else candidates.gather(1, first[:, None]).squeeze(1)

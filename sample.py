@@ -40,7 +40,7 @@ class SampleConfig:
     temperature: NonNegative = 0.8  # below 1 plays safe, above 1 takes risks; 0 is greedy
     top_k: Whole = 200  # candidates for each token, the likeliest ones; 0 means all
     top_p: Fraction = 1.0  # only the likeliest tokens that together are this probable
-    seed: Whole = 1337  # of the draws: the same seed writes the same text
+    seed: Whole = 1337  # of the draws: the same command writes the same text
     # --- Machine ---
     device: Device = "auto"  # where to compute; auto takes the fastest there is
     dtype: Precision = "auto"  # of the weights; auto is what writes fastest with this model
@@ -78,7 +78,7 @@ def main() -> None:
         top_p=config.top_p,
         generator=world.generator(config.seed),
     )
-    with advice_when_out_of_memory("fewer --num_samples"):
+    with advice_when_out_of_memory("fewer --num_samples, or --device=cpu"):
         write(prompt, drawn, tokenizer, config.num_samples)
 
 

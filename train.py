@@ -168,7 +168,7 @@ def update(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Up
         with world.autocast():
             batch_loss = run.runner(inputs, targets)[1]  # the logits need not be kept
         part = batch_loss / accumulation  # of the mean over all micro-batches, of all processes
-        run.scaler.scale(part * world.size).backward()  # they average where we want the sum
+        run.scaler.scale(part * world.size).backward()  # DDP averages where we want a sum
         loss = loss + part.detach()
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)

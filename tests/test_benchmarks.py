@@ -66,9 +66,16 @@ def test_the_speed_of_sampling_is_measured(call, tmp_path):
 
 
 def test_a_step_on_a_gpu_is_measured_on_any_machine(call, tmp_path):
-    result = call(gpu, "--tiny", "--batch_sizes=2", "--steps=2", "--warmup=1")
+    result = call(
+        gpu, "--tiny", "--batch_sizes=2", "--optimizers=adamw, muon", "--steps=2", "--warmup=1",
+        f"--profile={tmp_path / 'traces'}",
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "| adamw | 2 |" in result.stdout and "| muon | 2 |" in result.stdout
+    traces = sorted(path.name for path in (tmp_path / "traces").iterdir())
+    assert traces == ["adamw_2.json", "muon_2.json"]
+    assert_one_line_error(call(gpu, "--tiny", "--optimizers=adam"), "there are adamw and muon")
+    assert_one_line_error(call(gpu, "--tiny", "--batch_sizes=2,x"), "numbers, parted by commas")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the copy is not made there")
@@ -87,4 +94,7 @@ def test_the_time_to_a_loss_is_measured(call, tmp_path, monkeypatch):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert_one_line_error(
         call(time_to_loss, "--recipes=shakespeare_quik"), "config/shakespeare_quik"
+    )
+    assert_one_line_error(
+        call(time_to_loss, "--peer=/nowhere", "--max_iters=600"), "a multiple of that"
     )

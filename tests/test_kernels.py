@@ -113,6 +113,13 @@ def test_what_mkl_reads_as_fast_as_it_can_be_read_is_left_to_it(
     assert told == [model] * packed
 
 
+def test_what_is_ready_to_write_refuses_to_be_trained():
+    model = ready_to_write(GPT(TINY), CPU)
+    _, loss = model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        loss.backward()
+
+
 def test_what_writes_finds_its_parts_without_torchs_help(monkeypatch):
     model = ready_to_write(GPT(TINY), CPU)
     asked = []

@@ -283,7 +283,7 @@ def test_cached_and_plain_writing_agree_token_for_token(model, keep, prompt_leng
 
 
 def test_a_cached_node_is_what_it_would_be_without_a_cache(model, tokens):
-    caches = [KVCache(8) for _ in range(2)]
+    caches = [KVCache(3, 8) for _ in range(2)]
     first = model.nodes(tokens[:, :5], caches)
     rest = [model.nodes(tokens[:, i : i + 1], caches) for i in range(5, 8)]
     torch.testing.assert_close(torch.cat([first, *rest], dim=1), model.nodes(tokens))
@@ -323,6 +323,11 @@ def test_a_context_that_outgrows_the_block_keeps_its_latest_tokens():
 def test_a_prompt_longer_than_the_block_is_cropped_to_its_end(model):
     prompt = torch.randint(VOCABULARY, (2, 30))
     assert torch.equal(written(model, prompt, 5), written(model, prompt[:, -8:], 5))
+
+
+def test_a_text_begins_with_at_least_one_token(model):
+    with pytest.raises(ValueError, match="no token to go on from"):
+        next(model.generate(torch.zeros(2, 0, dtype=torch.long)))
 
 
 def test_writing_can_go_on_forever(model):

@@ -48,9 +48,9 @@ def ready_to_write(model: GPT, device: torch.device, dtype: str = "auto", texts:
     texts: how many it will write side by side.
 
     Every token that is written takes a reading of all weights. On a CPU, a small model's are in the
-    caches: what counts is the number of calls, and float32 needs the fewest. Those of a larger one
-    come from memory each time anew: what counts is bytes, half as many in bfloat16, and that they
-    are read in the order in which they lie there.
+    caches: what counts is the number of calls, and in float32 none goes into converting. Those of
+    a larger one come from memory each time anew: what counts is bytes, half as many in bfloat16,
+    and that they are read in the order in which they lie there.
 
     From then on the model can write, and can no longer be trained, saved or moved.
     Raises FolioError if the device cannot do what dtype asks for.
@@ -63,7 +63,7 @@ def ready_to_write(model: GPT, device: torch.device, dtype: str = "auto", texts:
     if not small and can_pack(device, chosen) and not mkl_is_good(chosen, texts):
         pack(model)
     keep_at_hand(model)
-    return model
+    return model.requires_grad_(False)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -75,10 +75,11 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def mkl_is_good(dtype: torch.dtype, texts: int) -> bool:
-    """Whether MKL, which torch calls where nothing is packed, reads weights as fast as they come.
+    """Whether what is not packed is read as fast as memory gives it.
 
-    On Intel's own processors it does, in float32, for one node or two; for four to ten it takes
-    up to twice as long as oneDNN, and as long on an AMD EPYC for a single one.
+    torch has two libraries of matrix products, both of Intel: MKL, for weights as they are, and
+    oneDNN, for packed ones. On Intel's processors MKL is the faster one in float32, of one text
+    or two; for four to ten, and for one on an AMD EPYC, it takes up to twice as long as oneDNN.
     """
     return is_intel() and dtype == torch.float32 and texts <= 2
 
@@ -89,7 +90,7 @@ def pack(model: GPT) -> None:
         for part, names in ((block.attn, ("c_attn", "c_proj")), (block.mlp, ("c_fc", "c_proj"))):
             for name in names:
                 layer = getattr(part, name)
-                delattr(part, name)  # a function cannot stand in for a module
+                delattr(part, name)  # torch lets nothing but a module take a module's name
                 setattr(part, name, packed_linear(layer.weight, layer.bias))
     # The table is needed as it is, too: that is how tokens become nodes.
     model.logits = packed_linear(model.transformer.wte.weight[: model.config.vocab_size])
@@ -111,8 +112,9 @@ def packed_linear(
 def keep_at_hand(model: GPT) -> None:
     """Give each module what it consists of as ordinary attributes.
 
-    torch keeps parameters and parts in tables of their own, which Python looks into last and
-    through a function of torch's: a small model that writes spends a fifth of its time there.
+    torch keeps parameters and parts in tables of its own. Python asks for them last, by calling
+    nn.Module.__getattr__, and first looks into vars(module). A small model that writes spends a
+    fifth of its time on such calls.
     """
     for module in model.modules():
         vars(module).update(module._parameters | module._modules)

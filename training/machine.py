@@ -101,14 +101,15 @@ def what_compiling_lacks(device: torch.device) -> str:
 def keep_freed_memory() -> None:
     """Have what one step frees stay with the process, for the next one to use as it is.
 
-    A step allocates as much as the one before it has freed. Linux's C library gives large pieces
-    back, and Linux clears each page of what it hands out anew: a tenth of a step on a CPU.
+    A step, or a token that is written, allocates as much as the one before it has freed. Linux's C
+    library gives large pieces back, and Linux clears each page of what it hands out anew: a tenth
+    of a step on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:  # which musl, Alpine's C library, has not
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # unused memory is given back from so many bytes on
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # and so large a piece whenever it is freed; no more goes
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # so large a piece, whenever it is freed: the most allowed
 
 
 @contextlib.contextmanager

@@ -162,7 +162,7 @@ QUINTICS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
-MARGIN = 1.01  # so that rounding cannot push a singular value past 1, where a quintic explodes
+MARGIN = 1.01  # rounding may leave a singular value so far past 1, where a quintic explodes
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
@@ -176,7 +176,7 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     # The root of the sum of all squared singular values bounds the largest of them.
     X = X / (X.norm(dim=(1, 2), keepdim=True) * MARGIN + 1e-7)
     for a, b, c in QUINTICS:
-        a, b, c = a / MARGIN, b / MARGIN**3, c / MARGIN**5
+        a, b, c = a / MARGIN, b / MARGIN**3, c / MARGIN**5  # the quintic of X / MARGIN
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2
         X = torch.baddbmm(X, B, X, beta=a)  # a X + B X

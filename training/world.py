@@ -38,9 +38,8 @@ class World:
         self.dtype = torch.float32  # of matrix products; training keeps weights_dtype
         self.compile = False  # whether torch.compile fuses the model's operations
         self.why = ""  # the choice and its reasons, in one line
-        self.talk = (
-            None  # the processes again, with PATIENCE: for when one keeps the others waiting
-        )
+        # The processes again, with PATIENCE: for when one keeps the others waiting.
+        self.talk = None
 
     def __enter__(self) -> "World":
         if {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # torchrun tells each process who it is

@@ -1,7 +1,7 @@
 """What one GPU makes of training GPT-2 (124M): tokens per second, utilisation, memory.
 
     python -m tests.benchmarks.gpu                          # micro-batches of 16, 32 and 64
-    python -m tests.benchmarks.gpu --profile=trace.json     # where the time goes, for a browser
+    python -m tests.benchmarks.gpu --profile=traces         # where the time goes, for a browser
     python -m tests.benchmarks.gpu --tiny                   # on any machine, to see that it runs
 
 The step is train.py's own update(), compiled, in bfloat16, on random tokens; the first steps, in
@@ -16,9 +16,9 @@ from statistics import median
 
 import torch
 
-from configurator import Count, Whole, configure, run_main
+from configurator import Count, FolioError, Whole, configure, run_main
 from model import GPT, GPTConfig
-from tests.benchmarks.measuring import report, synchronise
+from tests.benchmarks.measuring import names_in, report, synchronise
 from tests.benchmarks.train_speed import RandomDataset
 from train import TrainConfig, training_batches, update
 from training.optimizer import make_optimizer
@@ -37,16 +37,17 @@ class GpuConfig:
     steps: Count = 20  # that are counted
     warmup: Whole = 5  # steps before them
     json: str = ""  # a file to write the figures to
-    profile: str = ""  # a file to write a trace of three steps to
+    profile: str = ""  # a folder for traces of three steps, one of each row
 
 
 def main() -> None:
     config = configure(GpuConfig)
-    rows = [
-        measure(int(size), optimizer, config)
-        for optimizer in config.optimizers.split(",")
-        for size in config.batch_sizes.split(",")
-    ]
+    optimizers, sizes = names_in(config.optimizers), names_in(config.batch_sizes)
+    if not set(optimizers) <= {"adamw", "muon"}:
+        raise FolioError(f"--optimizers={config.optimizers}: there are adamw and muon")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise FolioError(f"--batch_sizes={config.batch_sizes}: numbers, parted by commas")
+    rows = [measure(int(size), optimizer, config) for optimizer in optimizers for size in sizes]
     report("One step of GPT-2 (124M)" if not config.tiny else "Tiny", rows, config.json)
 
 
@@ -64,8 +65,8 @@ def measure(batch_size: int, optimizer: str, config: GpuConfig) -> dict:
     model = GPT(shape).to(world.device, world.weights_dtype)
     made = make_optimizer(model, settings, world.dtype)
     run = Run(
-        settings, Path(), RandomDataset(), world, model, world.runner_for(model), made,
-        world.scaler(),
+        settings, Path(), RandomDataset(shape.vocab_size), world, model, world.runner_for(model),
+        made, world.scaler(),
     )  # fmt: skip
     batches = training_batches(run)
 
@@ -80,7 +81,7 @@ def measure(batch_size: int, optimizer: str, config: GpuConfig) -> dict:
         torch.cuda.reset_peak_memory_stats()
     seconds = [step() for _ in range(config.warmup + config.steps)][config.warmup :]
     if config.profile:
-        profile(step, config.profile)
+        profile(step, Path(config.profile) / f"{optimizer}_{batch_size}.json")
     speeds = [settings.tokens_per_step / s for s in seconds]
     peak = tokens_per_second_at_peak(run)
     memory = torch.cuda.max_memory_allocated() / 1e9 if world.device.type == "cuda" else None
@@ -95,11 +96,12 @@ def measure(batch_size: int, optimizer: str, config: GpuConfig) -> dict:
     }
 
 
-def profile(step, path: str) -> None:
+def profile(step, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile() as recording:
         for _ in range(3):
             step()
-    recording.export_chrome_trace(path)
+    recording.export_chrome_trace(str(path))
     key = "cuda_time_total" if torch.cuda.is_available() else "cpu_time_total"
     print(recording.key_averages().table(sort_by=key, row_limit=25))
 

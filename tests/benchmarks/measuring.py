@@ -72,6 +72,11 @@ def take_turns(pipe: Connection, make: Callable[..., Callable[[], float]], given
             pipe.send(measure())
 
 
+def names_in(setting: str) -> list[str]:
+    """'a, b' -> ['a', 'b']"""
+    return [name.strip() for name in setting.split(",")]
+
+
 def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -138,7 +143,7 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return "CPU"
     return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), "CPU")

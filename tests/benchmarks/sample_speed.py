@@ -19,8 +19,16 @@ import torch.nn.functional as F
 
 from configurator import Count, FolioError, configure, run_main
 from model import GPT, GPTConfig
-from tests.benchmarks.measuring import in_its_own_process, interleaved, load_peer, rate, report
+from tests.benchmarks.measuring import (
+    in_its_own_process,
+    interleaved,
+    load_peer,
+    names_in,
+    rate,
+    report,
+)
 from training.kernels import packed_linear, ready_to_write
+from training.machine import Precision
 from training.world import World
 
 # name -> layers, heads, channels, context, vocabulary, tokens to write, tokens of the prompt
@@ -37,7 +45,7 @@ SIZES = {
 class SampleSpeedConfig:
     # --- What to write ---
     sizes: str = "small,medium,124M,124M 900 tokens in"  # names, parted by commas
-    dtype: str = "float32"  # of the weights
+    dtype: Precision = "float32"  # of the weights; auto is what sample.py would take
     # --- Measurement ---
     rounds: Count = 3  # turns of each contestant
     peer: str = ""  # a checkout of nanoGPT, to write as much with its generate()
@@ -47,7 +55,7 @@ class SampleSpeedConfig:
 def main() -> None:
     config = configure(SampleSpeedConfig)
     names = {name.replace(",", ""): name for name in SIZES}
-    wanted = [size.strip() for size in config.sizes.split(",")]
+    wanted = names_in(config.sizes)
     for size in wanted:
         if size not in names:
             raise FolioError(f"--sizes={size}: there are {', '.join(names)}")
@@ -57,11 +65,11 @@ def main() -> None:
 
 def measure(name: str, config: SampleSpeedConfig) -> dict:
     layers, heads, channels, context, vocabulary, tokens, prompt = SIZES[name]
-    dtype = getattr(torch, config.dtype)
     shape = GPTConfig(context, vocabulary, layers, heads, channels, bias=True)
     device = World().settle("cpu").device
     # Laid out for one text and for ten.
     one, ten = (ready_to_write(GPT(shape), device, config.dtype, texts) for texts in (1, 10))
+    dtype = one.transformer.wte.weight.dtype
     start = torch.randint(vocabulary, (1, prompt))
 
     def write(model, texts):
@@ -76,7 +84,7 @@ def measure(name: str, config: SampleSpeedConfig) -> dict:
     if config.peer:
         load_peer(config.peer)  # complains here, if at all
         # Memory that is freed is kept in our process, but not in nanoGPT's.
-        contestants["nanoGPT"] = in_its_own_process(peer_rate, config, name)
+        contestants["nanoGPT"] = in_its_own_process(peer_rate, config.peer, name, dtype)
     figures = interleaved(contestants, config.rounds)
     row = {"size": name, "Folio": figures["Folio"]}
     if config.peer:
@@ -108,16 +116,16 @@ def vector_products(model: GPT, dtype: torch.dtype):
     return multiply
 
 
-def peer_rate(config: SampleSpeedConfig, name: str):
+def peer_rate(path: str, name: str, dtype: torch.dtype):
     layers, heads, channels, context, vocabulary, tokens, prompt = SIZES[name]
-    peer = load_peer(config.peer)
+    peer = load_peer(path)
     model = peer.GPT(
         peer.GPTConfig(
             block_size=context, vocab_size=vocabulary, n_layer=layers, n_head=heads,
             n_embd=channels, dropout=0.0, bias=True,
         )
     )  # fmt: skip
-    model.to(getattr(torch, config.dtype)).eval()
+    model.to(dtype).eval()
     start = torch.randint(vocabulary, (1, prompt))
     return rate(lambda: model.generate(start, tokens), tokens, 0)
 

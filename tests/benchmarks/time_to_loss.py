@@ -14,6 +14,7 @@ and the same command goes on. (Remove that file once a recipe has changed.)
 
 import csv
 import dataclasses
+import itertools
 import json
 import pickle
 import re
@@ -29,16 +30,18 @@ import torch
 
 from configurator import Count, FolioError, Whole, configure, run_main
 from data.dataset import IGNORED, Dataset, evaluation_batches, open_dataset
-from tests.benchmarks.measuring import load_peer, report, write_figures
+from tests.benchmarks.measuring import load_peer, names_in, report, write_figures
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DATASET = "shakespeare_char"
 TITLE = "Loss over all of the validation text, nats per character"
 # nanoGPT's README: its recipe for a CPU. It prints the loss and the clock of every tenth step.
+PEER_INTERVAL = 250  # steps from one evaluation to the next
 PEER_FLAGS = [
     "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20",
     "--log_interval=10", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4",
-    "--n_embd=128", "--dropout=0.0", "--always_save_checkpoint=True", "--eval_interval=250",
+    "--n_embd=128", "--dropout=0.0", "--always_save_checkpoint=True",
+    f"--eval_interval={PEER_INTERVAL}",
 ]  # fmt: skip
 
 
@@ -47,7 +50,7 @@ class TimeConfig:
     # --- Runs ---
     recipes: str = "shakespeare_quick,shakespeare_char"  # files under config/, parted by commas
     seeds: Count = 3  # runs of each
-    max_iters: Whole = 0  # steps of each run; 0 leaves the recipe's own
+    max_iters: Whole = 0  # steps of each run, beside a peer in units of 250; 0 is the recipe's own
     peer: str = ""  # a checkout of nanoGPT, to run its CPU recipe of 2000 iterations between ours
     # --- Telling ---
     json: str = ""  # a file to write the figures to
@@ -66,10 +69,15 @@ class Curve:
 def main() -> None:
     config = configure(TimeConfig)
     dataset = open_dataset(DATASET, 256)
-    recipes = config.recipes.split(",")
+    recipes = names_in(config.recipes)
     for recipe in recipes:
         if not (ROOT / "config" / f"{recipe}.py").exists():
             raise FolioError(f"--recipes={recipe}: there is no config/{recipe}.py")
+    if config.peer and config.max_iters % PEER_INTERVAL:
+        raise FolioError(
+            f"--max_iters={config.max_iters}: nanoGPT keeps its weights every {PEER_INTERVAL} "
+            "steps only; give a multiple of that"
+        )
     runs = {name: [] for name in (*(["nanoGPT"] if config.peer else []), *recipes)}
     done = read_runs(config.json)
     with tempfile.TemporaryDirectory() as folder:
@@ -141,24 +149,27 @@ def run_peer(peer: Path, seed: int, config: TimeConfig, dataset: Dataset) -> Cur
     }
     (there / "meta.pkl").write_bytes(pickle.dumps(meta))
     steps = config.max_iters or 2000
-    seeded = (peer / "train.py").read_text().replace("manual_seed(1337", f"manual_seed({seed}")
+    theirs = (peer / "train.py").read_text(encoding="utf-8")
     script = peer / "train_with_seed.py"
-    script.write_text(seeded)
+    script.write_text(theirs.replace("manual_seed(1337", f"manual_seed({seed}"), encoding="utf-8")
     flags = [
         *PEER_FLAGS,
         f"--max_iters={steps}",
         f"--lr_decay_iters={steps}",
         "--out_dir=out-timed",
     ]
-    told = subprocess.run(
-        [sys.executable, script.name, *flags], cwd=peer, check=True, capture_output=True, text=True
-    ).stdout
-    script.unlink()
+    command = [sys.executable, script.name, *flags]
+    try:
+        told = subprocess.run(
+            command, cwd=peer, check=True, stdout=subprocess.PIPE, encoding="utf-8"
+        ).stdout
+    finally:
+        script.unlink()
     # A tenth step's clock includes an evaluation where there was one: those are left out.
     clocks = {
         int(i): float(ms) / 1e3 for i, ms in re.findall(r"iter (\d+): .*time ([\d.]+)ms", told)
     }
-    usual = [s for i, s in clocks.items() if i and i % 250 and i < steps]
+    usual = [s for i, s in clocks.items() if i and i % PEER_INTERVAL and i < steps]
     per_step = sum(usual) / len(usual)
     points = [
         (int(step) * per_step, float(loss))
@@ -188,7 +199,7 @@ def draw(runs: dict[str, list[Curve]], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()
-    colours = ["#8c8c8c", "#d1822b", "#1f4e8c", "#2c7a4b"]
+    colours = itertools.cycle(["#8c8c8c", "#d1822b", "#1f4e8c", "#2c7a4b"])
     for (name, curves), colour in zip(runs.items(), colours, strict=False):
         middle = sorted(curves, key=lambda curve: curve.loss)[len(curves) // 2]
         points = [(max(seconds, 0.5), loss) for seconds, loss in middle.points if seconds]

@@ -89,8 +89,8 @@ def shape_of(config: SpeedConfig) -> GPTConfig:
     )
 
 
-def random_text() -> np.ndarray:
-    return np.random.default_rng(0).integers(VOCABULARY, size=2**20, dtype=np.uint16)
+def random_text(vocabulary: int = VOCABULARY) -> np.ndarray:
+    return np.random.default_rng(0).integers(vocabulary, size=2**20, dtype=np.uint16)
 
 
 def folio_step(config: SpeedConfig, optimizer: str, dtype: str):
@@ -117,10 +117,10 @@ def folio_step(config: SpeedConfig, optimizer: str, dtype: str):
 class RandomDataset:
     """As much of a Dataset as a step asks for."""
 
-    def __init__(self):
+    def __init__(self, vocabulary: int = VOCABULARY):
         self.train = TokenStream.__new__(TokenStream)
-        self.train.name, self.train.vocab_size = "random text", VOCABULARY
-        self.train.shards = [random_text()]
+        self.train.name, self.train.vocab_size = "random text", vocabulary
+        self.train.shards = [random_text(vocabulary)]
         self.train.lengths = np.array([len(self.train.shards[0])])
 
 
