@@ -61,11 +61,14 @@ def main() -> None:
     splits = {split: shown(pieces(split), split) for split in ("train", "val")}
     origin = {"source": ", ".join(str(path.resolve()) for path in inputs), "documents": len(sizes)}
     meta = write_dataset(folder, tokenizer, splits, origin)
+    recipe = (
+        "finetune_shakespeare" if config.tokenizer == "gpt2" else f"shakespeare_{config.tokenizer}"
+    )
     print(
         f"{folder}: {len(sizes):,} document{'s' * several}, a vocabulary of "
         f"{meta['vocab_size']:,}; {meta['train_tokens']:,} tokens to train on and "
         f"{meta['val_tokens']:,} held out\n"
-        f"next: python train.py config/shakespeare_char.py --dataset={config.dataset} "
+        f"next: python train.py config/{recipe}.py --dataset={config.dataset} "
         f"--out_dir=out/{config.dataset}"
     )
 

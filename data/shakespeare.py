@@ -78,7 +78,10 @@ def understudy_notice(meta: dict[str, Any]) -> str:
     """What to tell whoever uses the dataset: '' unless the understudy went on."""
     if "stands_in_for" not in meta:
         return ""
+    tokenizer = meta.get("tokenizer", "char")
+    how = "" if tokenizer == "char" else f" --tokenizer={tokenizer}"
     return (
-        "NOTE     Shakespeare could not be fetched. His understudy, a shorter play,\n"
-        "         stands in. With a network: python prepare_shakespeare.py"
+        "NOTE     Shakespeare could not be fetched. His understudy, a shorter play, stands in, so\n"
+        "         that losses are not comparable. With a network, or his text as --input=FILE:\n"
+        f"         python prepare_shakespeare.py{how}"
     )

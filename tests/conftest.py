@@ -17,6 +17,9 @@ from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real texts and vocabularies, on machines that have them
+# Tiny Shakespeare: there, or where the first preparation leaves him.
+PLACES = (SHARED / "tinyshakespeare" / "input.txt", ROOT / "data" / "shakespeare" / "input.txt")
+REAL = next((place for place in PLACES if place.exists()), PLACES[0])
 VOCABULARY = 13
 
 RHYME = "twinkle, twinkle, little star,\nhow i wonder what you are!\nup above the world so high,\n"

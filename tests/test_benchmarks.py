@@ -6,6 +6,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 from data.prepare import split_text, write_dataset
 from data.tokenizer import CharTokenizer
@@ -74,6 +75,8 @@ def test_a_step_on_a_gpu_is_measured_on_any_machine(call, tmp_path):
     assert "| adamw | 2 |" in result.stdout and "| muon | 2 |" in result.stdout
     traces = sorted(path.name for path in (tmp_path / "traces").iterdir())
     assert traces == ["adamw_2.json", "muon_2.json"]
+    if not torch.cuda.is_available():
+        assert_one_line_error(call(gpu), "--tiny")
     assert_one_line_error(call(gpu, "--tiny", "--optimizers=adam"), "there are adamw and muon")
     assert_one_line_error(call(gpu, "--tiny", "--batch_sizes=2,x"), "numbers, parted by commas")
 
@@ -90,11 +93,13 @@ def test_the_time_to_a_loss_is_measured(call, tmp_path, monkeypatch):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     (row,) = json.loads((tmp_path / "loss.json").read_text())["rows"]
-    assert row["run"] == "shakespeare_quick" and len(row["seconds of training"]) == 2
+    assert row["recipe"] == "shakespeare_quick" and len(row["seconds of training"]) == 2
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert_one_line_error(
         call(time_to_loss, "--recipes=shakespeare_quik"), "config/shakespeare_quik"
     )
+    assert_one_line_error(call(time_to_loss, "--peer=/nowhere"), "a checkout of nanoGPT")
+    (tmp_path / "model.py").touch()
     assert_one_line_error(
-        call(time_to_loss, "--peer=/nowhere", "--max_iters=600"), "a multiple of that"
+        call(time_to_loss, f"--peer={tmp_path}", "--max_iters=600"), "a multiple of that"
     )

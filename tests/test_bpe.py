@@ -12,7 +12,7 @@ from configurator import FolioError
 from data.bpe import BYTES, count_words, learn_merges, merge, train_bpe
 from data.tokenizer import GPT2_WORDS, load_tokenizer, printable
 from model import GPT, GPTConfig
-from tests.conftest import RHYME, ROOT, SHARED
+from tests.conftest import REAL, RHYME, ROOT
 from training.checkpoint import save_model, save_tokenizer
 
 PLAY = (ROOT / "data" / "understudy.txt").read_text(encoding="utf-8")
@@ -96,9 +96,9 @@ def test_a_vocabulary_that_cannot_be_is_refused_with_what_could_be():
         train_bpe(["low low"], 300)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="Shakespeare is not on this machine")
+@pytest.mark.skipif(not REAL.exists(), reason="Shakespeare is not on this machine")
 def test_four_thousand_merges_on_shakespeare_take_seconds():
-    text = (SHARED / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
+    text = REAL.read_text(encoding="utf-8")
     began = time.process_time()
     merges = learn_merges(count_words([text]), 4096)
     assert time.process_time() - began < 10

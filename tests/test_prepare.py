@@ -24,14 +24,13 @@ from data.download import DownloadError, download
 from data.prepare import dataset_folder, read_text, split_text, write_dataset
 from data.shakespeare import SHA256, prepare_shakespeare, understudy_notice
 from data.tokenizer import CharTokenizer
-from tests.conftest import ROOT, SHARED, assert_one_line_error
+from tests.conftest import REAL, ROOT, assert_one_line_error
 from training import run as run_module
 
 BODY = bytes(range(256)) * 1600  # 409,600 bytes
 CUT = 200_000  # where a transfer breaks off
 ARRIVED = 3 * 2**16  # the whole chunks before that
 SHA = hashlib.sha256(BODY).hexdigest()
-REAL = SHARED / "tinyshakespeare" / "input.txt"
 
 
 # --- Downloads ---
@@ -288,6 +287,15 @@ def test_a_text_of_ones_own_is_prepared_from_a_file(theatre, tmp_path):
     assert meta["source"].endswith("mine.txt")
     assert (meta["train_characters"], meta["val_characters"]) == (153, 18)
     assert understudy_notice(meta) == ""
+
+
+def test_the_note_on_the_understudy_names_the_command_that_makes_this_dataset_anew(theatre):
+    for tokenizer, command in (
+        ("char", "python prepare_shakespeare.py"),
+        ("bpe", "python prepare_shakespeare.py --tokenizer=bpe"),
+    ):
+        meta = prepare_shakespeare(tokenizer, f"shakespeare_{tokenizer}", vocab_size=300)
+        assert understudy_notice(meta).splitlines()[-1].strip() == command
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="Shakespeare is not on this machine")

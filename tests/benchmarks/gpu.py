@@ -42,6 +42,8 @@ class GpuConfig:
 
 def main() -> None:
     config = configure(GpuConfig)
+    if not (config.tiny or torch.cuda.is_available()):
+        raise FolioError("there is no GPU: --tiny runs a small model on any machine")
     optimizers, sizes = names_in(config.optimizers), names_in(config.batch_sizes)
     if not set(optimizers) <= {"adamw", "muon"}:
         raise FolioError(f"--optimizers={config.optimizers}: there are adamw and muon")

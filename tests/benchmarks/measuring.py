@@ -28,6 +28,7 @@ def interleaved(contestants: dict[str, Callable[[], float]], rounds: int) -> dic
     """
     figures = {name: [] for name in contestants}
     for number in range(rounds + 1):
+        print(f"round {number} of {rounds}" if number else "warming up", file=sys.stderr)
         for name, measure in contestants.items():
             figure = measure()
             if number:

@@ -8,8 +8,8 @@ alone, evaluations left out. The loss is over the whole validation text, in wind
 own context, side by side; the peer's model is measured in the same way. It wants tiny Shakespeare
 in data/shakespeare_char (python prepare_shakespeare.py), and hands its integers to the peer.
 
-Three seeds of the long recipe take an hour: what is done stands in the JSON file after each run,
-and the same command goes on. (Remove that file once a recipe has changed.)
+Three seeds of the long recipe take half an hour or an hour: what is done stands in the JSON file
+after each run, and the same command goes on. (Remove that file once a recipe has changed.)
 """
 
 import csv
@@ -73,6 +73,8 @@ def main() -> None:
     for recipe in recipes:
         if not (ROOT / "config" / f"{recipe}.py").exists():
             raise FolioError(f"--recipes={recipe}: there is no config/{recipe}.py")
+    if config.peer:
+        load_peer(config.peer)  # complains here, if at all
     if config.peer and config.max_iters % PEER_INTERVAL:
         raise FolioError(
             f"--max_iters={config.max_iters}: nanoGPT keeps its weights every {PEER_INTERVAL} "
@@ -92,14 +94,15 @@ def main() -> None:
                     write_figures(config.json, TITLE, [], runs=as_plain(done))
                 curves.append(done[key])
                 print(f"{key}: {done[key].loss:.4f} after {done[key].seconds:.1f} s", flush=True)
-    base = median(c.seconds for c in next(iter(runs.values())))
+    first = next(iter(runs))
+    base = median(c.seconds for c in runs[first])
     rows = [
         {
-            "run": name,
+            "recipe": name,
             "seconds of training": [c.seconds for c in curves],
-            "time, relative": median(c.seconds for c in curves) / base,
-            "loss": f"{median(c.loss for c in curves):.4f}",
-            "of all seeds": ", ".join(f"{c.loss:.4f}" for c in curves),
+            f"beside {first}": median(c.seconds for c in curves) / base,
+            "loss": f"{median(c.loss for c in curves):.3f}",
+            "of each seed": ", ".join(f"{c.loss:.3f}" for c in curves),
         }
         for name, curves in runs.items()
     ]
@@ -204,7 +207,11 @@ def draw(runs: dict[str, list[Curve]], path: Path) -> None:
         middle = sorted(curves, key=lambda curve: curve.loss)[len(curves) // 2]
         points = [(max(seconds, 0.5), loss) for seconds, loss in middle.points if seconds]
         axes.plot(*zip(*points, strict=True), "o-", ms=3, color=colour, label=name)
-        axes.annotate(f"{middle.loss:.3f}", points[-1], xytext=(4, 4), textcoords="offset points")
+        end = (points[-1][0], middle.loss)  # a peer's points on the way are its own estimates
+        axes.plot(*end, "D", ms=5, color=colour)
+        axes.annotate(
+            f"{middle.loss:.3f}", end, xytext=(6, 3), textcoords="offset points", color=colour
+        )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
     axes.set(xlabel="seconds of training", ylabel="validation loss (nats per character)")
