@@ -210,12 +210,13 @@ def draw(runs: dict[str, list[Curve]], path: Path) -> None:
         end = (points[-1][0], middle.loss)  # a peer's points on the way are its own estimates
         axes.plot(*end, "D", ms=5, color=colour)
         axes.annotate(
-            f"{middle.loss:.3f}", end, xytext=(6, 3), textcoords="offset points", color=colour
-        )
+            f"{middle.loss:.3f}", end, xytext=(0, -6), textcoords="offset points", color=colour,
+            ha="center", va="top",
+        )  # fmt: skip
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
     axes.set(xlabel="seconds of training", ylabel="validation loss (nats per character)")
-    axes.set_ylim(top=3.0)
+    axes.set_ylim(axes.get_ylim()[0] - 0.1, 3.0)  # room for the last figure
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
