@@ -51,7 +51,7 @@ ALLOWED = {
         "training.machine", "training.optimizer", "training.world",
     },
     "training/report.py": {
-        "data", "matplotlib", "tqdm", "training.checkpoint", "training.run",
+        "data", "matplotlib", "tqdm", "training.checkpoint", "training.machine", "training.run",
     },
 }  # fmt: skip
 

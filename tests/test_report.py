@@ -16,7 +16,8 @@ from training.report import (
 @pytest.fixture
 def run(tmp_path):
     """As much of a run as a report looks at: it makes ten steps of 100 tokens, 0.5 s each."""
-    config, world = SimpleNamespace(max_iters=10), SimpleNamespace(is_main=True, device_name="")
+    config = SimpleNamespace(max_iters=10)
+    world = SimpleNamespace(is_main=True, device=torch.device("cpu"), device_name="")
     return SimpleNamespace(
         folder=tmp_path, config=config, world=world, dataset=SimpleNamespace(meta={}), step=0,
         tokens=0, seconds=0.0, best_val_loss=math.inf,
@@ -76,6 +77,24 @@ def test_the_curve_is_drawn_anew_once_in_a_while(run, tmp_path):
         report.drawn_at -= 10  # as if it had been ten seconds ago
         report.refresh_curve()
     assert (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("used", "load", "noted"), [(1.1, 3.0, True), (1.9, 3.0, False), (1.1, 2.0, False)]
+)
+def test_a_run_whose_cores_others_use_is_told_once(run, capsys, monkeypatch, used, load, noted):
+    clocks = {"monotonic": 0.0, "process_time": 0.0}
+    for name in clocks:
+        monkeypatch.setattr(f"time.{name}", lambda name=name: clocks[name])
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0, 0), raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    with Report(run) as report:
+        for step in range(1, 8):
+            told(report, step)
+            clocks["monotonic"] += 10
+            clocks["process_time"] += 10 * used  # of 20 that two threads could have
+    assert capsys.readouterr().out.count("OMP_NUM_THREADS=1") == noted
 
 
 def test_a_silent_report_says_and_writes_nothing(run, tmp_path, capsys):

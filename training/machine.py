@@ -112,6 +112,25 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 2**25)  # so large a piece, whenever it is freed: the most allowed
 
 
+def note_on_company(passed: float, used: float) -> str:
+    """What to try where other programs keep torch from its cores; '' where they do not.
+
+    passed: seconds; used: those that processors have given to this process meanwhile.
+
+    Torch's threads meet after each operation, and who waits does so busily. One of them that has
+    to share its core with another program thus holds up all, at every step.
+    """
+    threads = torch.get_num_threads()
+    # More wish to run than there are cores; Windows does not say.
+    crowded = hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) + 0.5
+    if threads == 1 or not crowded or used > 0.8 * threads * passed:
+        return ""
+    return (
+        f"NOTE     other programs use the cores of torch's {threads} threads, which wait for one\n"
+        f"         another. OMP_NUM_THREADS={threads - 1} before the command may be much faster"
+    )
+
+
 @contextlib.contextmanager
 def advice_when_out_of_memory(advice: str) -> Iterator[None]:
     """Within it, running out of memory becomes one line that says what to try."""

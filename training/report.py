@@ -22,6 +22,7 @@ from pathlib import Path
 from data.files import replacing
 from data.shakespeare import understudy_notice
 from training.checkpoint import HERE, WEIGHTS, newest_run
+from training.machine import note_on_company
 from training.run import Run
 
 try:
@@ -41,6 +42,7 @@ COLUMNS = (
 
 
 QUIET_SECONDS = 5  # between two drawings, or two plain lines of progress where there is no bar
+NOTE_SECONDS = 20  # of training, before its share of the cores is looked at
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Report:
         self.rows = [] if self.silent else read_log(run.folder / "log.csv", run.step)
         self.latest: Update | None = None
         self.measured_from: tuple[int, float] | None = None  # (tokens, seconds) of the last row
+        self.began: tuple[float, float] | None = None  # by the clock, and by the processors'
         self.said_at = self.drawn_at = time.monotonic()
         self.bar = None
 
@@ -98,6 +101,7 @@ class Report:
         if self.measured_from is None:
             # The first update also warms things up (and compiles): speed is measured after it.
             self.measured_from = (run.tokens, run.seconds)
+            self.began = time.monotonic(), time.process_time()
             if tqdm and sys.stderr.isatty() and not self.silent:
                 self.bar = tqdm(
                     total=run.config.max_iters, initial=run.step - 1, dynamic_ncols=True,
@@ -145,6 +149,16 @@ class Report:
             self.said_at = time.monotonic()
             left = (run.config.max_iters - run.step) * run.seconds / run.step
             self.say(f"step {run.step:,} of {run.config.max_iters:,}: {pace}, {clock(left)} left")
+        self.note()
+
+    def note(self) -> None:
+        """Say so, once, if other programs slow this one down."""
+        if self.began is None or self.run.world.device.type != "cpu":
+            return
+        passed, used = time.monotonic() - self.began[0], time.process_time() - self.began[1]
+        if passed > NOTE_SECONDS and (text := note_on_company(passed, used)):
+            self.say(text)
+            self.began = None
 
     def refresh_curve(self) -> None:
         """draw_curve(), unless that was done a moment ago: it takes as long as many small steps."""
