@@ -1,6 +1,7 @@
 """The whole: which module may import which, and commands in the README that do what they say."""
 
 import ast
+import os
 import re
 import shlex
 import shutil
@@ -144,7 +145,10 @@ def run_in(folder, command):
         words += ["--max_iters=2", "--eval_tokens=64", "--sample_tokens=4"]
     if "sample.py" in command and "train.py" not in command:
         words += ["--max_new_tokens=5"]
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # two run at a time
+    return subprocess.run(
+        words, cwd=folder, env=one_thread, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_the_readmes_commands_run(clone):
