@@ -211,13 +211,14 @@ class GPT(nn.Module):
         """Continue each row of idx (B, T), yielding (B,) ids as they are drawn.
 
         Puts the model into evaluation mode: dropout is for training. Nothing is kept for
-        gradients: ids that are to be trained on want to be cloned. T is at least 1.
+        gradients: ids that are to be trained on want to be cloned.
         max_new_tokens: how many; None never ends.
         temperature, top_k, top_p: see draw().
         keep: tokens of a full context that go on into the next; None is half of block_size.
         stop_token: ends a row, which then repeats it until every row has ended.
         use_cache: False reads the whole context for every token: the same, but for rounding,
         only slower.
+        Raises ValueError if T is 0, or keep not below block_size.
         """
         block_size = self.config.block_size
         keep = block_size // 2 if keep is None else keep
@@ -290,7 +291,7 @@ class KVCache:
         self.k.narrow(2, self.length, T).copy_(k)
         self.v.narrow(2, self.length, T).copy_(v)
         self.length += T
-        if self.length == T:
+        if self.length == T:  # nothing was held before
             return k, v
         return self.k.narrow(2, 0, self.length), self.v.narrow(2, 0, self.length)
 
