@@ -59,6 +59,8 @@ def main() -> None:
     for size in wanted:
         if size not in names:
             raise FolioError(f"--sizes={size}: there are {', '.join(names)}")
+    if config.peer:
+        load_peer(config.peer)  # complains here, if at all
     rows = [measure(names[size], config) for size in wanted]
     report(f"Sampling, {config.dtype}, tokens per second", rows, config.json)
 
@@ -82,7 +84,6 @@ def measure(name: str, config: SampleSpeedConfig) -> dict:
         "ten at once": rate(lambda: write(ten, 10), 10 * tokens, 0),
     }
     if config.peer:
-        load_peer(config.peer)  # complains here, if at all
         # Memory that is freed is kept in our process, but not in nanoGPT's.
         contestants["nanoGPT"] = in_its_own_process(peer_rate, config.peer, name, dtype)
     figures = interleaved(contestants, config.rounds)

@@ -75,11 +75,11 @@ def main() -> None:
             raise FolioError(f"--recipes={recipe}: there is no config/{recipe}.py")
     if config.peer:
         load_peer(config.peer)  # complains here, if at all
-    if config.peer and config.max_iters % PEER_INTERVAL:
-        raise FolioError(
-            f"--max_iters={config.max_iters}: nanoGPT keeps its weights every {PEER_INTERVAL} "
-            "steps only; give a multiple of that"
-        )
+        if config.max_iters % PEER_INTERVAL:
+            raise FolioError(
+                f"--max_iters={config.max_iters}: nanoGPT keeps its weights every {PEER_INTERVAL} "
+                "steps only; give a multiple of that"
+            )
     runs = {name: [] for name in (*(["nanoGPT"] if config.peer else []), *recipes)}
     done = read_runs(config.json)
     with tempfile.TemporaryDirectory() as folder:
