@@ -1,371 +1,383 @@
-"""Settings: a dataclass, config files and flags go in; one checked dataclass comes out.
+"""Settings: a dataclass, config files and command-line flags become one validated dataclass.
 
     @dataclass
     class TrainConfig:
-        batch_size: Count = 12        # sequences per forward pass
-        dropout: Fraction = 0.0       # share of activations zeroed while training
+        # --- Model ---
+        n_layer: PositiveInt = 4      # number of blocks
+        dropout: Probability = 0.0    # probability of zeroing an activation during training
 
-    config = configure(TrainConfig)   # python train.py config/mine.py --batch_size=4
+    config = configure(TrainConfig)   # python train.py config/mine.py --n_layer=6 --dropout 0.1
 
-The comment behind a setting is its help text, its annotation says what it may be, its default
-stands once. Flags win over files, wherever they stand; later files win over earlier ones. A
-config file looks like Python (`name = value`) but is parsed, never executed.
+The comment behind a field is its help text; its annotation says which values are valid. Flags win
+over config files, and later files over earlier ones. A config file looks like Python
+(`name = value` lines), but it is parsed and never executed.
 
-Errors are for people: whatever a user can get wrong raises FolioError, and `run_main` turns it
-into one line and exit status 2. A traceback means a bug in Folio.
+This file also defines FolioError, the error that a user can fix, and run_main, which prints it.
 """
 
-import argparse
 import ast
 import dataclasses
 import difflib
 import inspect
-import io
-import itertools
 import json
 import math
 import operator
 import os
+import re
+import shlex
+import shutil
 import sys
 import textwrap
-import tokenize
 import typing
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
+
+ROOT = Path(__file__).resolve().parent
+LIMIT = 2**63  # larger integers fit neither torch nor numpy
+SYNONYMS = {"gpu": "cuda", "lr": "learning_rate", "prompt": "start", "steps": "max_iters"}
+T = TypeVar("T")
 
 
 class FolioError(Exception):
-    """Something a person can mend: what was wrong, the value, and what to type instead."""
+    """An error that the user can fix. The message says what is wrong, the value, and what to do."""
 
 
-class SettingsError(FolioError):
+class ConfigError(FolioError):
     """A setting that is unknown, of the wrong type, or out of range."""
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call a script's main(); an error for people becomes one line and exit status 2."""
+    """Call a program's main(); print a FolioError as one line and exit with status 2.
+
+    All other errors keep their traceback. Ctrl-C exits with status 130. If the reader of stdout
+    has closed it, as `python sample.py | head` does, the program exits silently with status 141.
+    """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a letter of the text
+        sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
     try:
         main()
+        if sys.stdout:  # None if it was closed before the start: python sample.py >&-
+            sys.stdout.flush()
     except FolioError as error:
-        fail(str(error))
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):  # `python sample.py | head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        flush_output()
 
 
-def fail(message: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+def flush_output() -> None:
+    """Write what is buffered for stdout and stderr. If that fails, discard it.
+
+    Otherwise Python itself would try at the end, fail, and change the exit status to 120.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # a closed terminal or pipe, or a full disk
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # --- What a setting may be ---
 
 
 class Range(typing.NamedTuple):
-    """Both ends belong to it; infinity, NaN and numbers beyond 64 bits never do."""
+    """The valid numbers, both ends included. Infinity, NaN and numbers beyond 64 bits never are."""
 
     low: float = -math.inf
     high: float = math.inf
 
-    def __contains__(self, value):
-        return self.low <= value <= self.high and abs(value) < 2**63
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and abs(value) < LIMIT
 
-    def __str__(self):
-        low = f"at least {self.low}" if self.low > -math.inf else "finite"
-        return f"{low} and at most {self.high if self.high < math.inf else 2**63 - 1}"
+    def __str__(self) -> str:
+        low = f" of at least {self.low}" if self.low > -math.inf else ""
+        return f" from {self.low} to {self.high}" if self.high < math.inf else low
 
 
-Count = Annotated[int, Range(1)]  # 1, 2, 3, ...
-Whole = Annotated[int, Range(0)]  # 0, 1, 2, ...
-NonNegative = Annotated[float, Range(0)]
-Fraction = Annotated[float, Range(0, 1)]
+# Annotated[int, X] is an int for Python and type checkers; X is a note that settings_of() reads.
+PositiveInt = Annotated[int, Range(1)]
+NonNegativeInt = Annotated[int, Range(0)]
+NonNegativeFloat = Annotated[float, Range(0)]
+Probability = Annotated[float, Range(0, 1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One field of the dataclass: what it is called, what it may be, what it means."""
+    """One field of a dataclass of settings."""
 
     name: str
-    kind: type | None  # int, float or str; None for a choice
-    choices: tuple  # of a choice: ("auto", True, False); empty otherwise
-    range: Range
+    value_type: type  # int, float or str
+    choices: tuple[Any, ...]  # the only valid values, such as ("auto", True, False), if there are
+    range: Range  # of a number
     default: Any
-    help: str
-    section: str  # the heading it stands under: `# --- Model ---`
+    help: str  # the comment behind the field
+    section: str  # the heading above the field: `# --- Model ---`
 
-    def read(self, text: str) -> Any:
-        """The value a flag's text spells; text that spells nothing is left for check()."""
+    def parse(self, text: str) -> Any:
+        """'6' -> 6. Text that cannot be converted is returned as it is; validate() rejects it."""
         for choice in self.choices:
-            if text == str(choice) or (isinstance(choice, bool) and text == str(choice).lower()):
+            if text.lower() == str(choice).lower():
                 return choice
         try:
-            return self.kind(text) if self.kind else text
+            return self.value_type(text)
         except ValueError:
             return text
 
-    def check(self, value: Any, where: str) -> Any:
-        """`value` itself, as a float where one is wanted; SettingsError if it does not fit."""
-        if self.choices:
-            if any(value is c or (type(value) is str and value == c) for c in self.choices):
-                return value
-            guess = did_you_mean(value, [str(choice) for choice in self.choices])
-            raise SettingsError(f"{where}: {self.name} is {self.wanted}, not {shown(value)}{guess}")
-        if self.kind is float and type(value) is int and abs(value) < 2**63:
+    def validate(self, value: Any, label: str) -> Any:
+        """Return the value, an int as a float if needed; raise ConfigError if it is not valid."""
+        if self.value_type is float and type(value) is int and abs(value) < LIMIT:
             value = float(value)
-        if type(value) is not self.kind:
-            raise SettingsError(f"{where}: {self.name} is {self.wanted}, not {shown(value)}")
-        if self.kind is not str and value not in self.range:
-            raise SettingsError(f"{where}: {self.name} must be {self.range}, not {shown(value)}")
-        return value
-
-    @property
-    def wanted(self) -> str:
+        if self.choices:  # 1 == True, so the types count, too
+            valid = any(type(value) is type(c) and value == c for c in self.choices)
+        elif type(value) is str:
+            valid = self.value_type is str and not re.search("[\0\ud800-\udfff]", value)
+        else:
+            valid = type(value) is self.value_type and value in self.range
+        if valid:
+            return value
+        expected = {
+            int: f"an integer{self.range}",
+            float: f"a number{self.range}",
+            str: "a string without NUL or surrogates",
+        }[self.value_type]
         if self.choices:
-            return " or ".join(map(str, self.choices))
-        return {int: "a whole number", float: "a number", str: "a text"}[self.kind]
-
-    @property
-    def is_switch(self) -> bool:
-        return True in self.choices
+            *others, last = map(str, self.choices)
+            expected = f"{', '.join(others)} or {last}"
+        guess = did_you_mean(value, map(str, self.choices))
+        raise ConfigError(f"{label} must be {expected}, not {format_value(value)}{guess}")
 
 
 def settings_of(cls: type) -> dict[str, Setting]:
-    """The settings of a dataclass by name, with the help that stands in its source."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    comments = comments_of(cls)
+    """The settings of a dataclass by name; help texts and sections come from its source."""
+    documentation, section, name = {}, "Settings", ""  # documentation: name -> (help, section)
+    for line in textwrap.dedent(inspect.getsource(cls)).splitlines():
+        if heading := re.match(r"    # --- (.*?) -+$", line):
+            section = heading[1]
+        if field := re.match(r"    (\w+):", line):
+            name = field[1]
+        if (comment := re.search(r"  # (.*)$", line)) and name not in documentation:
+            documentation[name] = comment[1], section
     settings = {}
     for field in dataclasses.fields(cls):
-        hint, limits = hints[field.name], Range()
+        hint, limits = field.type, Range()
         if typing.get_origin(hint) is Annotated:
             hint, limits = typing.get_args(hint)
         choices = (True, False) if hint is bool else typing.get_args(hint)
         settings[field.name] = Setting(
-            field.name, None if choices else hint, choices, limits, field.default,
-            *comments[field.name],
+            field.name, str if choices else hint, choices, limits, field.default,
+            *documentation.get(field.name, ("", section)),
         )  # fmt: skip
     return settings
-
-
-def comments_of(cls: type) -> dict[str, tuple[str, str]]:
-    """Each field's trailing comment and the section it stands in, read from the source."""
-    source = textwrap.dedent(inspect.getsource(cls))
-    fields = {
-        line: node.target.id
-        for node in ast.parse(source).body[0].body
-        if isinstance(node, ast.AnnAssign)
-        for line in range(node.lineno, node.end_lineno + 1)
-    }
-    found, section = dict.fromkeys(fields.values(), ("", "")), "settings"
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type != tokenize.COMMENT:
-            continue
-        line, text = token.start[0], token.string.lstrip("# ")
-        if text.startswith("--- "):
-            section = text.strip("- ")
-        elif line in fields:
-            found[fields[line]] = (text, section)
-    return found
 
 
 # --- From the command line to the dataclass ---
 
 
-def configure(cls: type, argv: list[str] | None = None, base: dict[str, Any] | None = None) -> Any:
+def configure(
+    cls: type[T], argv: list[str] | None = None, defaults: dict[str, Any] | None = None
+) -> T:
     """An instance of the dataclass `cls`, from config files and flags.
 
-    argv: the words behind the script's name; None takes the command line's own.
-    base: values that take the place of the dataclass's defaults; files and flags win over them.
-    Raises SettingsError for whatever does not fit; `--help` prints the settings and exits.
+    argv: the arguments; None means sys.argv[1:]. `--help` prints all settings and exits.
+    defaults: values that replace the dataclass's defaults; files and flags override them.
+    Raises ConfigError for an unknown setting or an invalid value.
     """
-    settings = settings_of(cls)
-    saved = {
-        name: known(cls, settings, name, "saved settings").check(value, "saved settings")
-        for name, value in (base or {}).items()
-    }
-    return cls(**saved | given_settings(cls, argv))
+    saved = [(name, value, "saved settings: ") for name, value in (defaults or {}).items()]
+    return cls(**validate_all(cls, saved) | parse_overrides(cls, argv))
 
 
-def given_settings(
-    cls: type, argv: list[str] | None = None, inputs: list[Path] | None = None
-) -> dict[str, Any]:
-    """The settings that files and flags name, checked one by one; configure() adds the others.
-
-    inputs: where given, words that are no flags are added to it and not read as config files.
-    """
-    settings = settings_of(cls)
-    words = ("FILE", "what to read") if inputs is not None else CONFIG_FILES
-    argv = sys.argv[1:] if argv is None else argv
-    files, flags = read_command_line(cls, settings, argv, words)
-    if inputs is not None:
-        inputs += map(Path, files)
-        files = []
+def parse_overrides(cls: type, argv: list[str] | None = None) -> dict[str, Any]:
+    """Only the settings that config files and flags give, validated."""
+    files, flags = parse_command_line(cls, argv, "config/FILE.py")
     values = {}
     for file in files:
-        for name, value, where in read_file(Path(file)):
-            values[name] = known(cls, settings, name, where).check(value, where)
-    for name, text in flags.items():
-        where = f"--{name}={shown(text, quote=False)}"
-        values[name] = settings[name].check(settings[name].read(text), where)
-    return values
+        values |= validate_all(cls, read_config_file(find_config_file(file, cls)))
+    return values | flags
 
 
-def as_json(config: Any) -> str:
-    """The contents of a settings.json, which read_settings() reads."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+def parse_inputs(cls: type[T], argv: list[str] | None = None) -> tuple[list[Path], T]:
+    """For programs that read other files: positional arguments are inputs, not config files."""
+    files, flags = parse_command_line(cls, argv, "FILE")
+    return [Path(os.path.expanduser(file)) for file in files], cls(**flags)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The names and values of a settings.json, for configure() to check."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{path}: cannot read these settings: {error}") from None
-    if not isinstance(values, dict):
-        raise SettingsError(f"{path}: damaged: not names and values")
-    return values
+def parse_command_line(
+    cls: type, argv: list[str] | None, positional: str
+) -> tuple[list[str], dict[str, Any]]:
+    """['a.py', '--seed', '7', '--no-bias'] -> ['a.py'], {'seed': 7, 'bias': False}.
 
-
-CONFIG_FILES = ("config/FILE.py", "config files, read in order; flags win over them")
-
-
-def read_command_line(cls, settings, argv, words) -> tuple[list[str], dict[str, str]]:
-    """['config/a.py', '--seed', '7'] -> ['config/a.py'], {'seed': '7'}.
-
-    words: what the help calls the words that are no flags, and says of them.
+    positional: what --help calls an argument that is not a flag.
     """
-    parser = Parser(
-        description=(inspect.getmodule(cls).__doc__ or "").partition("\n\n")[0],
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36),
-        usage=f"%(prog)s [{words[0]} ...] [--name=value ...]",
-    )
-    parser.add_argument("files", nargs="*", metavar=words[0], help=words[1])
-    sections = {}
+    settings = settings_of(cls)
+    args = list(sys.argv[1:] if argv is None else argv)
+    files, flags = [], []
+    while args:
+        arg = args.pop(0)
+        if arg in ("-h", "--help"):
+            print_help(settings, positional)
+            sys.exit(0)
+        if not arg.startswith("-"):
+            files.append(arg)
+            continue
+        if not arg.startswith("--"):
+            raise ConfigError(f"{arg}: a flag begins with two dashes: -{arg}")
+        name, equals, value = arg[2:].partition("=")
+        if name.startswith("no-") and not equals:  # --no-bias means --bias=False
+            name, value = name.removeprefix("no-"), "False"
+        elif name in settings and not equals:  # the value may be the next argument
+            follows = bool(args) and not args[0].startswith("--")
+            choices = settings[name].choices
+            if True in choices and not (follows and settings[name].parse(args[0]) in choices):
+                value = "True"
+            elif follows:
+                value = args.pop(0)
+            else:
+                raise ConfigError(f"{arg} needs a value: {arg}=...")
+        flags.append((name, settings[name].parse(value) if name in settings else value, "--"))
+    return files, validate_all(cls, flags)
+
+
+def validate_all(cls: type, items: list[tuple[str, Any, str]]) -> dict[str, Any]:
+    """Validate (name, value, source) items; source is "--" or, for example, "a.py:3: "."""
+    settings = settings_of(cls)
+    unknown = [(name, source) for name, _, source in items if name not in settings]
+    if unknown:
+        raise unknown_settings(cls, [name for name, _ in unknown], unknown[0][1])
+    return {name: settings[name].validate(value, source + name) for name, value, source in items}
+
+
+def unknown_settings(cls: type, names: list[str], source: str) -> ConfigError:
+    """One error for all unknown names: config files of nanoGPT have several."""
+    replaced = {"config": "give the file alone: config/FILE.py"}
+    replaced |= getattr(cls, "replaced_settings", {})
+    names_by_hint: dict[str, list[str]] = {}
+    for name in names:
+        guess = did_you_mean(name, settings_of(cls)).removeprefix("; ")
+        hint = replaced.get(name) or guess or "--help lists all settings"
+        names_by_hint.setdefault(hint, []).append(f"--{name[:60]}" if source == "--" else name)
+    text = "; ".join(f"{', '.join(group)} ({hint})" for hint, group in names_by_hint.items())
+    plural = "s" if len(names) > 1 else ""
+    return ConfigError(f"{source.removeprefix('--')}unknown setting{plural}: {text}")
+
+
+def print_help(settings: dict[str, Setting], positional: str) -> None:
+    """Print what the program is for, and each setting with its meaning and default."""
+    width, section = min(shutil.get_terminal_size().columns, 100) - 1, ""
+    summary = (sys.modules["__main__"].__doc__ or "").partition("\n\n")[0]
+    print(f"usage: {Path(sys.argv[0]).name} [{positional} ...] [--name=value ...]\n")
+    print(textwrap.fill(summary, width))
     for setting in settings.values():
-        if setting.section not in sections:
-            sections[setting.section] = parser.add_argument_group(setting.section)
-        choices = "{" + ",".join(map(str, setting.choices)) + "}"
-        sections[setting.section].add_argument(
-            f"--{setting.name}",
-            default=argparse.SUPPRESS,
-            metavar=choices if setting.choices else setting.kind.__name__.upper(),
-            help=f"{setting.help} (default: {setting.default!r})".replace("%", "%%"),
-        )
-    found, unknown = parser.parse_known_intermixed_args(spell_out(argv, settings))
-    for word in unknown:
-        name = known(cls, settings, word.lstrip("-").partition("=")[0], word).name
-        raise SettingsError(f"{word}: a flag begins with two dashes, --{name}=...")
-    flags = vars(found)
-    return flags.pop("files"), flags
+        if setting.section != section:
+            section = setting.section
+            print(f"\n{section}:")
+        values = "{" + ",".join(map(str, setting.choices)) + "}"
+        flag = f"  --{setting.name} "
+        flag += values if setting.choices else setting.value_type.__name__.upper()
+        if len(flag) > 32:  # the help text begins on the next line
+            print(flag)
+            flag = ""
+        text = f"{flag:<34}{setting.help} (default: {setting.default!r})"
+        print(textwrap.fill(text, max(width, 60), subsequent_indent=" " * 34))
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with its complaints in our own voice."""
-
-    def error(self, message):
-        raise SettingsError(f"{message} (--help lists all settings)")
-
-
-def spell_out(argv: list[str], settings: dict[str, Setting]) -> list[str]:
-    """A switch may stand alone: ['--compile', 'a.py', '--no-bias'] -> =True, 'a.py', =False."""
-    words = []
-    for word, after in itertools.pairwise([*argv, ""]):
-        name = word.removeprefix("--")
-        switch = settings.get(name) if word.startswith("--") else None
-        negated = settings.get(name.removeprefix("no-")) if word.startswith("--no-") else None
-        if negated and negated.is_switch:
-            word = f"--{negated.name}=False"
-        elif switch and switch.is_switch and switch.read(after) not in switch.choices:
-            word = f"--{name}=True"
-        words.append(word)
-    return words
-
-
-def known(cls: type, settings: dict[str, Setting], name: str, where: str) -> Setting:
-    """The setting of that name; an unknown name is told what it might have meant."""
-    if name in settings:
-        return settings[name]
-    instead = getattr(cls, "instead", {}).get(name)
-    if instead:
-        raise SettingsError(f"{where}: there is no setting {name}: {instead}")
-    guess = did_you_mean(name, settings) or "; --help lists all settings"
-    raise SettingsError(f"{where}: no setting is called {shown(name)}{guess}")
-
-
-def did_you_mean(word: Any, candidates) -> str:
-    close = difflib.get_close_matches(str(word)[:100], list(candidates), n=1)
+def did_you_mean(word: Any, candidates: Iterable[str]) -> str:
+    """'; did you mean n_layer?' for 'n_layers'; '' if no candidate is similar."""
+    word = SYNONYMS.get(str(word), str(word)[:100])
+    close = difflib.get_close_matches(word, list(candidates), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def shown(value: Any, quote: bool = True) -> str:
-    """A value as an error shows it: on one line, and never a page long."""
-    if type(value) is int and abs(value) >= 2**63:
-        return "a number of more than 18 digits"
+def format_value(value: Any) -> str:
+    """A value as an error message shows it: on one line, at most about 60 characters long."""
+    if type(value) is int and abs(value) >= LIMIT:
+        return "a number of more than 18 digits (too large)"
     text = repr(value)
-    if not quote and isinstance(value, str):
-        text = text[1:-1]
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+# --- Settings of a run, saved as JSON ---
+
+
+def to_json(config: Any) -> str:
+    """The contents of a settings.json, for read_settings()."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The names and values in a settings.json; configure() validates them. Raises ConfigError."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: these settings cannot be read ({reason})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: these settings cannot be read (not a JSON object)")
+    return values
 
 
 # --- Config files ---
 
-
-def read_file(path: Path) -> Iterator[tuple[str, Any, str]]:
-    """Yields (name, value, "path:line") for each setting of a config file."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise SettingsError(f"{path}: cannot read this config file: {reason}") from None
-    return read_assignments(path, text)
-
-
-ARITHMETIC = {
+OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
-    ast.UAdd: operator.pos,
     ast.USub: operator.neg,
 }
 
 
-def read_assignments(path: Path, text: str) -> Iterator[tuple[str, Any, str]]:
-    """'n_embd = 6 * 64' -> ('n_embd', 384, 'path:1'). Parsed and calculated, never executed."""
+def find_config_file(name: str, cls: type) -> Path:
+    """The file as named or, if there is none, in Folio's folder. Raises ConfigError with advice."""
+    path, settings = Path(os.path.expanduser(name)), settings_of(cls)
+    for candidate in (path, ROOT / path):
+        if os.path.exists(candidate):
+            return candidate
+    stems = [file.stem for file in (ROOT / "config").glob("*.py")]
+    similar = difflib.get_close_matches(path.stem, stems, n=1)
+    if name.partition("=")[0] in settings:
+        advice = f"; a flag begins with two dashes: --{name}"
+    elif "start" in settings and path.suffix != ".py":
+        advice = f"; a prompt is given by --start={shlex.quote(name)}"
+    else:
+        advice = f"; did you mean config/{similar[0]}.py?" if similar else ""
+    raise ConfigError(f"{name[:200]}: there is no such config file{advice[:200]}")
+
+
+def read_config_file(path: Path) -> list[tuple[str, Any, str]]:
+    """'n_embd = 6 * 64' -> [('n_embd', 384, 'path:1: ')]. The file is parsed, never executed."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "\d" is the user's business
-            tree = ast.parse(text)
+        tree = ast.parse(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: this file cannot be read ({error.strerror})") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        where = f"{path}:{getattr(error, 'lineno', None) or 1}"
-        raise SettingsError(f"{where}: not readable as `name = value` lines: {error}") from None
-    names = {}
+        line, reason = getattr(error, "lineno", None) or 1, getattr(error, "msg", error)
+        raise ConfigError(f"{path}:{line}: not a `name = value` line ({reason})") from None
+    items, names = [], {}
     for statement in tree.body if ast.get_docstring(tree) is None else tree.body[1:]:
-        where = f"{path}:{statement.lineno}"
+        source = f"{path}:{statement.lineno}: "
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=expression):
                 try:
-                    names[name] = calculate(expression, names)
+                    names[name] = evaluate(expression, names)
                 except (ValueError, ArithmeticError, RecursionError) as error:
-                    raise SettingsError(f"{where}: {error}") from None
-                yield name, names[name], where
+                    raise ConfigError(f"{source}{error}") from None
+                items.append((name, names[name], source))
             case _:
-                raise SettingsError(f"{where}: only `name = value` lines may stand here")
+                raise ConfigError(f"{source}only `name = value` lines are allowed")
+    return items
 
 
-def calculate(node: ast.expr, names: dict[str, Any]) -> Any:
-    """The value of a literal, a name assigned above, or + - * / // on numbers.
+def evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
+    """The value of a literal, a name assigned above, or + - * / // of such values.
 
     Raises ValueError for anything else: calls, imports, attributes, subscripts, powers, ...
     """
@@ -374,14 +386,15 @@ def calculate(node: ast.expr, names: dict[str, Any]) -> Any:
             return value
         case ast.Name(id=name):
             if name not in names:
-                raise ValueError(f"{shown(name)} is not assigned above (a text needs quotes)")
+                raise ValueError(f"{format_value(name)} is not defined above (strings need quotes)")
             return names[name]
-        case ast.UnaryOp(op=op, operand=operand) if type(op) in ARITHMETIC:
-            terms = [calculate(operand, names)]
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
-            terms = [calculate(left, names), calculate(right, names)]
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
+            operands = [evaluate(operand, names)]
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            operands = [evaluate(left, names), evaluate(right, names)]
         case _:
-            raise ValueError("only literals, names assigned above and + - * / // may stand here")
-    if not all(type(term) in (int, float) and abs(term) < 2**63 for term in terms):
-        raise ValueError("arithmetic takes numbers of at most 18 digits")
-    return ARITHMETIC[type(op)](*terms)
+            raise ValueError("only literals, names assigned above and + - * / // are allowed")
+    for value in operands:
+        if type(value) not in (int, float) or abs(value) >= LIMIT:
+            raise ValueError(f"+ - * / // are for numbers, not {format_value(value)}")
+    return OPERATORS[type(op)](*operands)

@@ -1,22 +1,31 @@
-"""GPT-2: a stack of blocks in which tokens take turns to talk to one another and to think alone.
+"""GPT-2: a decoder-only Transformer, and the simplest way to generate text with it.
 
-    model = GPT(GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384))
-    logits, loss = model(idx, targets)              # train: (B, T) ids in, (B, T, V) logits out
-    for ids in model.generate(idx, 500): ...        # write: (B,) ids, as they are drawn
+    model = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128))
+    loss = model(idx, targets)              # (B, T) token ids and their successors -> one number
+    logits = model(idx)                     # (B, T) -> (B, T, V): scores for the next token
+    idx = model.generate(idx, 500)          # (B, T) -> (B, T + 500)
 
-The tokens of a context are the nodes of a directed graph, with an edge to each node from itself
-and from all before it. Attention is the phase in which they communicate along these edges; the MLP
-is the phase in which each computes on its own. A batch is B such graphs side by side, which never
-exchange a word; and because no node sees its future, one context of T tokens holds T examples:
-predict the second token from the first, the third from the first two, and so on.
+A GPT is a stack of blocks. In each block, all tokens first exchange information (self-attention),
+then each token is processed alone (MLP).
 
-Shapes: B graphs, T nodes in each, C = n_embd numbers per node, V = vocab_size.
-The architecture and the parameters' names are those of GPT-2 (Radford et al. 2019); this file
-needs torch alone, reads no file and prints nothing.
+Attention is communication between the nodes of a directed graph. The nodes are the tokens of a
+context, and a node receives messages from itself and from all earlier nodes:
+
+                 sender
+                 0  1  2  3
+    receiver 0   x  .  .  .        The table of attention weights has this shape. A dot is a
+             1   x  x  .  .        weight of 0: a node never sees its future. So each of the
+             2   x  x  x  .        T positions is a training example: predict token 1 from
+             3   x  x  x  x        token 0, token 2 from tokens 0 and 1, and so on.
+
+The B sequences of a batch are independent graphs.
+
+Shapes: B = batch size, T = sequence length, C = n_embd, V = vocab_size. The numbers in the comments
+are for B=8, T=64, C=128, V=65 and 4 heads. Architecture and parameter names are those of GPT-2
+(Radford et al. 2019).
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,62 +35,98 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT; the defaults are the smallest GPT-2's, of 124,439,808 parameters."""
+    """Hyperparameters of the model. The defaults are those of GPT-2 small (124,439,808 parameters).
 
-    block_size: int = 1024  # the longest context, in tokens
-    vocab_size: int = 50257  # the tokenizer's
-    n_layer: int = 12  # blocks, one on top of the other
-    n_head: int = 12  # conversations going on at once in each attention
-    n_embd: int = 768  # numbers that make up a node
-    dropout: float = 0.0  # share of activations zeroed while training
-    bias: bool = True  # biases in the linear layers and layer norms
-    pad_vocab_to: int = 1  # make the table's rows a multiple of this; the surplus stays silent
+    Raises ValueError for sizes that no model can have.
+    """
+
+    block_size: int = 1024  # maximum sequence length
+    vocab_size: int = 50257  # number of tokens in the tokenizer's vocabulary
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # attention heads per block
+    n_embd: int = 768  # channels: the length of the vector that represents a token
+    dropout: float = 0.0  # probability of zeroing an activation during training
+    bias: bool = True  # use biases in the linear layers and layer norms
+    pad_vocab_to: int = 1  # round the rows of the embedding up to a multiple of this (GPU speed)
+    float32_attention: bool = False  # compute attention in float32 under autocast (CPU speed)
 
     def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "pad_vocab_to"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd={self.n_embd} cannot be shared equally by n_head={self.n_head} heads"
-            )
+            raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
 
 
-# --- Communicate: self-attention ---
+# --- Attention: tokens exchange information ---
+
+
+def attention_weights(q: torch.Tensor, k: torch.Tensor, causal: bool = True) -> torch.Tensor:
+    """The attention table of each head: softmax(q k^T / sqrt(head_dim)); each row sums to 1.
+
+    q: queries (B, n_head, T, head_dim). k: keys (B, n_head, S, head_dim).
+    Returns (B, n_head, T, S): how much position t of the queries attends to position s of the keys.
+    causal: position t attends to positions 0 ... t only.
+    Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.2.1.
+    """
+    # A query and a key that point in the same direction have a large dot product.
+    scores = q @ k.mT  # (8, 4, 64, 32) @ (8, 4, 32, 64) -> (8, 4, 64, 64)
+    # A dot product of head_dim random numbers has variance head_dim. Without this division the
+    # softmax would be almost one-hot, and its gradient almost zero.
+    scores = scores / math.sqrt(q.size(-1))
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(diagonal=1)
+        scores = scores.masked_fill(future, -math.inf)  # exp(-inf) = 0: no weight on the future
+    return scores.softmax(dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
-    """Each node looks for what it needs (query), says what it has (key) and gives it (value)."""
+    """Multi-head self-attention.
+
+    Each token emits three vectors: a query (what it looks for), a key (what it contains), and a
+    value (what it passes on). The n_head heads are as many attention graphs side by side, each
+    with queries, keys and values of its own, of head_dim = C / n_head channels.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.float32_attention = config.float32_attention
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.attend = F.scaled_dot_product_attention  # training/kernels.py may know a faster one
 
-    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C): softmax(query · key / sqrt(head_dim)) weighs the values.
-
-        With a cache, the T nodes also listen to those it holds, and are added to it.
-        """
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
-        parts = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
-        q, k, v = (part.transpose(1, 2) for part in parts)  # (B, n_head, T, head_dim) each
-        if cache is not None:
-            k, v = cache.extend(k, v)  # (B, n_head, nodes so far, head_dim) each
-        # The mask keeps every node from hearing its future. A single new node has none; and with
-        # torch's mask, which begins at the first key, it would hear the first node alone.
+        q, k, v = self.qkv(x)  # each (B, n_head, T, head_dim)
+        # The same as attention_weights(q, k) @ v, without storing the (T, T) table of each head.
         dropout = self.dropout if self.training else 0.0
-        y = self.attend(q, k, v, is_causal=T > 1, dropout_p=dropout)  # (B, n_head, T, head_dim)
-        y = y.transpose(1, 2).reshape(B, T, C)  # what the heads heard, side by side again
-        y = self.c_proj(y)
-        return F.dropout(y, self.dropout) if self.training else y  # no call, while writing
+        if self.float32_attention:  # a question of speed: see engine/device.py
+            with torch.autocast(x.device.type, enabled=False):
+                q, k, v = q.float(), k.float(), v.float()
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (8, 4, 64, 32) -> (8, 64, 128): join the heads
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+    def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, T, C) -> queries, keys and values, each (B, n_head, T, head_dim)."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x)  # (B, T, 3C): (8, 64, 384)
+        qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head)  # (8, 64, 3, 4, 32)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (8, 4, 64, 32)
+        return q, k, v
 
 
-# --- Compute: the multilayer perceptron ---
+# --- MLP: each token is processed alone ---
 
 
 class MLP(nn.Module):
-    """Each node thinks over what it has heard, by itself."""
+    """Two linear layers with GELU between them, applied to each token alone.
+
+    Without the nonlinearity the two layers would be equal to one. GELU is a smooth ReLU.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -90,245 +135,135 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C), with 4C numbers in between."""
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
-        return F.dropout(x, self.dropout) if self.training else x
+        """(B, T, C) -> (B, T, C)."""
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C): (8, 64, 512)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """One round of communication and one of computation."""
+    """Self-attention, then the MLP, each added to the residual stream x."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        # Layer norm shifts and scales the C numbers of each token to mean 0 and variance 1, then
+        # applies a learned gain (and bias). So each sublayer gets inputs of one size, however
+        # large the residual stream has become; deep stacks do not train without it.
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
-        # Both phases add to x and replace nothing: along this residual stream gradients flow
-        # from the loss to the embeddings undiminished. The norms stand before the phases
-        # ("pre-norm") so as to leave the stream itself alone.
-        x = x + self.attn(self.ln_1(x), cache)  # communicate: nodes exchange messages
-        x = x + self.mlp(self.ln_2(x))  # compute: each node thinks alone
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        # Each sublayer adds to x and never replaces it. Along these sums the gradient flows from
+        # the loss to the embeddings without shrinking. The norms stand before the sublayers
+        # ("pre-norm"), so they leave x itself alone.
+        x = x + self.attn(self.ln_1(x))  # tokens exchange information
+        x = x + self.mlp(self.ln_2(x))  # each token is processed alone
         return x
 
 
-# --- The whole ---
+# --- The whole model ---
 
 
 class GPT(nn.Module):
-    """Token ids in; for every position, a score for each token that might come next out."""
+    """Takes token ids; returns, for each position, a score (logit) for each possible next token."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        rows = math.ceil(config.vocab_size / config.pad_vocab_to) * config.pad_vocab_to
-        self.transformer = nn.ModuleDict(
+        padded_vocab_size = math.ceil(config.vocab_size / config.pad_vocab_to) * config.pad_vocab_to
+        self.transformer = nn.ModuleDict(  # the names are OpenAI's
             {
-                "wte": nn.Embedding(rows, config.n_embd),  # what a token means
-                "wpe": nn.Embedding(config.block_size, config.n_embd),  # where it stands
+                "wte": nn.Embedding(padded_vocab_size, config.n_embd),  # token embedding
+                "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embedding
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),  # final layer norm
             }
         )
-        self.reset_parameters()
+        self.init_weights()
 
-    def reset_parameters(self) -> None:
-        """The start of GPT (Radford et al. 2018), with the one change of GPT-2's paper.
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """idx: (B, T) token ids -> logits (B, T, V); with targets: the loss alone.
 
-        | parameters                           | start                      | source |
-        |--------------------------------------|----------------------------|--------|
-        | embeddings and linear weights        | normal, std 0.02           | GPT    |
-        | the two projections into the stream  | normal, 0.02 / sqrt(2 L)   | GPT-2  |
-        | biases                               | 0                          | GPT    |
-        | layer norms                          | 1                          | GPT    |
+        targets: (B, T) ids, at each position the token that follows; -1 is left out of the mean.
+        The loss is the mean cross-entropy, -ln p(target), in nats (natural logarithms).
+        """
+        logits = self.lm_head(self.hidden_states(idx))
+        if targets is None:
+            return logits
+        # (B, T, V) -> (B*T, V) against (B*T,): (512, 65) against (512,)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def hidden_states(self, idx: torch.Tensor) -> torch.Tensor:
+        """(B, T) -> (B, T, C): the residual stream after all blocks and the final layer norm.
+
+        Raises ValueError if T is larger than block_size.
+        """
+        T = idx.size(1)
+        if self.config.block_size < T:
+            raise ValueError(f"sequence length {T} exceeds block_size {self.config.block_size}")
+        # Attention sees a set of vectors without an order. So each position has a learned vector,
+        # which is added to the token's: (B, T, C) + (T, C).
+        positions = torch.arange(T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
+
+    def lm_head(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., V): logits.
+
+        The output layer is the token embedding again ("tied weights"): a logit is the dot product
+        of a hidden state and the embedding of a token. Rows of padding are cut off.
+        """
+        return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size]
+
+    def init_weights(self) -> None:
+        """Initialize as GPT (Radford et al. 2018) and GPT-2 (Radford et al. 2019) do.
+
+        | parameters                                  | initialization                  | source |
+        |---------------------------------------------|---------------------------------|--------|
+        | embeddings, weights of linear layers        | normal, std 0.02                | GPT    |
+        | c_proj, which add to the residual stream    | normal, std 0.02/sqrt(2 n_layer)| GPT-2  |
+        | biases                                      | 0                               | GPT    |
+        | gains of layer norms                        | 1                               | GPT    |
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # Two branches per block add into one residual stream: shrinking each by the
-                # square root of their number keeps the stream's variance independent of depth.
-                shrink = math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 1
-                nn.init.normal_(parameter, std=0.02 / shrink)
+                # Each block adds twice to the residual stream. Dividing by the square root of the
+                # number of additions keeps its variance independent of the depth.
+                scale = math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 1
+                nn.init.normal_(parameter, std=0.02 / scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.ones_(parameter)
 
-    def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """idx (B, T) -> logits (B, T, V), and the mean cross entropy in nats against targets.
-
-        targets: (B, T) ids, each the successor of the one at its place in idx; -1 is left out.
-        """
-        logits = self.logits(self.nodes(idx))
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits[..., : self.config.vocab_size], loss
-
-    def nodes(self, idx: torch.Tensor, caches: "list[KVCache] | None" = None) -> torch.Tensor:
-        """idx (B, T) -> (B, T, C): the nodes after all rounds, each ready to name its successor."""
-        start = caches[0].length if caches else 0
-        end = start + idx.size(1)
-        if end > self.config.block_size:
-            raise ValueError(f"{end} tokens do not fit a context of {self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]
-        if self.training:
-            x = F.dropout(x, self.config.dropout)
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, caches[i] if caches else None)
-        return self.transformer.ln_f(x)
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> (..., rows of the table): how well each token would follow.
-
-        The table that turned tokens into nodes turns nodes into tokens again ("tied" weights):
-        a token's score is the dot product of the node and that token's row.
-        """
-        logits = F.linear(x, self.transformer.wte.weight)
-        if logits.size(-1) > self.config.vocab_size:
-            logits[..., self.config.vocab_size :] = -math.inf  # rows that are no tokens
-        return logits
-
-    # --- Writing ---
-
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         idx: torch.Tensor,
-        max_new_tokens: int | None = None,
-        *,
+        max_new_tokens: int,
         temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        keep: int | None = None,
-        stop_token: int | None = None,
+        top_k: int | None = None,
         generator: torch.Generator | None = None,
-        use_cache: bool = True,
-    ) -> Iterator[torch.Tensor]:
-        """Continue each row of idx (B, T), yielding (B,) ids as they are drawn.
+    ) -> torch.Tensor:
+        """Continue each row of idx, (B, T) -> (B, T + max_new_tokens), one token at a time.
 
-        Puts the model into evaluation mode: dropout is for training. Nothing is kept for
-        gradients: ids that are to be trained on want to be cloned.
-        max_new_tokens: how many; None never ends.
-        temperature, top_k, top_p: see draw().
-        keep: tokens of a full context that go on into the next; None is half of block_size.
-        stop_token: ends a row, which then repeats it until every row has ended.
-        use_cache: False reads the whole context for every token: the same, but for rounding,
-        only slower.
-        Raises ValueError if T is 0, or keep not below block_size.
+        temperature: below 1 the likely tokens become likelier, above 1 less likely; must be > 0.
+        top_k: sample among the k likeliest tokens only; top_k=1 is greedy.
+        Call model.eval() first if the model was trained with dropout. engine/inference.py gives
+        the same tokens and is many times faster.
         """
-        block_size = self.config.block_size
-        keep = block_size // 2 if keep is None else keep
-        if not 0 <= keep < block_size:
-            raise ValueError(f"keep={keep} is not in 0 ... {block_size - 1}")
-        if idx.size(1) == 0:
-            raise ValueError("there is no token to go on from")
-        self.eval()
-        rows = len(idx)
-        context = idx[:, -block_size:]  # (B, T)
-        if (context == context[:1]).all():
-            context = context[:1]  # (1, T): read once, however many texts go on from it
-        caches = None
-        ended = torch.zeros(rows, dtype=torch.bool, device=idx.device)
-        drawn = 0
-        while max_new_tokens is None or drawn < max_new_tokens:
-            start = context_start(context.size(1), block_size, keep)
-            if start > 0 or caches is None:
-                context = context[:, start:]
-                caches = [KVCache(rows, block_size) for _ in self.transformer.h]
-            unread = context[:, caches[0].length :]  # all of it, then one token at a time
-            x = self.nodes(unread, caches if use_cache else None)
-            logits = self.logits(x[:, -1])[:, : self.config.vocab_size].expand(rows, -1)  # (B, V)
-            ids = draw(logits, temperature, top_k, top_p, generator)  # (B,)
-            if stop_token is not None:
-                ids = ids.masked_fill(ended, stop_token)
-                ended |= ids == stop_token
-            yield ids
-            if stop_token is not None and ended.all():
-                return
-            context = torch.cat((context.expand(rows, -1), ids[:, None]), dim=1)  # (B, T + 1)
-            drawn += 1
-
-
-def context_start(length: int, block_size: int, keep: int) -> int:
-    """Where the context starts, of `length` tokens: at the first while they fit the block size.
-
-    One token too many, and it starts anew with the `keep` latest and the new one. It has to: there
-    is no position embedding past block_size, and once the start moves, every key in the cache was
-    computed for the wrong position. keep = block_size - 1 moves it by one token at a time, which
-    always leaves the longest possible context but encodes all of it for every token. A smaller
-    `keep` jumps further: the cache serves for block_size - keep tokens before the next jump, at the
-    price of a context that is shorter just after one.
-    """
-    return 0 if length <= block_size else length - keep - 1
-
-
-class KVCache:
-    """One block's keys and values of all nodes read so far: a node never changes what it said.
-
-    They depend on earlier tokens alone, so a new token can listen to them without their being
-    computed again, and writing costs one node's work per token instead of the whole context's.
-    """
-
-    def __init__(self, rows: int, block_size: int):
-        self.rows, self.block_size = rows, block_size
-        self.length = 0  # nodes held, of each row
-        self.k = self.v = None  # (rows, n_head, block_size, head_dim) each, allocated once
-
-    def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add T nodes' keys and values (B, n_head, T, head_dim); return those of all nodes.
-
-        B is rows, or 1: what is the same in all rows.
-        """
-        _, n_head, T, head_dim = k.shape
-        assert T == 1 or self.length == 0, "the causal mask is that of a context read at once"
-        if self.k is None:
-            self.k = k.new_empty(self.rows, n_head, self.block_size, head_dim)
-            self.v = torch.empty_like(self.k)
-        self.k.narrow(2, self.length, T).copy_(k)
-        self.v.narrow(2, self.length, T).copy_(v)
-        self.length += T
-        if self.length == T:  # nothing was held before
-            return k, v
-        return self.k.narrow(2, 0, self.length), self.v.narrow(2, 0, self.length)
-
-
-def draw(
-    logits: torch.Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Logits (B, V) -> one id per row (B,), drawn from their softmax.
-
-    temperature: below 1 sharpens the distribution, above 1 flattens it; 0 takes the likeliest.
-    top_k: only the k likeliest tokens are candidates; 0 means all.
-    top_p: only the likeliest tokens that together reach this probability (nucleus sampling,
-    Holtzman et al. 2020); 1 means all.
-    Logits that are no numbers (NaN) are not looked for: they draw id 0.
-    """
-    if temperature < 1e-6:  # as good as 0
-        return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    candidates = None
-    if 0 < top_k < logits.size(-1):
-        logits, candidates = logits.topk(top_k)  # (B, top_k) each
-    probs = F.softmax(logits, dim=-1)
-    if top_p < 1:
-        descending, order = probs.sort(dim=-1, descending=True)
-        # Out goes whoever comes after top_p has been reached; the first always stays.
-        late = descending.cumsum(dim=-1) - descending >= top_p
-        late[:, 0] = False
-        probs = probs.masked_fill(late.scatter(1, order, late), 0.0)
-    if generator is not None:
-        probs = probs.to(generator.device)  # the draw is made where the dice are
-    # A race: clocks with waits of 1 on average, drawn from the exponential distribution, ring after
-    # waits / p, and with probability p each is the first. That is how torch.multinomial draws,
-    # too, but it looks for negative numbers first, and waits for a GPU.
-    waits = torch.empty_like(probs).exponential_(generator=generator)
-    first = (probs / waits).argmax(dim=-1).to(logits.device)  # (B,)
-    return first if candidates is None else candidates.gather(1, first[:, None]).squeeze(1)
+        for _ in range(max_new_tokens):
+            context = idx[:, -self.config.block_size :]  # crop: there are no later positions
+            logits = self(context)[:, -1].float() / temperature  # (B, V): only the last position
+            if top_k is not None:
+                smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+                logits = logits.masked_fill(logits < smallest, -math.inf)
+            probs = logits.softmax(dim=-1)
+            next_token = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
+            idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
+        return idx

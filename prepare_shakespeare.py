@@ -1,48 +1,46 @@
-"""Turn Shakespeare into the integers that train.py reads.
+"""Tokenize tiny Shakespeare.
 
     python prepare_shakespeare.py                    # data/shakespeare_char: a token per character
     python prepare_shakespeare.py --tokenizer=gpt2   # data/shakespeare_gpt2: GPT-2's vocabulary
-    python prepare_shakespeare.py --tokenizer=bpe    # data/shakespeare_bpe: merges of his own
-    python prepare_shakespeare.py --input=his.txt    # from a file you have
+    python prepare_shakespeare.py --tokenizer=bpe    # data/shakespeare_bpe: learned from the text
+    python prepare_shakespeare.py --input_file=FILE  # a text file that you have
 
-The first nine tenths of the text are for training, the rest for validation. train.py runs this by
-itself when it is asked for Shakespeare and finds none. For texts of your own: data/prepare_text.py.
+The first nine tenths of the text are for training, the rest for validation. train.py runs this
+automatically if the dataset is missing. For other texts: data/prepare_text.py.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar
 
-from configurator import Count, configure, run_main
-from data.dataset import DATA
-from data.shakespeare import prepare_shakespeare, understudy_notice
+from configurator import PositiveInt, configure, run_main
+from data.files import user_path
+from data.prepare import check_tokenizer_type, dataset_folder
+from data.shakespeare import prepare_shakespeare, replacement_warning
 
 
 @dataclass
 class PrepareConfig:
     # --- Preparation ---
-    input: str = ""  # a UTF-8 text file; empty fetches tiny Shakespeare
-    tokenizer: Literal["char", "gpt2", "bpe"] = "char"  # characters; GPT-2's; or learned from him
-    vocab_size: Count = 1024  # tokens of a vocabulary that is learned (bpe)
-    dataset: str = ""  # the folder under data/ to write; empty means shakespeare_ + tokenizer
+    input_file: str = ""  # a UTF-8 text file; empty: download tiny Shakespeare
+    tokenizer: str = "char"  # char, gpt2, bpe (learned from the text), or the folder of a run
+    vocab_size: PositiveInt = 1024  # vocabulary size of bpe
+    dataset: str = ""  # folder under data/; empty: shakespeare_ and the tokenizer's name
+
+    replaced_settings: ClassVar[dict[str, str]] = {"input": "it is called input_file"}
 
 
 def main() -> None:
     config = configure(PrepareConfig)
-    dataset = config.dataset or f"shakespeare_{config.tokenizer}"
-    meta = prepare_shakespeare(
-        config.tokenizer,
-        dataset,
-        Path(config.input) if config.input else None,
-        config.vocab_size,
-    )
+    check_tokenizer_type(config.tokenizer)
+    dataset = config.dataset or f"shakespeare_{user_path(config.tokenizer).resolve().name}"
+    input_file = user_path(config.input_file) if config.input_file else None
+    meta = prepare_shakespeare(config.tokenizer, dataset, input_file, config.vocab_size)
     print(
-        f"{DATA / dataset}: a vocabulary of {meta['vocab_size']:,}; "
-        f"{meta['train_characters']:,} + {meta['val_characters']:,} characters became "
-        f"{meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} held out"
+        f"{dataset_folder(dataset)}: {meta['train_tokens']:,} training and "
+        f"{meta['val_tokens']:,} validation tokens, vocabulary of {meta['vocab_size']:,}"
     )
-    if notice := understudy_notice(meta):
-        print(notice)
+    if warning := replacement_warning(meta):
+        print(warning)
 
 
 if __name__ == "__main__":

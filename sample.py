@@ -1,124 +1,184 @@
-"""Write text with a trained GPT, token by token.
+"""Generate text with a trained GPT, token by token.
 
-    python sample.py                                     # from the newest run under out/
+    python sample.py                                     # from the newest run in out/
     python sample.py --start="JULIET:" --num_samples=3
+    python sample.py --start="JULIET:" --stop="\\n\\n"     # one speech: ends at an empty line
     python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt
-    python sample.py --init_from=gpt2 --start="The sea"  # with GPT-2's published weights
-    python sample.py --forever                           # infinite Shakespeare; Ctrl-C ends it
+    python sample.py --init_from=gpt2 --start="The sea"  # with the weights that OpenAI published
+    python sample.py --interactive                       # type prompts, read continuations
+    python sample.py --forever                           # Shakespeare without end, until Ctrl-C
 
-Each token is drawn from the model's distribution over the next one and joins the context it was
-drawn from; a context that outgrows the block size is cropped. All it takes is the run's folder.
+Only the model's folder is needed, not the dataset. How tokens are sampled, and what happens when
+the context is full, is in engine/inference.py; model.generate is its simplest form.
 """
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
+from operator import itemgetter
+from typing import Annotated, ClassVar
 
 import torch
 
-from configurator import Count, FolioError, Fraction, NonNegative, Whole, configure, run_main
+from configurator import (
+    FolioError,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Probability,
+    Range,
+    configure,
+    run_main,
+)
+from data.files import user_path
 from data.prepare import read_text
-from data.tokenizer import Tokenizer, load_tokenizer
-from training.checkpoint import load_model, model_folder, newest_run
-from training.kernels import ready_to_write
-from training.machine import Device, Precision, advice_when_out_of_memory
-from training.world import World
+from data.tokenizer import Tokenizer
+from engine.checkpoint import (
+    describe_run,
+    load_model_and_tokenizer,
+    newest_run,
+    resolve_model_dir,
+)
+from engine.device import DeviceName, DTypeName, choose_device, explain_out_of_memory
+from engine.inference import InferenceModel
 
 
 @dataclass
 class SampleConfig:
-    # --- What to write ---
-    out_dir: str = ""  # the run's folder; empty takes the newest under out/
-    init_from: str = ""  # instead of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder
-    start: str = "\n"  # the text to go on from; FILE:path reads it from a file
-    num_samples: Count = 1  # texts, written side by side as one batch
-    max_new_tokens: Whole = 500  # length of each
-    forever: bool = False  # never end
-    # --- How to draw ---
-    temperature: NonNegative = 0.8  # below 1 plays safe, above 1 takes risks; 0 is greedy
-    top_k: Whole = 200  # candidates for each token, the likeliest ones; 0 means all
-    top_p: Fraction = 1.0  # only the likeliest tokens that together are this probable
-    seed: Whole = 1337  # of the draws: the same command writes the same text
-    # --- Machine ---
-    device: Device = "auto"  # where to compute; auto takes the fastest there is
-    dtype: Precision = "auto"  # of the weights; auto is what writes fastest with this model
+    # --- Model ---
+    out_dir: str = ""  # run folder; empty: the newest run in out/
+    init_from: str = ""  # model instead of a run: gpt2, ..., gpt2-xl, or a folder
+    # --- Text ---
+    start: str = ""  # prompt (\n: newline), or FILE:path to read it from; empty: start of a text
+    num_samples: Annotated[int, Range(1, 1000)] = 1  # samples, computed together
+    max_new_tokens: NonNegativeInt = 500  # tokens per sample
+    stop: str = ""  # end a sample before this text, such as "\n\n"
+    interactive: bool = False  # read prompts from the terminal; Ctrl-D ends
+    forever: bool = False  # generate until Ctrl-C
+    # --- Sampling ---
+    temperature: NonNegativeFloat = 0.8  # below 1 likely tokens become likelier; 0: greedy
+    top_k: NonNegativeInt = 200  # only the k likeliest tokens; 0, or more than there are: all
+    top_p: Probability = 1.0  # only the likeliest tokens that add up to this probability; 1: all
+    seed: NonNegativeInt = 1337  # the same command with the same seed gives the same text
+    # --- Device ---
+    device: DeviceName = "auto"  # auto: cuda, else mps, else cpu
+    dtype: DTypeName = "auto"  # precision of the weights; auto: the fastest
 
-    instead: ClassVar = {"compile": "writing is not compiled; its cache is what makes it fast"}
+    replaced_settings: ClassVar[dict[str, str]] = {
+        "compile": "sampling does not use torch.compile; leave it out"
+    }
 
     def __post_init__(self):
-        if self.init_from == "resume":  # nanoGPT's word for a run's own weights
+        if self.init_from == "resume":  # nanoGPT's name for the weights in out_dir
             self.init_from = ""
-        if self.forever and self.num_samples > 1:
-            raise FolioError("--forever writes one text: it has no end after which others follow")
+        self.stop = self.stop.replace("\\n", "\n")  # a shell passes "\n" on as two characters
+        if self.forever and (self.num_samples > 1 or self.interactive):
+            raise FolioError("--forever works with one sample only, and not with --interactive")
 
 
 def main() -> None:
     config = configure(SampleConfig)
     source = config.init_from or config.out_dir
-    folder = model_folder(source) if source else newest_run()
-    world = World().settle(config.device)
-    with advice_when_out_of_memory("a smaller model, or --device=cpu"):
-        model = load_model(folder)
-        model = ready_to_write(model, world.device, config.dtype, config.num_samples)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise FolioError(
-            f"{folder}: its tokenizer has {tokenizer.vocab_size:,} tokens and its model "
-            f"{model.config.vocab_size:,}: they do not belong together"
-        )
-    prompt, tokens = encode_prompt(config.start, tokenizer)
-    idx = torch.tensor([tokens], device=world.device).expand(config.num_samples, -1)  # (B, T)
-    drawn = model.generate(
-        idx,
+    folder = resolve_model_dir(source) if source else newest_run()
+    device = choose_device(config.device, config.dtype)
+    with explain_out_of_memory("a smaller model, or --device=cpu"):
+        model, tokenizer = load_model_and_tokenizer(folder)
+        inference = InferenceModel(model, device.torch_device, config.dtype, config.num_samples)
+        del model
+    generator = device.generator(config.seed)
+    if config.interactive:
+        prompts = read_prompts(tokenizer)
+    else:
+        prompts = [encode_prompt(config.start, tokenizer)]
+    print(describe_run(folder), file=sys.stderr)
+    with explain_out_of_memory("fewer --num_samples, or --device=cpu"):
+        for prompt, ids in prompts:
+            print_samples(prompt, generate_texts(config, inference, tokenizer, ids, generator))
+
+
+def read_prompts(tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
+    """encode_prompt() of each line of standard input, until its end."""
+    while True:
+        try:
+            yield encode_prompt(input("prompt: " if sys.stdin.isatty() else ""), tokenizer)
+        except FolioError as error:
+            print(error, file=sys.stderr)
+        except EOFError:
+            return
+
+
+def encode_prompt(start: str, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """The prompt and its token ids, at least one: "" gives the token that starts a text.
+
+    Raises FolioError for a file that cannot be read and for characters without a token.
+    """
+    if start.startswith("FILE:"):
+        prompt = read_text(user_path(start.removeprefix("FILE:")))
+    else:
+        prompt = start.replace("\\n", "\n")  # a shell passes "\n" on as two characters
+    prompt = prompt.replace("\r\n", "\n")  # as Windows ends lines
+    try:
+        return prompt, tokenizer.encode_prompt(prompt).tolist()
+    except FolioError as error:
+        raise FolioError(f"prompt: {error}") from None
+
+
+def generate_texts(
+    config: SampleConfig,
+    inference: InferenceModel,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    generator: torch.Generator,
+) -> Iterator[Iterator[str]]:
+    """Yield the samples one after another, each as pieces of text that come while it is generated.
+
+    ids: of the prompt. A sample ends before an end-of-text token and before config.stop.
+    """
+    eos = None if config.forever else tokenizer.eos_token_id
+    steps = inference.generate(
+        torch.tensor([ids]).expand(config.num_samples, -1),  # (num_samples, T)
         None if config.forever else config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        generator=world.generator(config.seed),
+        stop_tokens=() if eos is None else (eos,),
+        generator=generator,
     )
-    with advice_when_out_of_memory("fewer --num_samples, or --device=cpu"):
-        write(prompt, drawn, tokenizer, config.num_samples)
+    # Each step gives one id for each sample. tee() keeps the ids of the other samples while the
+    # first sample is printed.
+    copies = itertools.tee((step.tolist() for step in steps), config.num_samples)
+    for i, copy in enumerate(copies):
+        sample_ids = itertools.takewhile(lambda token: token != eos, map(itemgetter(i), copy))
+        yield until_stop(tokenizer.decode_stream(sample_ids), config.stop)
 
 
-def encode_prompt(start: str, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """The text to begin with and its ids; an empty text becomes what stands before every text."""
-    text = read_text(Path(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
-    try:
-        return text, tokenizer.encode(text).tolist() or [tokenizer.opening]
-    except FolioError as error:
-        raise FolioError(f"--start: {error}") from None
+def until_stop(pieces: Iterable[str], stop: str) -> Iterator[str]:
+    """Yield the pieces of a text up to the first `stop`, which may be spread over several pieces.
 
-
-def write(prompt: str, drawn: Iterator[torch.Tensor], tokenizer: Tokenizer, n: int) -> None:
-    """Print the first text as it is drawn, then the others whole.
-
-    drawn: (n,) ids at a time, one for each text.
+    An end of the text that may be the beginning of `stop` is kept back until the next piece.
     """
-    others = [[] for _ in range(n - 1)]
+    pending = ""
+    for piece in pieces:
+        pending += piece
+        before, found, _ = pending.partition(stop) if stop else (pending, "", "")
+        if found:
+            yield before
+            return
+        kept = next((n for n in range(len(stop) - 1, 0, -1) if pending.endswith(stop[:n])), 0)
+        yield pending[: len(pending) - kept]
+        pending = pending[len(pending) - kept :]
+    yield pending
 
-    def first_of_each():
-        for ids in drawn:
-            first, *rest = ids.tolist()
-            for tokens, token in zip(others, rest, strict=True):
-                tokens.append(token)
-            yield first
 
+def print_samples(prompt: str, samples: Iterable[Iterable[str]]) -> None:
+    """Print each sample behind the prompt, piece by piece, and a line between two samples."""
     try:
-        show(prompt)
-        for piece in tokenizer.decode_stream(first_of_each()):
-            show(piece)
-        for tokens in others:
-            whole = "".join(tokenizer.decode_stream(tokens))
-            show(f"\n---------------\n{prompt}{whole}")
+        for i, pieces in enumerate(samples):
+            print("\n---------------\n" if i else "", prompt, sep="", end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
     finally:
-        show("\n")
-
-
-def show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+        print()
 
 
 if __name__ == "__main__":

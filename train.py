@@ -1,318 +1,417 @@
-"""Train a GPT: read a stream of integers, learn to predict each from those before it.
+"""Train a GPT to predict the next token.
 
     python train.py config/shakespeare_char.py                  # a minute or two on two CPU cores
-    python train.py config/shakespeare_char.py --max_iters=500  # flags win over files
+    python train.py config/shakespeare_char.py --max_iters=500  # flags override config files
     python train.py config/shakespeare_char.py --init_from=resume
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     python train.py --help                                      # every setting
 
-The run's folder (config.json, model.safetensors, tokenizer.json, log.csv, loss.png, ...) opens in
-sample.py and in transformers alike; resume.pt in it is what an interrupted run goes on from.
+The run folder opens in sample.py and in Hugging Face's transformers. An interrupted run continues
+from resume.pt in it.
 """
 
 import contextlib
+import dataclasses
 import math
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from pathlib import Path
 
 import torch
 
-from configurator import (
-    Count, FolioError, Fraction, NonNegative, Range, SettingsError, Whole, given_settings, run_main,
-)  # fmt: skip
-from data.dataset import IGNORED, evaluation_batches, prefetch, seed_for, training_batch
-from training.checkpoint import locked, run_folder, save_model, save_resume, save_tokenizer
-from training.machine import Device, Precision, Switch, advice_when_out_of_memory
-from training.optimizer import set_learning_rate
-from training.report import Report, Update, banner, summary
-from training.run import ADVICE, Run, begin, move_in, snapshot
-from training.world import StopSignal, World
+from configurator import FolioError, parse_overrides, run_main
+from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
+from data.dataset import derive_seed, evaluation_batches, prefetch, training_batch
+from engine.checkpoint import WEIGHTS_FILE, load_checkpoint, load_model, lock_run_folder
+from engine.checkpoint import resolve_out_dir, save_checkpoint, save_model, save_model_card
+from engine.device import ComputeDevice, ThreadAdapter, choose_device, explain_out_of_memory
+from engine.distributed import Distributed, GracefulShutdown, is_restarted
+from engine.inference import InferenceModel
+from engine.metrics import MetricsLogger, StepMetrics, banner, check_trackers
+from engine.metrics import peak_tokens_per_second, summary
+from engine.optimizer import make_optimizer, set_lr_multiplier
+from engine.run import OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, checkpoint_state
+from engine.run import load_dataset, resolve_config, restore, save_run_tokenizer
+from engine.run import start_run_folder, wrap_model
+from engine.train_config import TrainConfig
+from model import GPT
 
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # inputs and targets, (B, T) each
 
-@dataclass
-class TrainConfig:
-    # --- The run ---
-    out_dir: str = "out/gpt"  # the run's folder; a relative path starts at Folio's own folder
-    init_from: str = "scratch"  # scratch; resume; auto: resume if possible; gpt2...; or a folder
-    max_iters: Whole = 2000  # updates of the weights
-    eval_interval: Count = 250  # steps between evaluations; each one saves a checkpoint
-    eval_tokens: Whole = 0  # tokens an evaluation predicts, in whole windows; 0 means all
-    eval_only: bool = False  # evaluate the model init_from names, then leave; writes nothing
-    keep_every: Whole = 0  # steps between copies of the weights in step_* folders; 0 keeps none
-    log_interval: Count = 10  # steps between rows of log.csv
-    sample_tokens: Whole = 160  # tokens of text to show after each evaluation
-    seed: Whole = 1337  # of the first weights, the batches and dropout
-
-    # --- Data ---
-    dataset: str = "shakespeare_char"  # a folder under data/
-    tokenizer: Literal["own", "gpt2"] = "own"  # the dataset's own; gpt2 for nanoGPT's .bin files
-    batch_size: Count = 12  # sequences in a micro-batch: one pass forward and back
-    block_size: Count = 64  # tokens of context, T
-    gradient_accumulation_steps: Count = 1  # micro-batches per update, of the whole job
-
-    # --- Model ---
-    n_layer: Count = 4  # blocks: rounds of communication and computation
-    n_head: Count = 4  # attention heads per block
-    n_embd: Count = 128  # channels: the numbers that make up a node, C; a multiple of n_head
-    dropout: Fraction = 0.0  # share of activations zeroed while training
-    bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has
-    pad_vocab_to: Count = 1  # pad the embedding, in memory, to a multiple of this many rows
-
-    # --- Optimizer ---
-    optimizer: Literal["muon", "adamw"] = "muon"  # of the blocks' matrices; AdamW has the rest
-    learning_rate: NonNegative = 5e-3  # AdamW's, at its peak
-    muon_learning_rate: NonNegative = 0.02  # Muon's, at its peak
-    warmup_iters: Whole = 100  # steps over which the learning rate climbs from zero
-    weight_decay: NonNegative = 0.1  # pull of matrices towards zero, per unit of learning rate
-    beta1: Annotated[float, Range(0, 0.9999)] = 0.9  # memory of the mean gradient
-    beta2: Annotated[float, Range(0, 0.999999)] = 0.99  # memory of the mean squared gradient
-    grad_clip: NonNegative = 1.0  # greatest norm of the gradient; 0 does not clip
-
-    # --- Machine ---
-    device: Device = "auto"  # where to compute; auto takes the fastest there is
-    dtype: Precision = "auto"  # of matrix products; auto is bfloat16 where the device has it
-    compile: Switch = "auto"  # fuse operations with torch.compile; auto does on CUDA
-
-    instead: ClassVar = {  # nanoGPT's settings that have no counterpart, and what Folio does
-        "lr_decay_iters": "the learning rate falls to zero at max_iters",
-        "min_lr": "the learning rate falls to zero at max_iters",
-        "decay_lr": "the learning rate always warms up, then falls to zero at max_iters",
-        "eval_iters": "evaluation covers fixed windows; --eval_tokens limits them",
-        "always_save_checkpoint": "resume.pt is always the latest, model.safetensors the best",
-        "backend": "NCCL serves CUDA, gloo the CPU",
-        "wandb_log": "log.csv and loss.png are in the run's folder",
-        "wandb_project": "log.csv and loss.png are in the run's folder",
-        "wandb_run_name": "log.csv and loss.png are in the run's folder",
-    }
-
-    def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise SettingsError(
-                f"n_embd={self.n_embd} cannot be shared equally by n_head={self.n_head} heads; "
-                f"try --n_embd={math.ceil(self.n_embd / self.n_head) * self.n_head}"
-            )
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.gradient_accumulation_steps * self.batch_size * self.block_size
-
-
-# --- The story ---
+# --- The main program ---
 
 
 def main() -> None:
-    with World() as world, contextlib.ExitStack() as stack:
-        given = world.decide(lambda: given_settings(TrainConfig))
-        if given.get("eval_only", TrainConfig.eval_only):
-            evaluate_only(begin(TrainConfig, given, world))
+    # With one process, dist.broadcast_from_main(f) and dist.main_process_first(f) are just f().
+    with Distributed() as dist, contextlib.ExitStack() as exit_stack:
+        # Settings, and the folder of the run
+        overrides = dist.broadcast_from_main(lambda: parse_overrides(TrainConfig))
+        folder = resolve_out_dir(overrides.get("out_dir", TrainConfig.out_dir))
+        if not overrides.get("eval_only"):  # lock before reading: another job may write there
+            lock = lock_run_folder(folder)
+            dist.broadcast_from_main(lambda: exit_stack.enter_context(lock))
+        restarted = bool(dist.all_reduce_max(int(is_restarted())))  # of several nodes, one may know
+        config = dist.broadcast_from_main(
+            lambda: resolve_config(overrides, restarted, dist.world_size)
+        )
+        dist.broadcast_from_main(lambda: check_trackers(config))  # wandb, TensorBoard
+
+        # Device, dataset, model, optimizer
+        exit_stack.enter_context(explain_out_of_memory(OUT_OF_MEMORY_HINT))
+        device = choose_device(
+            config.device, config.dtype, config.compile, dist.local_rank, dist.world_size,
+            config.num_threads,
+        )  # fmt: skip
+        dataset = dist.main_process_first(lambda: load_dataset(config))
+        model = dist.main_process_first(lambda: build_model(config, dataset.tokenizer, device))
+        config = dataclasses.replace(config, bias=model.config.bias)  # finetuning: the model's
+        optimizer = make_optimizer(model, config, device.dtype)
+        scaler = device.grad_scaler()  # keeps small float16 gradients above 0; else does nothing
+
+        # Resume
+        state = TrainState()
+        if config.init_from == "resume":
+            parts = (config, model, optimizer, scaler, dataset)
+            state = dist.main_process_first(lambda: restore(load_checkpoint(folder), *parts))
+
+        # Train
+        if config.eval_only:
+            evaluate_only(config, state, dataset, model, device, dist)
             return
-        folder = run_folder(given.get("out_dir", TrainConfig.out_dir))
-        # Before anything is read: another job may be about to save there.
-        world.decide(lambda: stack.enter_context(locked(folder)))
-        run = begin(TrainConfig, given, world)
-        world.decide(lambda: move_in(run))
-        stop = stack.enter_context(StopSignal())
-        train(run, stop)
-        sys.exit(stop.status)
+        dist.broadcast_from_main(lambda: start_run_folder(folder, config, dataset))
+        with GracefulShutdown() as shutdown:
+            train(config, state, dataset, model, optimizer, scaler, device, dist, shutdown)
+        sys.exit(shutdown.exit_status)
 
 
-def train(run: Run, stop: StopSignal) -> None:
-    """From the step the run stands at to max_iters updates, or until somebody wishes to stop."""
-    config, world = run.config, run.world
-    batches = training_batches(run)
-    with Report(run) as report, advice_when_out_of_memory(ADVICE):
-        report.say(banner(run))
+def train(
+    config: TrainConfig,
+    state: TrainState,
+    dataset: Dataset,
+    model: GPT,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    device: ComputeDevice,
+    dist: Distributed,
+    shutdown: GracefulShutdown,
+) -> None:
+    """Train until max_iters, until patience is exhausted, or until a signal asks to stop."""
+    folder = resolve_out_dir(config.out_dir)
+    wrapped_model = wrap_model(model, config, device, dist)
+    batches = prefetch(training_batches(dataset.train, config, state.step, device, dist))
+    peak = peak_tokens_per_second(model.config, device, dist.world_size)
+
+    def save_state() -> None:
+        if dist.is_main:
+            parts = checkpoint_state(state, model, optimizer, scaler, dataset)
+            save_checkpoint(folder, parts)
+
+    thread_adapter = ThreadAdapter(device, config.num_threads, dist.world_size)
+    with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
+        logger.print(banner(config, state, dataset, model, device, folder))
+        measure_best_again(config, state, dataset, device, dist)
         while True:
-            if is_evaluation_due(run):
-                evaluate_and_save(run, report)
-            if run.step >= config.max_iters or stop.wished(world):
+            if should_evaluate(state, config):
+                losses = evaluate(wrapped_model, dataset, config, device, dist, shutdown)
+                if losses is None:  # a signal interrupted the evaluation; resuming repeats it
+                    logger.log_row()
+                else:
+                    record_evaluation(*losses, config, state, dataset, model, dist, logger)
+                    save_state()  # last: a run killed before this line repeats the evaluation
+                    show_sample(config, dataset, model, device, dist, logger)
+                    if is_patience_exhausted(state, config):
+                        break
+            if state.step >= config.max_iters or shutdown.requested(dist):
                 break
-            begun = time.perf_counter()
-            latest = update(run, batches)
-            run.seconds += time.perf_counter() - begun
-            run.tokens += config.tokens_per_step
-            run.step += 1
-            report.updated(latest)
-            if run.step % config.log_interval == 0 and not is_evaluation_due(run):
-                report.log()
-            if config.keep_every and run.step % config.keep_every == 0:
-                save_copy(run)
-        if run.evaluated_at != run.step and world.is_main:  # stopped between two evaluations
-            save_resume(run.folder, snapshot(run))
-        report.draw_curve()
-        report.say(summary(run))
+            start_time = time.perf_counter()
+            metrics = train_step(
+                wrapped_model, optimizer, scaler, batches, config, state.step, device, dist
+            )
+            state.seconds += time.perf_counter() - start_time
+            state.tokens += config.tokens_per_step
+            state.step += 1
+            logger.log_step(metrics)
+            if message := thread_adapter.after_step():  # other programs need the CPU, too
+                logger.print(message)
+            if state.step % config.log_interval == 0 and not should_evaluate(state, config):
+                logger.log_row()
+            if config.snapshot_interval and state.step % config.snapshot_interval == 0:
+                save_snapshot(folder / f"step_{state.step:06}", config, state, dataset, model, dist)
+        if not (folder / WEIGHTS_FILE).exists():  # stopped before the first evaluation of trained
+            save_snapshot(folder, config, state, dataset, model, dist)  # weights: keep the current
+        if state.last_eval_step != state.step:
+            save_state()
+        logger.plot()
+        logger.print(summary(config, state, folder))
 
 
-def is_evaluation_due(run: Run) -> bool:
-    """Before the first update, every eval_interval, and after the last; once at each step."""
-    at_interval = run.step % run.config.eval_interval == 0
-    return (at_interval or run.step >= run.config.max_iters) and run.evaluated_at != run.step
+def should_evaluate(state: TrainState, config: TrainConfig) -> bool:
+    """At step 0, every eval_interval steps, and at max_iters; once at each of these steps."""
+    is_due = state.step % config.eval_interval == 0 or state.step >= config.max_iters
+    return is_due and state.last_eval_step != state.step
 
 
-def update(run: Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Update:
-    """Forward, backward, and one step of the optimizer against the gradient of the loss."""
-    config, world = run.config, run.world
-    share = learning_rate_share(run.step, config)
-    set_learning_rate(run.optimizer, share)
-    loss = 0.0
-    accumulation = config.gradient_accumulation_steps
-    for micro_batch in world.share(range(accumulation)):
+def is_patience_exhausted(state: TrainState, config: TrainConfig) -> bool:
+    """Whether the last `patience` evaluations have not improved the best validation loss."""
+    steps_without_improvement = state.step - max(state.best_step, 0)
+    return 0 < config.patience * config.eval_interval <= steps_without_improvement
+
+
+# --- The training step ---
+
+
+def train_step(
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: Batches,
+    config: TrainConfig,
+    step: int,
+    device: ComputeDevice,
+    dist: Distributed,
+) -> StepMetrics:
+    """Update the weights once, with the mean gradient of all micro-batches.
+
+    The four numbered lines are what every training step does. `dist` has no effect with one
+    process, `scaler` only in float16, and autocast none in float32.
+    """
+    lr_multiplier = get_lr_multiplier(step, config)
+    set_lr_multiplier(optimizer, lr_multiplier)
+    grad_accum_steps = config.gradient_accumulation_steps
+    mean_loss = 0.0
+    for micro_batch in dist.shard(range(grad_accum_steps)):  # the order of training_batches()
         inputs, targets = next(batches)  # (B, T) each
-        # Processes exchange gradients once, at the last of their micro-batches.
-        world.hold_back(run.runner, micro_batch + world.size < accumulation)
-        if config.dropout:  # which then depends on nothing but these three: no state to save
-            torch.manual_seed(seed_for(config.seed, run.step, micro_batch))
-        with world.autocast():
-            batch_loss = run.runner(inputs, targets)[1]  # the logits need not be kept
-        part = batch_loss / accumulation  # of the mean over all micro-batches, of all processes
-        run.scaler.scale(part * world.size).backward()  # DDP averages where we want a sum
-        loss = loss + part.detach()
-    run.scaler.unscale_(run.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    loss, grad_norm = torch.stack((world.total(loss), grad_norm)).tolist()
-    stop_if_not_finite(loss, grad_norm, run)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    return Update(loss, grad_norm, share * config.learning_rate)
+        # Processes exchange gradients once per step, in the backward pass of the last micro-batch.
+        is_last = micro_batch + dist.world_size >= grad_accum_steps
+        dist.set_grad_sync(model, is_last)
+        if config.dropout:  # depends on these three numbers alone, so that resuming is exact
+            torch.manual_seed(derive_seed(config.seed, step, micro_batch))
+        with device.autocast():
+            loss = model(inputs, targets)  # 1. forward
+        loss = loss / grad_accum_steps  # its part of the mean over all micro-batches
+        # DistributedDataParallel averages gradients over processes; the sum is needed here.
+        scaler.scale(loss * dist.world_size).backward()  # 2. backward
+        mean_loss = mean_loss + loss.detach()
+    scaler.unscale_(optimizer)
+    max_norm = config.grad_clip or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # 3. clip
+    # One transfer from the GPU instead of two.
+    mean_loss, grad_norm = torch.stack((dist.all_reduce_sum(mean_loss), grad_norm)).tolist()
+    check_finite(mean_loss, grad_norm, step, config, scaler, dist)
+    scaler.step(optimizer)  # 4. step
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return StepMetrics(mean_loss, grad_norm, lr_multiplier * config.learning_rate)
 
 
-def learning_rate_share(step: int, config: TrainConfig) -> float:
-    """The share of the peak at which update number `step` is made: up to 1, then down to 0.
+def get_lr_multiplier(step: int, config: TrainConfig) -> float:
+    """The learning rate of a step relative to its peak: linear warmup, then linear decay.
 
     max_iters=10, warmup_iters=2: 1/2, 1, 1, 7/8, 6/8, ..., 1/8
     """
-    climb = (step + 1) / max(config.warmup_iters, 1)
-    descent = (config.max_iters - step) / max(config.max_iters - config.warmup_iters, 1)
-    return min(climb, 1.0, descent)
+    warmup = (step + 1) / max(config.warmup_iters, 1)
+    if not config.decay_lr:
+        return min(warmup, 1.0)
+    decay = (config.max_iters - step) / max(config.max_iters - config.warmup_iters, 1)
+    floor = config.min_lr / config.learning_rate if config.min_lr else 0.0
+    return min(warmup, 1.0, floor + (1 - floor) * decay)
+
+
+def check_finite(
+    loss: float,
+    grad_norm: float,
+    step: int,
+    config: TrainConfig,
+    scaler: torch.amp.GradScaler,
+    dist: Distributed,
+) -> None:
+    """Raise FolioError before a loss or gradient that is NaN or infinite changes the weights.
+
+    In float16 a gradient may overflow: the scaler then skips the step and lowers its scale. Only
+    a scale that is already tiny means that lowering it will not help.
+    """
+    recoverable = scaler.is_enabled() and scaler.get_scale() > 1e-3
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or recoverable):
+        return
+
+    def raise_error() -> None:
+        raise FolioError(
+            f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; training stopped "
+            "before this step changed the weights, and the last checkpoint is unchanged; lower "
+            "--learning_rate and --muon_learning_rate, then use --init_from=resume"
+        )
+
+    dist.broadcast_from_main(raise_error)
+
+
+def training_batches(
+    tokens: ShardedTokens,
+    config: TrainConfig,
+    first_step: int,
+    device: ComputeDevice,
+    dist: Distributed,
+) -> Batches:
+    """The micro-batches of this process, on its device, from first_step on."""
+    for step in range(first_step, config.max_iters):
+        for micro_batch in dist.shard(range(config.gradient_accumulation_steps)):
+            inputs, targets = training_batch(
+                tokens, config.batch_size, config.block_size, config.seed, step, micro_batch
+            )
+            yield device.to_device(inputs, targets)
+
+
+# --- Evaluation ---
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> tuple[float, float]:
-    """How well the validation data (or its first eval_tokens) are predicted.
+def evaluate(
+    model: torch.nn.Module,
+    dataset: Dataset,
+    config: TrainConfig,
+    device: ComputeDevice,
+    dist: Distributed,
+    shutdown: GracefulShutdown | None = None,
+) -> tuple[float, float] | None:
+    """Validation loss in nats per token, and in bits per byte; None if a signal interrupts it.
 
-    Returns the mean loss in nats per token, and the bits per byte of the text these tokens stand
-    for: the measure by which models with different vocabularies can be compared.
+    Covers all validation tokens, or the first eval_tokens. Losses per token cannot be compared
+    between vocabularies; bits per byte can: sum of losses / ln 2 / number of bytes of the text.
     """
-    config, world = run.config, run.world
-    run.model.eval()
-    byte_lengths = torch.from_numpy(run.dataset.tokenizer.byte_lengths)
-    sums = torch.zeros(3, dtype=torch.float64)  # of losses; of tokens; of their bytes
+    model.eval()
+    byte_lengths = torch.from_numpy(dataset.tokenizer.byte_lengths)
     batches = evaluation_batches(
-        run.dataset.val, config.batch_size, config.block_size, config.eval_tokens
-    )
-    for inputs, targets in world.share(batches):
-        asked = targets[targets != IGNORED]
-        with world.autocast():
-            loss = run.runner(*world.send(inputs, targets))[1]
-        length = byte_lengths[asked].sum()
-        sums += torch.tensor([loss.item() * len(asked), len(asked), length], dtype=torch.float64)
-    run.model.train()
-    nats, tokens, bytes_of_text = world.total(sums).tolist()
-    return nats / tokens, nats / math.log(2) / max(bytes_of_text, 1)
+        dataset.val, config.batch_size, config.block_size, config.eval_tokens,
+        dist.rank, dist.world_size,
+    )  # fmt: skip
+    losses, token_counts, n_bytes = [], [], 0  # of each batch; of all batches
+    for inputs, targets in prefetch(batches):
+        if shutdown is not None and shutdown.local_status(dist):
+            break
+        valid_targets = targets[targets != IGNORE_INDEX]
+        token_counts.append(len(valid_targets))
+        n_bytes += int(byte_lengths[valid_targets].sum())
+        with device.autocast():
+            losses.append(model(*device.to_device(inputs, targets)))
+    model.train()
+    if shutdown is not None and dist.all_reduce_max(shutdown.local_status(dist)):
+        return None
+    # Only here does the CPU wait for the device. A loss is a mean: times its tokens, it is a sum.
+    batch_losses = torch.stack(losses).tolist() if losses else []
+    n_nats = sum(loss * n for loss, n in zip(batch_losses, token_counts, strict=True))
+    totals = torch.tensor([n_nats, sum(token_counts), n_bytes], dtype=torch.float64)
+    n_nats, n_tokens, n_bytes = dist.all_reduce_sum(totals).tolist()
+    return n_nats / n_tokens, n_nats / math.log(2) / max(n_bytes, 1)
 
 
-def evaluate_and_save(run: Run, report: Report) -> None:
-    """Evaluate; keep the weights if they are the best so far, and what resuming needs; tell."""
-    val_loss, bits_per_byte = evaluate(run)
-    run.evaluated_at = run.step
-    best = val_loss < run.best_val_loss
-    if best:  # and a loss that is not a number never is
-        run.best_val_loss = val_loss
-    if not run.world.is_main:
+def record_evaluation(
+    val_loss: float,
+    bits_per_byte: float,
+    config: TrainConfig,
+    state: TrainState,
+    dataset: Dataset,
+    model: GPT,
+    dist: Distributed,
+    logger: MetricsLogger,
+) -> None:
+    """Save the weights if they are the best so far; log and print the losses.
+
+    Weights that have not been trained (step 0) are never the best.
+    """
+    state.last_eval_step = state.step
+    is_best = state.step > 0 and val_loss < state.best_val_loss  # NaN < x is False
+    if is_best:
+        state.best_val_loss, state.best_step = val_loss, state.step
+        state.best_eval_tokens = config.eval_tokens
+    if not dist.is_main:
         return
-    if best:
-        save_model(run.model, run.folder, run.dataset.tokenizer.end_of_text)
-    report.log(val_loss, bits_per_byte)
-    # Last, for it says that all this has been done: a kill before it has it done again.
-    save_resume(run.folder, snapshot(run))
-    report.refresh_curve()
-    verdict = "the best so far" if best else f"the best was {run.best_val_loss:.4f}"
-    measured = f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte)"
-    report.say(f"\nstep {run.step:,}: {measured}, {verdict}\n{sample(run)}")
+    if is_best:
+        folder, step = resolve_out_dir(config.out_dir), state.step
+        eos_token_id = dataset.tokenizer.eos_token_id
+        save_model(model, folder, eos_token_id, step=step, val_loss=val_loss)
+        losses = {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
+        save_model_card(folder, config, dataset.meta, step=step, **losses)
+    logger.log_row(val_loss, bits_per_byte)
+    logger.print(f"\n{logger.evaluation_line()}")
+    logger.maybe_plot()
 
 
-def save_copy(run: Run) -> None:
-    """A folder step_000500 in the run's, to sample from later: --out_dir=out/.../step_000500."""
-    if not run.world.is_main:
+def measure_best_again(
+    config: TrainConfig,
+    state: TrainState,
+    dataset: Dataset,
+    device: ComputeDevice,
+    dist: Distributed,
+) -> None:
+    """After resuming with another eval_tokens: evaluate the best weights on the new windows.
+
+    Losses on different windows cannot be compared.
+    """
+    if state.best_step < 0 or state.best_eval_tokens == config.eval_tokens:
         return
-    folder = run.folder / f"step_{run.step:06}"
-    save_model(run.model, folder, run.dataset.tokenizer.end_of_text)
-    save_tokenizer(run.dataset.tokenizer, folder)
-
-
-def training_batches(run: Run) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This process's micro-batches on its device, the next one fetched while one is in use."""
-    config, stream = run.config, run.dataset.train
-    accumulation = config.gradient_accumulation_steps
-    keys = (
-        (step, micro_batch)
-        for step in range(run.step, config.max_iters)
-        for micro_batch in run.world.share(range(accumulation))
-    )
-
-    def fetch(key):
-        batch = training_batch(stream, config.batch_size, config.block_size, config.seed, *key)
-        return run.world.send(*batch)
-
-    return prefetch(fetch, keys)
-
-
-# --- When something is wrong ---
-
-
-def stop_if_not_finite(loss: float, grad_norm: float, run: Run) -> None:
-    """Leave before a loss or gradient that is no number touches the weights."""
-    # In float16 a gradient may overflow: the scaler then skips the update and scales by less.
-    # It gives up where no scale is small enough.
-    scaler = run.scaler
-    hopeful = math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() > 1e-3)
-    if math.isfinite(loss) and hopeful:
+    folder = resolve_out_dir(config.out_dir)
+    state.best_eval_tokens = config.eval_tokens
+    if not (folder / WEIGHTS_FILE).exists():
+        state.best_val_loss, state.best_step = math.inf, -1
         return
-
-    def complain():
-        raise FolioError(
-            f"step {run.step}: the loss is {loss} and the gradient's norm {grad_norm}; stopped "
-            "before the weights were changed. The last checkpoint in "
-            f"{run.folder} is as it was. Try smaller --learning_rate and --muon_learning_rate"
-        )
-
-    run.world.decide(complain)
+    best_model = load_model(folder, vocab_size=dataset.tokenizer.vocab_size)
+    best_model.to(device.torch_device, device.param_dtype)
+    state.best_val_loss, _ = evaluate(best_model, dataset, config, device, dist)
 
 
-# --- A glimpse of the model ---
-
-
-def sample(run: Run) -> str:
-    """A few lines of the model's own, indented; '' if none are asked for."""
-    if run.config.sample_tokens == 0:
-        return ""
-    tokenizer = run.dataset.tokenizer
-    start = torch.tensor([[tokenizer.opening]], device=run.world.device)
-    with run.world.autocast():
-        drawn = run.model.generate(
-            start,
-            run.config.sample_tokens,
-            temperature=0.8,
-            generator=run.world.generator(run.config.seed),
-        )
-        text = "".join(tokenizer.decode_stream(ids.item() for ids in drawn))
-    run.model.train()
-    return textwrap.indent(text.strip(), "    ")
-
-
-def evaluate_only(run: Run) -> None:
+def evaluate_only(
+    config: TrainConfig,
+    state: TrainState,
+    dataset: Dataset,
+    model: GPT,
+    device: ComputeDevice,
+    dist: Distributed,
+) -> None:
     """Print the validation loss of the model as it is."""
-    where = {"scratch": "untrained", "resume": f"step {run.step:,} of {run.folder}"}
-    what = where.get(run.config.init_from, run.config.init_from)
-    say = print if run.world.is_main else lambda text: None
-    say(banner(run))
-    with advice_when_out_of_memory(ADVICE):
-        val_loss, bits_per_byte = evaluate(run)
-    say(f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte), {what}")
+    folder = resolve_out_dir(config.out_dir)
+    wrapped_model = wrap_model(model, config, device, dist)
+    if dist.is_main:
+        print(banner(config, state, dataset, model, device, folder), flush=True)
+    val_loss, bits_per_byte = evaluate(wrapped_model, dataset, config, device, dist)
+    if dist.is_main:
+        print(f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte)")
+
+
+# --- Samples and snapshots ---
+
+
+def show_sample(
+    config: TrainConfig,
+    dataset: Dataset,
+    model: GPT,
+    device: ComputeDevice,
+    dist: Distributed,
+    logger: MetricsLogger,
+) -> None:
+    """Print sample_tokens tokens that the model generates."""
+    if config.sample_tokens == 0 or not dist.is_main:
+        return
+    start = torch.tensor([[dataset.tokenizer.start_token_id]], device=device.torch_device)
+    ids = InferenceModel(model, device.torch_device).generate(
+        start, config.sample_tokens, temperature=0.8, generator=device.generator(config.seed)
+    )
+    text = "".join(dataset.tokenizer.decode_stream(int(i) for i in ids))
+    logger.print(textwrap.indent(text.strip(), "    "))
+
+
+def save_snapshot(
+    folder: Path,
+    config: TrainConfig,
+    state: TrainState,
+    dataset: Dataset,
+    model: GPT,
+    dist: Distributed,
+) -> None:
+    """Save weights and tokenizer as they are now, to sample from: --out_dir=out/.../step_000500."""
+    if dist.is_main:
+        save_model(model, folder, dataset.tokenizer.eos_token_id, step=state.step)
+        save_run_tokenizer(folder, config, dataset)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""How well GPT-2's published weights (124M) predict Shakespeare, for whom they were not made.
+"""Evaluate OpenAI's GPT-2 (124M) on Shakespeare, without any training on Shakespeare.
 
-Prints the mean loss over the validation text, in nats per token of GPT-2's, and makes no run. The
-548 MB of weights are fetched once. Neither its loss nor its time has been measured yet.
+    python train.py config/eval_gpt2.py
+
+Prints the validation loss in nats per token and writes nothing. The weights (548 MB) are downloaded
+once. Neither the loss nor the time has been measured yet.
 """
 
 init_from = "gpt2"

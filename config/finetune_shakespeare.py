@@ -1,8 +1,10 @@
-"""GPT-2's published weights (124M), made to write Shakespeare.
+"""Finetune OpenAI's GPT-2 (124M) on Shakespeare.
 
-Needs GPT-2's tokens of him: python prepare_shakespeare.py --tokenizer=gpt2 (train.py does that by
-itself), and the 548 MB of weights, which are fetched once. A step reads 16,384 tokens: this is
-work for a GPU. Neither its loss nor its time has been measured yet.
+    python train.py config/finetune_shakespeare.py
+
+The weights (548 MB) are downloaded once. train.py prepares the dataset itself; so does
+`python prepare_shakespeare.py --tokenizer=gpt2`. A step processes 8 * 4 * 512 = 16,384 tokens, so
+this needs a GPU. Neither the loss nor the time has been measured yet.
 """
 
 init_from = "gpt2"
@@ -18,6 +20,6 @@ max_iters = 100
 eval_interval = 20
 log_interval = 1
 warmup_iters = 10
-optimizer = "adamw"  # as the weights were trained: Muon's longer strides would undo them
+optimizer = "adamw"  # as in GPT-2's training; Muon's steps are too large for finetuning
 learning_rate = 3e-5
 beta2 = 0.95

@@ -1,10 +1,10 @@
-"""What makes train_gpt2.py learn with Muon: half the tokens, to about the same loss. Read after it.
+"""GPT-2 (124M) with Muon: half the tokens for about the same loss. Use it after train_gpt2.py:
 
     python -m data.prepare_fineweb --shards=50
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py config/gpt2_muon.py
 
-Muon updates the blocks' matrices, AdamW the rest. That half of the tokens is enough is what others
-have reported of Muon at this size (Jordan et al. 2024); with these settings it has not been
+Muon updates the weight matrices of the blocks; AdamW updates all other parameters. Jordan et al.
+(2024) report that Muon needs half the tokens at this size. With these settings it has not been
 measured yet.
 """
 

@@ -1,10 +1,11 @@
-"""What makes train_gpt2.py a GPT-2 xl (1,558M parameters): read after it.
+"""GPT-2 xl (1,558M parameters). Use it after train_gpt2.py, whose settings it overrides:
 
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py config/gpt2_xl.py
 
-Weights, gradients and AdamW's two averages take 16 bytes a parameter: 25 GB on each GPU, and
-the activations of a micro-batch come on top. 4 at a time is an estimate for 80 GB; where it is too
-much, halve it and double gradient_accumulation_steps. Nothing of it has been measured yet.
+Memory: 39 GiB on each GPU with micro-batches of 4. Of these, 16 bytes per parameter (25 GB) are
+weights, gradients and AdamW's two averages; the others are mostly activations. (Computed, not
+measured: python -m tests.benchmarks.memory config/train_gpt2.py config/gpt2_xl.py)
+If it does not fit, halve batch_size and double gradient_accumulation_steps. Not run yet.
 """
 
 out_dir = "out/gpt2_xl"

@@ -1,8 +1,10 @@
-"""Shakespeare by byte pairs: a vocabulary of 1,024 tokens learned from him, on any machine.
+"""Shakespeare with a BPE vocabulary of 1,024 tokens, learned from the text. For any machine.
 
-A token is about two and a half characters, so a context of 64 tokens reaches as far as one of 160
-characters. On two CPU cores it takes one to two minutes and reaches a loss of about 3.41 nats per
-token, which is 2.18 bits per byte, the measure to compare it by with other vocabularies.
+    python train.py config/shakespeare_bpe.py
+
+A token is about 2.5 characters, so 64 tokens of context cover about 160 characters. On two CPU
+cores this takes one to two minutes and reaches a validation loss of about 3.41 nats per token.
+That is 2.18 bits per byte. Compare models with different vocabularies by bits per byte.
 """
 
 out_dir = "out/shakespeare_bpe"

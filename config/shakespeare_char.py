@@ -1,6 +1,8 @@
-"""Shakespeare, a character at a time, on any machine.
+"""Character-level Shakespeare, for any machine.
 
-On two CPU cores it takes one to two minutes and reaches a validation loss of about 1.56.
+    python train.py config/shakespeare_char.py
+
+On two CPU cores this takes one to two minutes and reaches a validation loss of about 1.56.
 """
 
 out_dir = "out/shakespeare_char"

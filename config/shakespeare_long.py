@@ -1,9 +1,10 @@
-"""Shakespeare, a character at a time, in seven to seventeen minutes on two CPU cores.
+"""Character-level Shakespeare: the lowest loss in 7 to 17 minutes on two CPU cores.
 
-It reaches a validation loss of about 1.45, better than what nanoGPT reports of an A100 (1.4697),
-with a third of its weights. The text is read seven times: without more decay than usual it would
-be learned by heart. (Dropout would do, too, but drawing its random numbers takes a CPU a third as
-long as all the rest.)
+    python train.py config/shakespeare_long.py
+
+Reaches a validation loss of about 1.45 with 3.2 million parameters. nanoGPT reports 1.4697 on an
+A100, with three times as many. 3,500 steps are 7 epochs, so weight_decay is higher than usual,
+against overfitting. Dropout also works, but on a CPU it makes a step a third longer.
 """
 
 out_dir = "out/shakespeare_long"

@@ -1,8 +1,10 @@
-"""Shakespeare, a character at a time, in a quarter of a minute on two CPU cores, or half of that.
+"""Character-level Shakespeare in 7 to 15 seconds on two CPU cores, for demonstrations.
 
-For lecture halls: done before it is explained, and better than nanoGPT's recipe for a CPU, which
-takes six or seven times as long. Two layers and a short context make for many steps, which early on
-count most.
+    python train.py config/shakespeare_quick.py
+
+Reaches a lower loss than nanoGPT's config for a CPU, in a sixth of the time. The small model and
+the short context allow many steps per second, and early in training the number of steps matters
+most.
 """
 
 out_dir = "out/shakespeare_quick"

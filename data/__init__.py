@@ -1,1 +1,1 @@
-"""From text to batches; the folders in here are prepared datasets."""
+"""Tokenizers, datasets and their preparation. Each folder in here is a prepared dataset."""

@@ -1,13 +1,16 @@
-"""Learn a vocabulary of byte pairs from a text: count the pairs, merge the commonest, again.
+"""Train a byte pair encoding (BPE): merge the most frequent pair of adjacent tokens, repeatedly.
 
     words = count_words(["low low low lower lower newest"])
     learn_merges(words, 2)      # [(b'l', b'o'), (b'lo', b'w')]
     train_bpe(texts, 1024)      # a BPETokenizer: 256 bytes, 767 merges, end-of-text
 
-Byte pair encoding (Gage 1994; Sennrich et al. 2016) begins with the 256 bytes as tokens. The pair
-of neighbours that stands in the text most often becomes a token of its own, and so on until the
-vocabulary is full. Words are cut as GPT-2 cuts them and no merge crosses from word to word, so that
-it is enough to look at each different word once, and to remember how often it comes.
+Read lessons/bpe.py first: it has the training loop in 8 lines, and prints each merge. This module
+learns the same merges faster.
+
+Training (Gage 1994; Sennrich et al. 2016) starts with the 256 bytes as tokens. The pair of adjacent
+tokens that occurs most often becomes a new token, and so on until the vocabulary is full. The text
+is first split into words with GPT-2's pattern, and no merge crosses the border of a word. So it is
+enough to process each different word once, together with its number of occurrences.
 """
 
 import heapq
@@ -18,94 +21,108 @@ from itertools import pairwise
 import regex
 
 from configurator import FolioError
-from data.tokenizer import GPT2_WORDS, PRINTABLE, BPETokenizer
+from data.tokenizer import BYTE_ENCODER, GPT2_SPLIT_PATTERN, BPETokenizer
 
-WORD = regex.compile(GPT2_WORDS)
-LONGEST = 1000  # bytes; what is longer is no word of a language, and has nothing to teach
-# The bytes' ids, in the order of GPT-2's vocabulary: first those that print, from "!" on.
-BYTES = [bytes([byte]) for byte in sorted(range(256), key=lambda byte: PRINTABLE[byte])]
+SPLIT_RE = regex.compile(GPT2_SPLIT_PATTERN)
+MAX_WORD_BYTES = 1000  # longer "words" are not language (base64, for example) and are skipped
+MAX_WORDS = 2**18  # different words; the rarer ones hardly change the merges
+# The ids of the 256 bytes: any order would do; this is GPT-2's, with printable bytes first.
+BASE_TOKENS = [bytes([byte]) for byte in sorted(range(256), key=lambda byte: BYTE_ENCODER[byte])]
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """The byte pair encoding of vocab_size tokens, the last being end-of-text, learned from texts.
+    """Train a BPE tokenizer of vocab_size tokens on texts; the last token is end-of-text.
 
-    Raises FolioError if vocab_size has no room for the bytes, or the texts give too few merges.
+    Raises FolioError if vocab_size is below 257, or if the texts are too small for so many merges.
     """
-    wanted = vocab_size - len(BYTES) - 1
-    if wanted < 0:
+    num_merges = vocab_size - len(BASE_TOKENS) - 1
+    if num_merges < 0:
         raise FolioError(
-            f"--vocab_size={vocab_size}: 256 bytes and end-of-text need at least {len(BYTES) + 1}"
+            f"--vocab_size={vocab_size}: 256 bytes and end-of-text need at least "
+            f"--vocab_size={len(BASE_TOKENS) + 1}"
         )
-    merges = learn_merges(count_words(texts), wanted)
-    if len(merges) < wanted:
+    merges = learn_merges(count_words(texts), num_merges)
+    if len(merges) < num_merges:
         raise FolioError(
-            f"--vocab_size={vocab_size}: the text gives only {len(merges):,} merges; "
-            f"at most --vocab_size={len(BYTES) + 1 + len(merges)}"
+            f"--vocab_size={vocab_size}: the text has only {len(merges):,} merges; use "
+            f"--vocab_size={len(BASE_TOKENS) + 1 + len(merges)} or less"
         )
-    tokens = [*BYTES, *(left + right for left, right in merges)]
-    return BPETokenizer({token: i for i, token in enumerate(tokens)}, end_of_text=len(tokens))
+    tokens = [*BASE_TOKENS, *(left + right for left, right in merges)]
+    return BPETokenizer({token: i for i, token in enumerate(tokens)}, eos_token_id=len(tokens))
 
 
 def count_words(texts: Iterable[str]) -> Counter[bytes]:
-    """'low low lower' -> {b' low': 1, b'low': 1, b' lower': 1}: a space belongs to what follows."""
+    """How often each word occurs: 'low low lower' -> {b'low': 1, b' low': 1, b' lower': 1}.
+
+    The space before a word is part of the word. Only the MAX_WORDS most frequent words count.
+    """
     words = Counter()
     for text in texts:
-        words.update(WORD.findall(text))
-    encoded = {word.encode(): count for word, count in words.items()}
-    return Counter({word: count for word, count in encoded.items() if len(word) <= LONGEST})
+        words.update(SPLIT_RE.findall(text))
+    # A text may contain half of a surrogate pair; encode() of the trained tokenizer refuses it.
+    encoded = (
+        (word.encode(errors="surrogatepass"), count) for word, count in words.most_common(MAX_WORDS)
+    )
+    return Counter({word: count for word, count in encoded if len(word) <= MAX_WORD_BYTES})
 
 
-def learn_merges(words: Mapping[bytes, int], count: int) -> list[tuple[bytes, bytes]]:
-    """The `count` merges, in order; fewer where no two neighbours are left.
+def learn_merges(word_counts: Mapping[bytes, int], num_merges: int) -> list[tuple[bytes, bytes]]:
+    """The first num_merges merges, in order; fewer if no adjacent tokens are left.
 
-    Between pairs that are equally common, the one of earlier tokens comes first, as in Hugging
-    Face's trainer. Only the words that hold the merged pair are looked at again.
+    Of pairs with equal counts, the pair with the lower ids comes first, as in Hugging Face's
+    trainer. A heap keeps the pairs sorted by count; after a merge, only the words that contain the
+    merged pair are counted again.
     """
-    tokens = list(BYTES)
+    tokens = list(BASE_TOKENS)
     id_of = {token[0]: i for i, token in enumerate(tokens)}
-    spelled = [[id_of[byte] for byte in word] for word in words]  # each word as ids of tokens
-    times = list(words.values())
-    pairs, places = Counter(), defaultdict(set)  # how often a pair comes; in which words
-    for i, word in enumerate(spelled):
+    words = [[id_of[byte] for byte in word] for word in word_counts]  # each word as token ids
+    counts = list(word_counts.values())
+    pair_counts = Counter()  # pair of ids -> number of occurrences
+    words_with_pair = defaultdict(set)  # pair of ids -> indices of the words that contain it
+    for i, word in enumerate(words):
         for pair in pairwise(word):
-            pairs[pair] += times[i]
-            places[pair].add(i)
-    commonest = [(-n, pair) for pair, n in pairs.items()]
-    heapq.heapify(commonest)
+            pair_counts[pair] += counts[i]
+            words_with_pair[pair].add(i)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]  # heapq pops the smallest
+    heapq.heapify(heap)
 
     merges = []
-    while len(merges) < count and commonest:
-        n, pair = heapq.heappop(commonest)
-        if pairs[pair] != -n:  # this count is out of date; there is a newer entry if any are left
+    while len(merges) < num_merges and heap:
+        negative_count, pair = heapq.heappop(heap)
+        count = pair_counts[pair]
+        if count != -negative_count:  # merges of other pairs have made this pair rarer
+            if count > 0:
+                heapq.heappush(heap, (-count, pair))
             continue
-        if n == 0:
-            break
         merges.append((tokens[pair[0]], tokens[pair[1]]))
+        new_id = len(tokens)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        changed = set()
-        for i in places.pop(pair):
-            for old in pairwise(spelled[i]):
-                pairs[old] -= times[i]
-                changed.add(old)
-            spelled[i] = merge(spelled[i], pair, len(tokens) - 1)
-            for new in pairwise(spelled[i]):
-                pairs[new] += times[i]
-                places[new].add(i)
-                changed.add(new)
-        for other in changed:
-            if pairs[other] > 0:
-                heapq.heappush(commonest, (-pairs[other], other))
+        new_pairs = set()
+        for i in words_with_pair.pop(pair):
+            for old_pair in pairwise(words[i]):
+                pair_counts[old_pair] -= counts[i]
+            words[i] = merge(words[i], pair, new_id)
+            for new_pair in pairwise(words[i]):
+                pair_counts[new_pair] += counts[i]
+                if new_id in new_pair:
+                    new_pairs.add(new_pair)
+                    words_with_pair[new_pair].add(i)
+        for new_pair in new_pairs:
+            heapq.heappush(heap, (-pair_counts[new_pair], new_pair))
     return merges
 
 
-def merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """[7, 8, 9, 7, 8] with (7, 8) -> 300: [300, 9, 300]. From left to right, as 7 7 7 -> 300 7."""
+def merge(ids: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
+    """Replace each pair by new_id, from left to right.
+
+    merge([7, 8, 9, 7, 8], (7, 8), 300) -> [300, 9, 300];  merge([7, 7, 7], (7, 7), 300) -> [300, 7]
+    """
     merged, i = [], 0
-    while i < len(word):
-        if tuple(word[i : i + 2]) == pair:
-            merged.append(new)
+    while i < len(ids):
+        if tuple(ids[i : i + 2]) == pair:
+            merged.append(new_id)
             i += 2
         else:
-            merged.append(word[i])
+            merged.append(ids[i])
             i += 1
     return merged

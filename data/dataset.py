@@ -1,241 +1,333 @@
-"""From token ids on disk to batches: one long stream, cut into windows of T + 1 tokens.
+"""Datasets: files of token ids, cut into windows that become the inputs and targets of a batch.
 
-A dataset is a folder `data/NAME/`: `train*.bin` and `val*.bin` hold token ids as little-endian
-uint16 (uint32 where the vocabulary needs it), `tokenizer.json` says what the ids mean, `meta.json`
-where they came from. Shards are raw, or begin with the header of 256 int32 that GPT-2-tokenised
-FineWeb has.
+    dataset = open_dataset("shakespeare_char", block_size=128)
+    inputs, targets = training_batch(dataset.train, 8, 128, seed=1, step=0, micro_batch=0)
 
-A window of T + 1 tokens holds T examples, for every token is asked to name its successor. Which
-windows make a batch depends on (seed, step, micro-batch) and on nothing else: not on evaluations,
-not on restarts, not on how many processes share the work.
+A window of T + 1 tokens holds T training examples, because at each position the model has to
+predict the next token. The window 5 9 2 (T = 2) holds two examples:
+
+    5 -> 9              inputs   5 9
+    5 9 -> 2            targets  9 2
+
+`python -m data.show shakespeare_char` prints a batch of a dataset in this form.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+import math
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from configurator import FolioError, did_you_mean
-from data.tokenizer import Tokenizer, load_tokenizer
+from configurator import FolioError, did_you_mean, format_value
+from data.files import explain_os_error, shell_command
+from data.tokenizer import Tokenizer, load_tokenizer, read_json
 
-DATA = Path(__file__).resolve().parent
-SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
-IGNORED = -1  # a target that is not asked for; torch's cross entropy is told to leave it out
-CHECKED_AT_OPENING = 2**25  # tokens of each shard; every batch is checked again when it is drawn
-
-
-@dataclass
-class Dataset:
-    """What `data/NAME/` holds: the two streams, their tokenizer, and where they came from."""
-
-    folder: Path
-    tokenizer: Tokenizer
-    meta: dict[str, Any]
-    train: "TokenStream"
-    val: "TokenStream"
-
-
-def open_dataset(name: str, block_size: int, tokenizer: Tokenizer | None = None) -> Dataset:
-    """Map the dataset's files into memory and check them.
-
-    tokenizer: what the ids mean, of a folder that does not say so itself, as nanoGPT's do not.
-    Raises FolioError if a file is missing, empty, odd-sized or cut short, if a stream is shorter
-    than one window of block_size + 1 tokens, or holds an id outside the vocabulary.
-    """
-    folder = DATA / name
-    if not folder.is_dir():
-        raise FolioError(f"there is no dataset {name!r} in {DATA}{hint_for(name)}")
-    if (folder / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(folder)
-    elif name in FETCHED_BY and not (folder / "train.bin").exists():
-        raise FolioError(f"{folder}: not yet whole; {FETCHED_BY[name]} goes on with it")
-    elif tokenizer is None:
-        raise FolioError(
-            f"{folder}: there is no tokenizer.json to say what its ids mean; prepare it again, "
-            "or, if they are GPT-2's, --tokenizer=gpt2"
-        )
-    meta = read_meta(folder)
-    streams = [TokenStream(folder, split, meta, tokenizer.vocab_size) for split in ("train", "val")]
-    for stream in streams:
-        stream.check(block_size)
-    return Dataset(folder, tokenizer, meta, *streams)
-
-
-FETCHED_BY = {
-    "fineweb": "python -m data.prepare_fineweb --shards=100",
-    "openwebtext": "python -m data.prepare_openwebtext",
-}
-
-
-def hint_for(name: str) -> str:
-    if name in FETCHED_BY:
-        return f"; {FETCHED_BY[name]} fetches it"
-    there = [path.parent.name for path in DATA.glob("*/tokenizer.json")]
-    names = f"; there are: {', '.join(sorted(there))}" if there else ""
-    return did_you_mean(name, there) or names
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json's contents; an empty dict where there is none, as in nanoGPT's folders."""
-    path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise FolioError(f"{path}: damaged ({error}); prepare the dataset again") from None
-    if not isinstance(meta, dict) or meta.get("dtype", "uint16") not in ("uint16", "uint32"):
-        raise FolioError(f"{path}: damaged (dtype must be uint16 or uint32); prepare it again")
-    return meta
-
-
-# --- One long stream of integers ---
-
-
-class TokenStream:
-    """All shards of one split, as one stream in which no window crosses from shard to shard."""
-
-    def __init__(self, folder: Path, split: str, meta: dict[str, Any], vocab_size: int):
-        self.name = f"{folder / split}*.bin"
-        self.vocab_size = vocab_size
-        usual = "uint16" if vocab_size <= 2**16 else "uint32"
-        dtype = np.dtype(meta.get("dtype", usual)).newbyteorder("<")
-        paths = sorted(folder.glob(f"{split}*.bin"))
-        if not paths:
-            raise FolioError(f"{self.name}: there is no such file; prepare the dataset again")
-        self.shards = [map_shard(path, dtype) for path in paths]
-        self.lengths = np.array([len(shard) for shard in self.shards])
-
-    def __len__(self) -> int:
-        return int(self.lengths.sum())
-
-    def check(self, block_size: int) -> None:
-        if self.lengths.max() <= block_size:
-            raise FolioError(
-                f"{self.name}: {int(self.lengths.max()):,} tokens are too few for a window of "
-                f"block_size + 1 = {block_size + 1:,}; take more text or a smaller --block_size"
-            )
-        for shard in self.shards:
-            for start in range(0, min(len(shard), CHECKED_AT_OPENING), 2**22):
-                self.check_ids(shard[start : start + 2**22])
-
-    def check_ids(self, ids: np.ndarray) -> None:
-        if ids.max() >= self.vocab_size:
-            raise FolioError(
-                f"{self.name}: holds the token {ids.max()}, but its tokenizer has only "
-                f"{self.vocab_size:,} (0 to {self.vocab_size - 1:,}); prepare the dataset again"
-            )
-
-    def window_count(self, length: int) -> int:
-        """How many windows of `length` tokens there are, one starting at each token that can."""
-        return int((self.lengths - length + 1).clip(min=0).sum())
-
-    def windows(self, numbers: np.ndarray, length: int) -> np.ndarray:
-        """The windows of these numbers, counted through all shards: (n,) -> (n, length) int64."""
-        first_number = np.cumsum([0, *(self.lengths - length + 1).clip(min=0)])
-        shard_of = np.searchsorted(first_number, numbers, side="right") - 1
-        starts = numbers - first_number[shard_of]
-        windows = np.empty((len(numbers), length), dtype=np.int64)
-        for shard in np.unique(shard_of):
-            here = shard_of == shard
-            windows[here] = self.shards[shard][starts[here, None] + np.arange(length)]
-        self.check_ids(windows)
-        return windows
-
-
-def map_shard(path: Path, dtype: np.dtype | str) -> np.ndarray:
-    """The ids in a shard, mapped and not read: the operating system fetches what is touched.
-
-    Raises FolioError if the file's size is not what its header, or its kind of numbers, asks for.
-    """
-    size, dtype = path.stat().st_size, np.dtype(dtype)
-    if size == 0:
-        raise FolioError(f"{path}: empty; prepare the dataset again")
-    if has_header(path):
-        count = int(np.fromfile(path, dtype="<i4", count=3)[2])
-        if size != HEADER_BYTES + 2 * count:
-            raise FolioError(
-                f"{path}: its header promises {count:,} tokens, and its size is that of "
-                f"{(size - HEADER_BYTES) // 2:,}; remove the file and fetch it again"
-            )
-        return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES))
-    if size % dtype.itemsize:
-        raise FolioError(
-            f"{path}: {size:,} bytes are no whole number of {dtype.name}; prepare it again"
-        )
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
-
-
-def has_header(path: Path) -> bool:
-    """Whether a shard begins with 20240520, 1 and a count, as GPT-2-tokenised FineWeb's do."""
-    beginning = np.fromfile(path, dtype="<i4", count=3)
-    return len(beginning) == 3 and tuple(beginning[:2]) == (SHARD_MAGIC, SHARD_VERSION)
+DATA_DIR = Path(__file__).resolve().parent
+IGNORE_INDEX = -1  # a target with this value does not count in the loss
 
 
 # --- Batches ---
 
 
 def inputs_and_targets(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every token is asked to name its successor: [[5, 9, 2]] -> [[5, 9]], [[9, 2]]."""
+    """Shift by one: windows (B, T + 1) -> inputs and targets, each (B, T).
+
+    [[5, 9, 2]] -> [[5, 9]], [[9, 2]]: the examples 5 -> 9 and 5 9 -> 2.
+    """
+    # Contiguous: each of the two is one block of memory, which is copied to a GPU in one piece.
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
 def training_batch(
-    stream: TokenStream, batch_size: int, block_size: int, seed: int, step: int, micro_batch: int
+    tokens: "ShardedTokens",
+    batch_size: int,
+    block_size: int,
+    seed: int,
+    step: int,
+    micro_batch: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random windows, a function of (seed, step, micro_batch): inputs and targets, each (B, T)."""
-    dice = np.random.default_rng([seed, step, micro_batch])
-    numbers = dice.integers(stream.window_count(block_size + 1), size=batch_size)
-    return inputs_and_targets(torch.from_numpy(stream.windows(numbers, block_size + 1)))
+    """Random windows: inputs and targets, each (B, T), int64.
+
+    The batch is a function of (seed, step, micro_batch) only. So a resumed run sees the same
+    batches as an uninterrupted one, and so do runs with other numbers of processes.
+    """
+    rng = np.random.default_rng([seed, step, micro_batch])
+    indices = rng.integers(tokens.num_windows(block_size + 1), size=batch_size)  # (B,)
+    windows = tokens.windows(indices, block_size + 1)  # (B, T + 1)
+    return inputs_and_targets(torch.from_numpy(windows))
 
 
 def evaluation_batches(
-    stream: TokenStream, batch_size: int, block_size: int, at_most: int = 0
+    tokens: "ShardedTokens",
+    batch_size: int,
+    block_size: int,
+    max_tokens: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Fixed windows side by side, so that each token is predicted once; (B, T) pairs of tensors.
+    """Fixed windows in which each token is predicted once: inputs and targets, each (B, T), int64.
 
-    A shard's last window reaches back to be whole, and what it repeats is not asked for again.
-    Rows that fill the last batch ask for nothing. at_most: tokens to predict; 0 means all.
+    Targets that do not count are IGNORE_INDEX: those that the window before has predicted, and all
+    targets of the rows that fill up the last batch.
+    max_tokens: number of tokens to predict, rounded up to whole windows; 0 means all.
+    rank, world_size: batch number i belongs to rank i % world_size; only these batches are built.
     """
-    numbers, repeated, first_number = [], [], 0
-    for length in stream.lengths:
-        starts = np.arange(0, length - 1, block_size)
-        last = max(length - 1 - block_size, 0)
+    indices, num_repeated = evaluation_windows(tokens.lengths, block_size)
+    if max_tokens:
+        num_windows = math.ceil(max_tokens / block_size)
+        indices, num_repeated = indices[:num_windows], num_repeated[:num_windows]
+    for start in range(rank * batch_size, len(indices), world_size * batch_size):
+        rows = indices[start : start + batch_size]
+        num_ignored = num_repeated[start : start + batch_size]
+        # All batches have the same shape, because torch.compile compiles anew for each shape.
+        missing = batch_size - len(rows)
+        rows = np.pad(rows, (0, missing), mode="edge")  # (B,)
+        num_ignored = np.pad(num_ignored, (0, missing), constant_values=block_size)  # (B,)
+        windows = tokens.windows(rows, block_size + 1)  # (B, T + 1)
+        inputs, targets = inputs_and_targets(torch.from_numpy(windows))
+        ignored = torch.arange(block_size) < torch.from_numpy(num_ignored)[:, None]  # (B, T)
+        yield inputs, targets.masked_fill(ignored, IGNORE_INDEX)
+
+
+def evaluation_windows(lengths: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Windows side by side, in all shards: their indices, and how many targets each one repeats.
+
+    Example: 10 tokens, block_size 4. The windows of 4 + 1 tokens start at tokens 0, 4 and 5. The
+    last one starts at 5, not at 8, because it has to be complete. Its first 3 targets (tokens 6, 7
+    and 8) were already predicted in the window before: it repeats 3.
+    lengths: number of tokens in each shard. Shards of block_size tokens or less hold no window.
+    """
+    indices, num_repeated, first_index = [], [], 0
+    for length in lengths:
         if length > block_size:
-            numbers.append(first_number + np.minimum(starts, last))
-            repeated.append(starts - np.minimum(starts, last))
-            first_number += length - block_size
-    numbers, repeated = np.concatenate(numbers), np.concatenate(repeated)
-    if at_most:
-        wanted = -(-at_most // block_size)  # rounded up to whole windows
-        numbers, repeated = numbers[:wanted], repeated[:wanted]
-    places = np.arange(block_size)
-    for i in range(0, len(numbers), batch_size):
-        rows, skip = numbers[i : i + batch_size], repeated[i : i + batch_size]
-        filling = batch_size - len(rows)  # every batch has one shape, for the compiler's sake
-        rows, skip = np.pad(rows, (0, filling), mode="edge"), np.pad(skip, (0, filling))
-        skip[len(rows) - filling :] = block_size
-        inputs, targets = inputs_and_targets(torch.from_numpy(stream.windows(rows, block_size + 1)))
-        yield inputs, targets.masked_fill(torch.from_numpy(places < skip[:, None]), IGNORED)
+            planned = np.arange(0, length - 1, block_size)  # 0, 4, 8
+            starts = np.minimum(planned, length - 1 - block_size)  # 0, 4, 5
+            indices.append(first_index + starts)
+            num_repeated.append(planned - starts)  # 0, 0, 3
+            first_index += length - block_size  # the number of windows in this shard
+    return np.concatenate(indices), np.concatenate(num_repeated)
 
 
-def prefetch(fetch: Callable[[Any], Any], keys: Iterable[Any]) -> Iterator[Any]:
-    """Yields fetch(key) for each key, the next one being fetched while this one is in use."""
-    with ThreadPoolExecutor(max_workers=1) as worker:
-        upcoming = None
-        for key in keys:
-            arrived, upcoming = upcoming, worker.submit(fetch, key)
-            if arrived is not None:
-                yield arrived.result()
-        if upcoming is not None:
-            yield upcoming.result()
+Item = TypeVar("Item")
 
 
-def seed_for(*numbers: int) -> int:
+def prefetch(items: Iterator[Item]) -> Iterator[Item]:
+    """For speed only: the same items, the next one computed in a thread while one is in use."""
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        future = thread.submit(next, items, end)
+        while (item := future.result()) is not end:
+            future = thread.submit(next, items, end)
+            yield item
+
+
+def derive_seed(*numbers: int) -> int:
     """One seed for torch from several numbers: (seed, step, micro_batch) -> 0 ... 2**63 - 1."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+# --- The files of token ids ---
+#
+# train*.bin and val*.bin hold token ids as little-endian uint16, or uint32 if the vocabulary is
+# larger than 65,536. A split may have several files, called shards. GPT-2-tokenized FineWeb has
+# shards with a header of 256 int32, all others have none.
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+CHECKED_IDS = 2**16  # ids of each shard that are checked at the start; each batch is checked, too
+
+
+class ShardedTokens:
+    """The tokens of all shards of one split, "train" or "val".
+
+    Raises FolioError if a file is missing, unreadable, empty, or of a wrong size, if the files hold
+    fewer tokens than meta.json states, or if an id is outside the vocabulary.
+    """
+
+    def __init__(self, folder: str | Path, split: str, meta: dict[str, Any], vocab_size: int):
+        folder = Path(folder)
+        self.name = f"{folder / split}*.bin"
+        self.vocab_size = vocab_size
+        default_dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+        dtype = np.dtype(meta.get("dtype", default_dtype)).newbyteorder("<")
+        paths = sorted(folder.glob(f"{split}*.bin"))
+        if not paths:
+            raise FolioError(f"{self.name}: not found; prepare the dataset again")
+        self.shards = [memmap_shard(path, dtype) for path in paths]
+        self.lengths = np.array([len(shard) for shard in self.shards])
+        # More tokens than meta.json states are shards that a preparation is adding just now.
+        num_tokens = meta.get(f"{split}_tokens", 0)
+        if type(num_tokens) is not int or num_tokens > len(self):
+            raise FolioError(
+                f"{self.name}: {len(self):,} tokens, but meta.json states "
+                f"{format_value(num_tokens)}; prepare the dataset again"
+            )
+        for shard in self.shards:
+            self.check_ids(shard[:CHECKED_IDS])
+
+    def __len__(self) -> int:
+        return int(self.lengths.sum())
+
+    def num_windows(self, length: int) -> int:
+        """Number of windows of `length` tokens: 10 tokens hold 10 - 3 + 1 = 8 windows of 3."""
+        return int((self.lengths - length + 1).clip(min=0).sum())
+
+    def windows(self, indices: np.ndarray, length: int) -> np.ndarray:
+        """The windows with these indices: (n,) -> (n, length), int64. No window crosses shards.
+
+        With a single shard, an index is the position of a window's first token, and the windows are
+        shard[index : index + length]. With several shards, the count goes on in the next shard.
+        """
+        first_index = np.cumsum([0, *(self.lengths - length + 1).clip(min=0)])  # of each shard
+        shard_of = np.searchsorted(first_index, indices, side="right") - 1  # (n,)
+        starts = indices - first_index[shard_of]  # (n,) positions within the shards
+        windows = np.empty((len(indices), length), dtype=np.int64)
+        for shard in np.unique(shard_of):
+            rows = shard_of == shard
+            windows[rows] = self.shards[shard][starts[rows, None] + np.arange(length)]
+        self.check_ids(windows)
+        return windows
+
+    def check_ids(self, ids: np.ndarray) -> None:
+        """Raise FolioError if an id is outside the vocabulary."""
+        if ids.max() >= self.vocab_size:
+            raise FolioError(
+                f"{self.name}: token id {ids.max()} is out of range (vocabulary size "
+                f"{self.vocab_size:,}); prepare the dataset again"
+            )
+
+
+def memmap_shard(path: str | Path, dtype: np.dtype | str) -> np.ndarray:
+    """The ids in a shard, as a memory-mapped array: parts of the file are read when indexed.
+
+    dtype: of the ids in a shard without a header; a header means uint16.
+    Raises FolioError if the file is unreadable, or its size does not match its header or dtype.
+    """
+    path, dtype = Path(path), np.dtype(dtype)
+    with explain_os_error(path, "cannot be read"):
+        size = path.stat().st_size
+        if size == 0:
+            raise FolioError(f"{path}: empty; prepare the dataset again")
+        if has_header(path):
+            count = int(np.fromfile(path, dtype="<i4", count=3)[2])
+            if size != HEADER_BYTES + 2 * count:
+                raise FolioError(
+                    f"{path}: the header states {count:,} tokens, but the file has "
+                    f"{(size - HEADER_BYTES) // 2:,}; delete the file and download it again"
+                )
+            return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES))
+        if size % dtype.itemsize:
+            raise FolioError(
+                f"{path}: {size:,} bytes are not a multiple of the size of {dtype.name}; "
+                "prepare the dataset again"
+            )
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+def has_header(path: str | Path) -> bool:
+    """Whether a shard begins with 20240520, 1 and a count, as GPT-2-tokenized FineWeb's do."""
+    start = np.fromfile(path, dtype="<i4", count=3)
+    return len(start) == 3 and tuple(start[:2]) == (SHARD_MAGIC, SHARD_VERSION)
+
+
+# --- The folder of a dataset ---
+
+
+@dataclass
+class Dataset:
+    """A prepared dataset: the folder data/NAME/ with its tokens, tokenizer.json and meta.json."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    meta: dict[str, Any]  # source of the text, dtype and number of tokens
+    train: ShardedTokens
+    val: ShardedTokens
+
+
+PREPARE_COMMANDS = {
+    "fineweb": "python -m data.prepare_fineweb --shards=100",
+    "openwebtext": "python -m data.prepare_openwebtext",
+}
+
+
+def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None = None) -> Dataset:
+    """Open data/NAME/ and check it.
+
+    tokenizer: for folders without tokenizer.json (nanoGPT's).
+    Raises FolioError if a file is missing, unreadable or damaged, if a split is shorter than one
+    window of block_size + 1 tokens, or if an id is outside the vocabulary.
+    """
+    folder = DATA_DIR / name
+    tokenizer = find_tokenizer(folder, str(name), tokenizer)
+    meta = read_meta(folder)
+    train = ShardedTokens(folder, "train", meta, tokenizer.vocab_size)
+    val = ShardedTokens(folder, "val", meta, tokenizer.vocab_size)
+    for tokens in (train, val):
+        if tokens.lengths.max() <= block_size:
+            raise FolioError(
+                f"{tokens.name}: only {int(tokens.lengths.max()):,} tokens, but a window needs "
+                f"block_size + 1 = {block_size + 1:,}; use more text or a smaller --block_size"
+            )
+    return Dataset(folder, tokenizer, meta, train, val)
+
+
+def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenizer:
+    """The dataset's own tokenizer or, in a folder without tokenizer.json, the given one."""
+    try:
+        files = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FolioError(f"dataset {name!r} not found in {DATA_DIR}{dataset_hint(name)}") from None
+    except OSError as error:
+        raise FolioError(f"{folder}: cannot be read ({error.strerror})") from None
+    if "tokenizer.json" in files:
+        own = load_tokenizer(folder)
+        if given not in (None, own):
+            raise FolioError(f"{folder}: has a tokenizer of its own; omit --tokenizer")
+        return own
+    if name in PREPARE_COMMANDS and "train.bin" not in files:
+        raise FolioError(f"{folder}: incomplete; continue with {PREPARE_COMMANDS[name]}")
+    if "meta.pkl" in files:
+        text = folder / "input.txt" if "input.txt" in files else "TEXT.txt"
+        command = shell_command(
+            "python", "-m", "data.prepare_text", str(text), f"--dataset=folio_{folder.name}"
+        )
+        raise FolioError(
+            f"{folder / 'meta.pkl'}: nanoGPT's vocabulary of characters; it is a pickle, which can "
+            f"run any code, so Folio does not open it; prepare the text again: {command}"
+        )
+    if given is None:
+        raise FolioError(
+            f"{folder}: tokenizer.json not found; prepare the dataset again, or use "
+            "--tokenizer=gpt2 if the ids are GPT-2's"
+        )
+    return given
+
+
+def dataset_hint(name: str) -> str:
+    """What to do about a dataset that does not exist, to be appended to the message."""
+    if name in PREPARE_COMMANDS:
+        return f"; download it with {PREPARE_COMMANDS[name]}"
+    available = sorted(path.parent.name for path in DATA_DIR.glob("*/tokenizer.json"))
+    names = f"; available: {', '.join(available)}" if available else ""
+    return did_you_mean(name, available) or names
+
+
+def read_meta(folder: str | Path) -> dict[str, Any]:
+    """The contents of meta.json; empty if it does not exist, as in nanoGPT's folders.
+
+    Raises FolioError if it is unreadable or damaged.
+    """
+    path = Path(folder) / "meta.json"
+    try:
+        meta = read_json(path)
+    except FileNotFoundError:
+        return {}
+    if not isinstance(meta, dict) or meta.get("dtype", "uint16") not in ("uint16", "uint32"):
+        raise FolioError(
+            f"{path}: damaged (dtype must be uint16 or uint32); prepare the dataset again"
+        )
+    return meta

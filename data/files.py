@@ -1,42 +1,78 @@
-"""Files that are there whole or not at all: written beside their place, flushed and renamed."""
+"""Atomic file writes, file locks, and paths and commands as a user types them."""
 
 import contextlib
 import errno
 import json
 import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configurator import FolioError
+import filelock
+
+from configurator import FolioError, format_value
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # a file system without file locks
+NO_FSYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what is written there takes its place at the end."""
+def explain_os_error(path: str | Path, problem: str) -> Iterator[None]:
+    """Turn an OSError inside the block into the one-line FolioError "path: problem (reason)"."""
+    try:
+        yield
+    except OSError as error:
+        raise FolioError(f"{path}: {problem} ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; at the end it replaces `path`.
+
+    The data is on the disk (fsync) before the new name is. If the block fails, `path` is unchanged.
+    Raises FolioError if the disk refuses; every other error passes unchanged.
+    """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # the bytes are on the disk before the name is
-        os.replace(temporary, path)
-        flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch wraps what the operating system told it.
-        told = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = getattr(told, "strerror", None) or str(told).partition("\n")[0]
-        raise FolioError(f"{path}: cannot be written ({reason}); what was there is kept") from None
+        with explain_os_error(path, "write failed; the old file, if any, is unchanged"):
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            with unwrap_torch_save_error():
+                yield temporary
+            temporary.chmod(mode)  # safetensors sets mode 600
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        fsync_dir(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def flush_folder(folder: Path) -> None:
-    """The names in it are on the disk, too, where the system and the disk can promise that."""
-    if sys.platform == "win32":  # where a folder cannot be opened
+@contextlib.contextmanager
+def unwrap_torch_save_error() -> Iterator[None]:
+    """Raise the OSError behind a RuntimeError of torch.save, if there is one.
+
+    torch.save, while it handles the OSError of the Python file that it writes to, raises
+    RuntimeError("[enforce fail at inline_container.cc] ..."). All other RuntimeErrors, such as
+    CUDA's, must keep their traceback.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        cause = error.__context__
+        if "[enforce fail at inline_container" in str(error) and isinstance(cause, OSError):
+            raise cause from None
+        raise
+
+
+def fsync_dir(folder: str | Path) -> None:
+    """Flush a folder's file names to the disk, where the system supports it."""
+    if sys.platform == "win32":  # a folder cannot be opened
         return
     try:
         directory = os.open(folder, os.O_RDONLY)
@@ -45,23 +81,72 @@ def flush_folder(folder: Path) -> None:
         finally:
             os.close(directory)
     except OSError as error:
-        # Network disks often cannot; and a folder may be one to write to and not to read.
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES):
-            raise FolioError(f"{folder}: written, but not surely ({error.strerror})") from None
+        if error.errno not in NO_FSYNC:
+            raise FolioError(f"{folder}: fsync failed ({error.strerror})") from None
 
 
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
+def write_text(path: str | Path, text: str) -> None:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, contents: dict[str, Any]) -> None:
+def write_json(path: str | Path, contents: dict[str, Any]) -> None:
     write_text(path, json.dumps(contents, indent=2) + "\n")
 
 
-def move_aside(folder: Path) -> Path:
-    """Rename `folder` to the first free of folder.1, folder.2, ... and return that name."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+def rename_to_backup(folder: str | Path) -> Path:
+    """Rename `folder` to the first free name of folder.1, folder.2, ... and return the new path."""
+    folder, number = Path(folder), 1
+    while (backup := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
-    return folder.rename(aside)
+    with explain_os_error(folder, f"cannot be renamed to {backup.name}"):
+        return folder.rename(backup)
+
+
+@contextlib.contextmanager
+def file_lock(path: str | Path, message: str, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file `path` inside the block. The system releases it if the process dies.
+
+    If another process holds it: raises FolioError(message), or prints message and waits.
+    """
+    path = Path(path)
+    lock = filelock.FileLock(path)
+    with explain_os_error(path, "cannot create this lock file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            acquire(lock, message, wait)
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+                raise
+            print(f"{path.parent}: no file locks on this disk; start only one process at a time")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def acquire(lock: filelock.BaseFileLock, message: str, wait: bool) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if not wait:
+            raise FolioError(message) from None
+        print(message, flush=True)
+        lock.acquire()
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user types it: "~" is the home folder. FolioError if no file can have it."""
+    try:
+        path = Path(text).expanduser()
+        valid = b"\0" not in os.fsencode(path)
+    except (RuntimeError, UnicodeEncodeError):  # ~nosuchuser; half of a surrogate pair
+        valid = False
+    if not valid:
+        raise FolioError(f"{format_value(str(text))}: not a valid path")
+    return path
+
+
+def shell_command(*words: str) -> str:
+    """The words as one line for the user's shell: ("rm", "my file") -> "rm 'my file'"."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)

@@ -1,68 +1,127 @@
-"""Files from the Hugging Face hub, by plain HTTPS.
+"""Models and datasets from the Hugging Face hub, through the library huggingface_hub.
 
-The environment may name another hub (HF_ENDPOINT) and a token to show it (HF_TOKEN).
+    hub_model("gpt2-medium")           # a folder with config.json, tokenizer files and weights
+    hub_model("distilgpt2")            # any model on the hub, by its name
+    commit, names = hub_files("kjj0/fineweb10B-gpt2", repo_type="dataset")
+    hub_file("kjj0/fineweb10B-gpt2", names[0], repo_type="dataset", revision=commit)
+
+Files are kept in the hub's own cache (~/.cache/huggingface), which transformers uses, too. The
+variables HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as in every program of the hub.
 """
 
-import os
-import re
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import requests
+import huggingface_hub
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import tqdm
 
-from data.download import ATTEMPTS, CONNECT_SECONDS, SILENCE_SECONDS, DownloadError, download
+from data.download import DownloadError
 
-PAUSE = 1.0  # seconds before the second attempt; each further one waits twice as long
-
-
-def hub_url(path: str) -> str:
-    """'openai-community/gpt2/resolve/main/config.json' -> the address of that file."""
-    return f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{path}"
-
-
-def hub_headers() -> dict[str, str]:
-    token = os.environ.get("HF_TOKEN")
-    return {"Authorization": f"Bearer {token}"} if token else {}
+GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+CONFIG_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+CONFIG_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"]
+SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+PYTORCH_BINS = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 
 
-def fetch_small(url: str, path: Path) -> Path:
-    """Fetch a file of a few megabytes at most; DownloadError if it cannot be had."""
-    print(f"fetching {url}")
-    return download(url, path, headers=hub_headers())
+def hub_model(name: str) -> Path:
+    """The folder with config.json, tokenizer files and weights of a model on the hub.
 
-
-def fetch_large(url: str, path: Path, size: int | None = None, sha256: str | None = None) -> Path:
-    """Fetch a large file; a transfer that broke off goes on next time.
-
-    size, sha256: what is known of the file; where nothing is, the hub is asked what it promises.
-    Raises DownloadError if it cannot be had, or is not what was promised.
+    name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or OWNER/NAME.
+    Downloads the newest version; without a connection, uses the version in the cache.
+    Raises DownloadError if the model does not exist or cannot be downloaded.
     """
-    print(f"fetching {url}")
-    if sha256 is None:
-        size, sha256 = promised(url)
-    return download(url, path, size=size, sha256=sha256, headers=hub_headers(), keep_partial=True)
+    repo_id = f"openai-community/{name}" if name in GPT2_MODELS else name
+    with explain_hub_errors(repo_id, "; a model folder that you have: --init_from=FOLDER"):
+        if not has_cached_weights(repo_id) and has_cached_weights(name):
+            repo_id = name  # transformers caches gpt2 under both names
+        for weights in (SAFETENSORS, PYTORCH_BINS):
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    repo_id, allow_patterns=CONFIG_FILES + weights, tqdm_class=DelayedProgressBar
+                )
+            )
+            if any((folder / weight).exists() for weight in weights):
+                return folder
+        raise OSError("no weights (model.safetensors or pytorch_model.bin) found")
 
 
-def promised(url: str) -> tuple[int | None, str | None]:
-    """The size and SHA-256 that the hub's answer to a HEAD request names for a large file.
+class DelayedProgressBar(tqdm):
+    """A progress bar that appears after a second, so not for files in the cache."""
 
-    The hub answers with a redirection to where the bytes are, and with X-Linked-Size and
-    X-Linked-ETag, which for files in its large-file store is the SHA-256.
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"delay": 1, **kwargs})
+
+
+def has_cached_weights(repo_id: str) -> bool:
+    names = (SAFETENSORS[0], PYTORCH_BINS[0])
+    cached = [huggingface_hub.try_to_load_from_cache(repo_id, name) for name in names]
+    return any(isinstance(path, str) for path in cached)
+
+
+def hub_files(
+    repo_id: str, repo_type: str = "model", revision: str | None = None
+) -> tuple[str, list[str]]:
+    """The commit of a repository's revision, and the names of its files, sorted.
+
+    Raises DownloadError.
     """
-    headers = {**hub_headers(), "Accept-Encoding": "identity"}
-    for attempt in range(ATTEMPTS):
-        try:
-            answer = requests.head(url, headers=headers, timeout=(CONNECT_SECONDS, SILENCE_SECONDS))
-        except requests.RequestException as error:
-            raise DownloadError(f"{url}: no answer ({type(error).__name__})") from None
-        busy = answer.status_code in (408, 429) or answer.status_code >= 500
-        if not busy or answer.status_code == 501:
-            break
-        time.sleep(PAUSE * 2**attempt)
-    # 405 and 501: a hub that makes no promises.
-    if answer.status_code >= 400 and answer.status_code not in (405, 501):
-        raise DownloadError(f"{url}: the server answered {answer.status_code} {answer.reason}")
-    size = answer.headers.get("X-Linked-Size", "")
-    etag = answer.headers.get("X-Linked-ETag", "").strip('"')
-    sha256 = etag if re.fullmatch("[0-9a-f]{64}", etag) else None
-    return int(size) if size.isdigit() else None, sha256
+    with explain_hub_errors(repo_id):
+        api = huggingface_hub.HfApi()
+        info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+    return info.sha, sorted(file.rfilename for file in info.siblings)
+
+
+def hub_file(
+    repo_id: str,
+    filename: str,
+    repo_type: str = "model",
+    revision: str | None = None,
+    local_dir: str | Path | None = None,
+) -> Path:
+    """The path of one file of a repository; the file is downloaded if necessary.
+
+    local_dir: put the file in this folder instead of the hub's cache.
+    Raises DownloadError if the file does not exist or cannot be downloaded.
+    """
+    with explain_hub_errors(f"{repo_id}/{filename}"):
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repo_id, filename, repo_type=repo_type, revision=revision, local_dir=local_dir
+            )
+        )
+
+
+@contextmanager
+def explain_hub_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Turn an error of huggingface_hub inside the block into a DownloadError of one line."""
+    try:
+        yield
+    # HTTPError: the base class of the errors of huggingface_hub's HTTP library.
+    except (errors.HTTPError, errors.EntryNotFoundError, OSError, ValueError) as error:
+        raise DownloadError(f"{what}: {describe(error)}{advice}") from None
+
+
+def describe(error: BaseException) -> str:
+    """An error of huggingface_hub in one line."""
+    hub = constants.ENDPOINT
+    match error:
+        case errors.OfflineModeIsEnabled():
+            return "not in the cache, and HF_HUB_OFFLINE is set"
+        case errors.LocalEntryNotFoundError() if error.__cause__ is not None:
+            return describe(error.__cause__)
+        case errors.GatedRepoError():
+            return f"restricted: accept its terms on {hub} and set HF_TOKEN"
+        case errors.RepositoryNotFoundError():
+            return f"not found on {hub} (if it is private, set HF_TOKEN)"
+        case errors.EntryNotFoundError() | errors.RevisionNotFoundError():
+            return f"not found on {hub}"
+        case errors.HfHubHTTPError():
+            return f"HTTP {error.response.status_code} from {hub}"
+    first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+    if isinstance(error, errors.HTTPError):
+        return f"no connection to {hub} ({first_line})"
+    return getattr(error, "strerror", None) or first_line

@@ -1,92 +1,186 @@
-"""From text to a dataset's folder: what all preparers share but for the source of the text."""
+"""Shared code of the dataset preparation: from text to a folder under data/."""
 
 import hashlib
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from configurator import FolioError
+from configurator import FolioError, did_you_mean
+from data import dataset as dataset_module
 from data.bpe import train_bpe
-from data.dataset import DATA, read_meta
-from data.files import move_aside, write_json, write_text
-from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, tokenizer_text
+from data.dataset import read_meta
+from data.files import (
+    explain_os_error,
+    file_lock,
+    rename_to_backup,
+    shell_command,
+    user_path,
+    write_json,
+)
+from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER_TYPES = ("char", "gpt2", "bpe")
+DATASET_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
+BLOCK_SIZE = re.compile(r"^block_size = (\d+)", re.MULTILINE)
+
+# --- The tokenizer and the split ---
 
 
 def make_tokenizer(
-    kind: str, texts: Iterable[str], vocab_size: int, parts_documents: bool = False
+    tokenizer_type: str, texts: Iterable[str], vocab_size: int, add_eos: bool = False
 ) -> Tokenizer:
-    """The tokenizer called `kind` ("char", "gpt2" or "bpe"), made for these texts if need be."""
-    if kind == "gpt2":
+    """The tokenizer of a new dataset.
+
+    tokenizer_type: "char": the characters of texts; "gpt2"; "bpe": vocab_size tokens, learned from
+        texts; or the folder of a run, a model or a dataset, whose tokenizer is used unchanged.
+    add_eos: add an end-of-text token to the characters; the others have one.
+    Raises FolioError if the folder's vocabulary lacks a character of texts.
+    """
+    if tokenizer_type == "char":
+        return CharTokenizer.from_text(characters_of(texts), add_eos)
+    if tokenizer_type == "gpt2":
         return BPETokenizer.gpt2()
-    if kind == "bpe":
+    if tokenizer_type == "bpe":
         return train_bpe(texts, vocab_size)
-    alphabet = set()
+    tokenizer = load_tokenizer(tokenizer_folder(tokenizer_type))
+    if isinstance(tokenizer, CharTokenizer):
+        missing = sorted(characters_of(texts) - set(tokenizer.characters))
+        if missing:
+            examples = ", ".join(map(repr, missing[:10])) + (", ..." if missing[10:] else "")
+            raise FolioError(
+                f"--tokenizer={tokenizer_type}: its vocabulary lacks "
+                f"{plural(len(missing), 'character')} of the text: {examples}; "
+                "replace them in the text, or use --tokenizer=gpt2"
+            )
+    return tokenizer
+
+
+def characters_of(texts: Iterable[str]) -> set[str]:
+    characters = set()
     for text in texts:
-        alphabet.update(text)
-    return CharTokenizer.of(alphabet, parts_documents)
+        characters.update(text)
+    return characters
+
+
+def check_tokenizer_type(tokenizer_type: str) -> None:
+    """Raises FolioError unless it is "char", "gpt2", "bpe" or a folder."""
+    if tokenizer_type not in TOKENIZER_TYPES and not tokenizer_folder(tokenizer_type).is_dir():
+        guess = did_you_mean(tokenizer_type, TOKENIZER_TYPES)
+        raise FolioError(
+            f"--tokenizer={tokenizer_type}: must be char, gpt2, bpe, or the folder of a run or "
+            f"a model{guess}"
+        )
+
+
+def tokenizer_folder(tokenizer_type: str) -> Path:
+    """A folder relative to the current folder or, as out_dir is, to the repository."""
+    path = user_path(tokenizer_type)
+    return path if path.is_dir() else REPO_ROOT / path
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text, newlines unchanged. FolioError if it is missing, empty or not UTF-8."""
+    try:
+        with explain_os_error(path, "cannot read this text"):
+            text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FolioError(
+            f"{path}: not UTF-8 text (invalid byte at offset {error.start:,})"
+        ) from None
+    if not text.strip():
+        raise FolioError(f"{path}: there is no text in this file")
+    return text
+
+
+def split_text(text: str, val_fraction: float = 0.1) -> dict[str, list[str]]:
+    """The end is for validation: 'abcdefghij' -> {"train": ['abcdefghi'], "val": ['j']}"""
+    cut = int(len(text) * (1 - val_fraction))
+    return {"train": [text[:cut]], "val": [text[cut:]]}
+
+
+# --- The folder ---
 
 
 def dataset_folder(name: str) -> Path:
-    """data/NAME; FolioError if NAME would lead elsewhere."""
-    if not name or name.startswith(".") or Path(name).name != name:
-        raise FolioError(f"--dataset={name}: a dataset's name is that of one folder under {DATA}")
-    return DATA / name
+    """data/NAME. FolioError if NAME is missing or is not the name of one folder."""
+    if not name:
+        raise FolioError("--dataset=NAME is missing: the folder under data/ for the new dataset")
+    if name.startswith(".") or Path(name).name != name or user_path(name).name != name:
+        raise FolioError(
+            f"--dataset={name}: must be the name of one folder under {dataset_module.DATA_DIR}"
+        )
+    return dataset_module.DATA_DIR / name
+
+
+def dataset_lock(folder: str | Path) -> AbstractContextManager[None]:
+    """Only one process at a time prepares data/NAME; the others print a line and wait."""
+    folder = Path(folder)
+    return file_lock(
+        folder.with_name(f".{folder.name}.lock"),
+        f"another process is preparing {folder}; waiting for it",
+        wait=True,
+    )
 
 
 def write_dataset(
-    folder: Path,
+    folder: str | Path,
     tokenizer: Tokenizer,
     splits: dict[str, Iterable[str | None]],
-    origin: dict[str, Any],
+    source_meta: dict[str, Any],
 ) -> dict[str, Any]:
-    """Encode the texts of each split ("train", "val") into `folder`, and return its meta.json.
+    """Tokenize the texts of each split ("train", "val") into `folder`; returns its meta.json.
 
-    splits: pieces of text, each encoded by itself; None puts an end-of-text token.
-    origin: what meta.json says of the text's source ("source", "sha256", ...).
-    The folder appears whole or not at all. One that is there already is replaced if it is the same
-    or was a stand-in, and moved aside otherwise.
-    Raises FolioError if a split holds no text, or a character the vocabulary lacks.
+    splits: pieces of text, each encoded by itself; None is the end of a document.
+    source_meta: what meta.json says about the text's source ("source", "sha256", ...).
+    The folder appears complete or not at all. An existing dataset is replaced if it is the same or
+    was made from the replacement text; otherwise it is renamed to folder.1, folder.2, ...
+    Raises FolioError if a split has no text, or a character that is not in the vocabulary.
     """
+    folder = Path(folder)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    fresh = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        counts, sha256 = {}, hashlib.sha256()
-        for split, texts in splits.items():
-            path = fresh / f"{split}.bin"
-            counts |= write_tokens(path, split, texts, tokenizer, dtype)
-            with open(path, "rb") as file:
-                hashlib.file_digest(file, lambda: sha256)
-        # A text whose own hash is not known is known by that of its tokens.
-        meta = {"sha256": sha256.hexdigest(), **origin, **counts, "dtype": dtype.name}
-        meta["vocab_size"] = tokenizer.vocab_size
-        write_text(fresh / "tokenizer.json", tokenizer_text(tokenizer))
-        write_json(fresh / "meta.json", meta)
-        move_into_place(fresh, folder, meta)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    tmp_dir = folder.with_name(f".{folder.name}.tmp")
+    with explain_os_error(tmp_dir, "cannot write this dataset"):
+        shutil.rmtree(tmp_dir, ignore_errors=True)
+        tmp_dir.mkdir(parents=True)
+        try:
+            counts, sha256 = {}, hashlib.sha256()
+            for split, texts in splits.items():
+                path = tmp_dir / f"{split}.bin"
+                counts |= write_tokens(path, split, texts, tokenizer, dtype)
+                with open(path, "rb") as file:
+                    hashlib.file_digest(file, lambda: sha256)
+            # The SHA-256 of the tokens identifies a text whose own SHA-256 is not given.
+            meta = {"sha256": sha256.hexdigest(), **source_meta, **counts, "dtype": dtype.name}
+            meta["vocab_size"] = tokenizer.vocab_size
+            save_tokenizer(tokenizer, tmp_dir)
+            write_json(tmp_dir / "meta.json", meta)
+            replace_dataset(tmp_dir, folder, meta)
+        finally:
+            shutil.rmtree(tmp_dir, ignore_errors=True)
     return meta
 
 
 def write_tokens(
-    path: Path,
+    path: str | Path,
     split: str,
     texts: Iterable[str | None],
     tokenizer: Tokenizer,
     dtype: np.dtype,
 ) -> dict[str, int]:
-    """Write the ids of the texts one after the other, and return how many of what there were."""
+    """Write the token ids of all texts to one file; returns the number of tokens and characters."""
     tokens = characters = 0
     with open(path, "wb") as file:
-        for text, ids in encoded(texts, tokenizer):
-            # A number too large for its type would wrap into another token without a word.
+        for text, ids in encode_in_order(texts, tokenizer):
+            # A larger id would wrap around and become another token.
             assert len(ids) == 0 or ids.max() <= np.iinfo(dtype).max
             file.write(ids.astype(dtype).tobytes())
             tokens += len(ids)
@@ -94,47 +188,55 @@ def write_tokens(
         file.flush()
         os.fsync(file.fileno())
     if tokens < 2:
-        raise FolioError(f"the text is too short: nothing is left for the {split} split")
+        raise FolioError(f"the text is too short: the {split} split has fewer than 2 tokens")
     return {f"{split}_tokens": tokens, f"{split}_characters": characters}
 
 
-def encoded(
+def encode_in_order(
     texts: Iterable[str | None], tokenizer: Tokenizer
 ) -> Iterator[tuple[str | None, np.ndarray]]:
-    """Yields each text with its ids, in order, a few being encoded at a time: one by each core."""
+    """Yields each text with its token ids, in order; a few texts are encoded in parallel."""
+    end_of_document = end_of_document_ids(tokenizer)
 
-    def encode(text):
-        return text, np.array([tokenizer.end_of_text]) if text is None else tokenizer.encode(text)
+    def encode(text: str | None) -> tuple[str | None, np.ndarray]:
+        return text, end_of_document if text is None else tokenizer.encode(text)
 
-    texts, few = iter(texts), 4 * (os.cpu_count() or 1)
-    with ThreadPoolExecutor() as cores:
-        while some := list(itertools.islice(texts, few)):
-            yield from cores.map(encode, some)
+    texts, batch_size = iter(texts), 4 * (os.cpu_count() or 1)
+    with ThreadPoolExecutor() as pool:
+        while batch := list(itertools.islice(texts, batch_size)):
+            yield from pool.map(encode, batch)
 
 
-def move_into_place(fresh: Path, folder: Path, meta: dict[str, Any]) -> None:
-    """Rename fresh to folder. What is there moves aside, and goes if it is the same or stood in."""
-    replaced = None
+def end_of_document_ids(tokenizer: Tokenizer) -> np.ndarray:
+    """What separates documents: end-of-text; without such a token a newline; else nothing."""
+    if tokenizer.eos_token_id is not None:
+        return np.array([tokenizer.eos_token_id])
+    try:
+        newline = tokenizer.encode("\n")
+        return newline if tokenizer.decode(newline) == "\n" else newline[:0]
+    except FolioError:
+        return np.array([], dtype=np.int64)
+
+
+def replace_dataset(tmp_dir: Path, folder: Path, meta: dict[str, Any]) -> None:
+    """Rename tmp_dir to folder. An existing dataset is renamed first, and deleted if superseded."""
+    backup = None
     if folder.exists():
-        if not any((folder / name).exists() for name in SIGNS):
-            raise FolioError(f"{folder}: there is something else at this place; rename --dataset")
-        old = old_meta(folder)
-        same = old == meta
-        stood_in = old.get("stands_in_for") is not None and "stands_in_for" not in meta
-        replaced = move_aside(folder)
-        if not (same or stood_in):
-            print(f"the dataset that was there is now {replaced}")
-            replaced = None
-    os.replace(fresh, folder)
-    if replaced is not None:
-        shutil.rmtree(replaced)
+        if not any((folder / name).exists() for name in DATASET_FILES):
+            raise FolioError(f"{folder}: exists and is not a dataset; choose another --dataset")
+        old = read_meta_or_empty(folder)
+        was_replacement = "replacement_for" in old and "replacement_for" not in meta
+        superseded = old == meta or was_replacement
+        backup = rename_to_backup(folder)
+        if not superseded:
+            print(f"renamed the existing dataset to {backup}")
+    os.replace(tmp_dir, folder)
+    if backup is not None and superseded:
+        shutil.rmtree(backup)
 
 
-SIGNS = ("train.bin", "val.bin", "tokenizer.json", "meta.json")  # of a dataset, perhaps damaged
-
-
-def old_meta(folder: Path) -> dict[str, Any]:
-    """read_meta(), but {} where it is damaged: what is prepared anew need not be whole."""
+def read_meta_or_empty(folder: Path) -> dict[str, Any]:
+    """read_meta(), or {} if it is corrupt: a corrupt dataset can be prepared again."""
     try:
         return read_meta(folder)
     except FolioError:
@@ -142,33 +244,49 @@ def old_meta(folder: Path) -> dict[str, Any]:
 
 
 def shards_folder(name: str, source: str) -> Path:
-    """data/NAME, for shards of `source` to be added to; FolioError if another dataset is there."""
+    """data/NAME for shards that are downloaded one by one. FolioError if it is another dataset."""
     folder = dataset_folder(name)
-    if (folder / "train.bin").exists() or old_meta(folder).get("source", source) != source:
+    other_source = read_meta_or_empty(folder).get("source", source) != source
+    if other_source or (folder / "train.bin").exists():
         raise FolioError(f"{folder}: holds another dataset; choose another --dataset")
-    folder.mkdir(parents=True, exist_ok=True)
+    with explain_os_error(folder, "cannot create this folder"):
+        folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "meta.json").exists():
-        write_json(folder / "meta.json", {"source": source})  # the rest when all is there
+        write_json(folder / "meta.json", {"source": source})  # completed by write_shards_meta()
     return folder
 
 
-def read_text(path: Path) -> str:
-    """A file's text, its line ends as they are; FolioError if it is missing, empty or not UTF-8."""
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FolioError(
-            f"{path}: not UTF-8 text (the byte at offset {error.start:,} belongs to no character)"
-        ) from None
-    except OSError as error:
-        raise FolioError(f"{path}: cannot read this text: {error.strerror}") from None
-    if not text.strip():
-        raise FolioError(f"{path}: there is no text in this file")
-    return text
+def write_shards_meta(folder: str | Path, source: str, counts: dict[str, int]) -> None:
+    """Complete a dataset of GPT-2's tokens whose shards are all there."""
+    folder, tokenizer = Path(folder), BPETokenizer.gpt2()
+    meta = {"source": source, "vocab_size": tokenizer.vocab_size, "dtype": "uint16", **counts}
+    write_json(folder / "meta.json", meta)
+    save_tokenizer(tokenizer, folder)  # last, because a folder without it counts as incomplete
 
 
-def split_text(text: str, val_fraction: float = 0.1) -> dict[str, list[str]]:
-    """The beginning to train on, the end to validate with: 'abcdefghij' -> 'abcdefghi', 'j'."""
-    cut = int(len(text) * (1 - val_fraction))
-    return {"train": [text[:cut]], "val": [text[cut:]]}
+# --- Output ---
+
+
+def plural(number: int, noun: str) -> str:
+    """(1, "file") -> '1 file'; (2000, "file") -> '2,000 files'"""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def train_command(
+    config_name: str,
+    meta: dict[str, Any],
+    flags: list[str],
+    max_block_size: int | None = None,
+) -> str:
+    """The command that trains on a new dataset, as it can be pasted in the current folder.
+
+    It has a --block_size if the config file's is longer than max_block_size or than the text.
+    """
+    program, config = REPO_ROOT / "train.py", REPO_ROOT / "config" / f"{config_name}.py"
+    longest = min(meta["train_tokens"] - 1, meta["val_tokens"] - 1, max_block_size or 2**63)
+    block_size = BLOCK_SIZE.search(config.read_text(encoding="utf-8"))
+    if block_size and int(block_size[1]) > longest:
+        flags = [*flags, f"--block_size={longest}"]
+    if Path.cwd() == REPO_ROOT:
+        program, config = program.relative_to(REPO_ROOT), config.relative_to(REPO_ROOT)
+    return shell_command("python", str(program), str(config), *flags)

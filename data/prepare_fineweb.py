@@ -1,73 +1,78 @@
-"""Fetch FineWeb, a sample of the web in GPT-2's tokens: what GPT-2 is trained on from scratch.
+"""Download FineWeb in GPT-2's tokens, the web text of config/train_gpt2.py.
 
     python -m data.prepare_fineweb               # data/fineweb: 10 shards, a billion tokens, 2 GB
-    python -m data.prepare_fineweb --shards=100  # ten billion, 20 GB: all that train_gpt2 reads
+    python -m data.prepare_fineweb --shards=100  # ten billion tokens, 20 GB: all of train_gpt2.py
 
-Nothing is tokenised here: the shards are published ready for use, 100 million tokens in each, as
-the dataset kjj0/fineweb10B-gpt2. What is there already is kept, so a fetch that broke off, or one
-for more shards, goes on where the last one ended.
+The shards are already tokenized, 100 million tokens each: the dataset kjj0/fineweb10B-gpt2 on the
+Hugging Face hub. Shards that are there are kept, so the same command continues after a failure.
 """
 
-from dataclasses import dataclass
+import sys
 from pathlib import Path
+
+if not __package__:  # started as a file: python data/prepare_fineweb.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import os
+import shutil
+from dataclasses import dataclass
 from typing import Annotated
 
 from configurator import FolioError, Range, configure, run_main
-from data.dataset import has_header, map_shard
-from data.files import write_json, write_text
-from data.hub import fetch_large, hub_url
-from data.prepare import shards_folder
-from data.tokenizer import BPETokenizer, tokenizer_text
+from data.dataset import has_header, memmap_shard
+from data.files import explain_os_error
+from data.hub import hub_file, hub_files
+from data.prepare import dataset_folder, dataset_lock, shards_folder, write_shards_meta
 
-SOURCE = "datasets/kjj0/fineweb10B-gpt2"
+REPO_ID = "kjj0/fineweb10B-gpt2"
+SOURCE = f"datasets/{REPO_ID}"
 
 
 @dataclass
 class FineWebConfig:
     # --- Preparation ---
-    shards: Annotated[int, Range(1, 103)] = 10  # to train on, 100 million tokens (200 MB) each
-    dataset: str = "fineweb"  # the folder under data/ to write
+    shards: Annotated[int, Range(1, 103)] = 10  # training shards, 100 million tokens (200 MB) each
+    dataset: str = "fineweb"  # folder under data/
 
 
 def main() -> None:
     config = configure(FineWebConfig)
-    folder = shards_folder(config.dataset, SOURCE)
-    tokenizer = BPETokenizer.gpt2()
-    fetch_shard("fineweb_val_000000.bin", folder / "val_000000.bin")
-    for number in range(1, config.shards + 1):
-        name = f"train_{number:06}.bin"
-        fetch_shard(f"fineweb_{name}", folder / name)
-    meta = {
-        "source": SOURCE, "vocab_size": tokenizer.vocab_size, "dtype": "uint16",
-        "val_tokens": count_tokens(folder, "val"), "train_tokens": count_tokens(folder, "train"),
-    }  # fmt: skip
-    write_json(folder / "meta.json", meta)
-    # Last: a first fetch that broke off is no dataset yet.
-    write_text(folder / "tokenizer.json", tokenizer_text(tokenizer))
+    with dataset_lock(dataset_folder(config.dataset)):
+        folder = shards_folder(config.dataset, SOURCE)
+        names = ["val_000000.bin"]
+        names += [f"train_{number:06}.bin" for number in range(1, config.shards + 1)]
+        missing = [name for name in names if not (folder / name).exists()]
+        commit = hub_files(REPO_ID, repo_type="dataset")[0] if missing else ""
+        for i, name in enumerate(missing, start=1):
+            print(f"downloading shard {i} of {len(missing)}: {name}", flush=True)
+            download_shard(folder, name, commit)
+        for name in names:
+            memmap_shard(folder / name, "<u2")  # checks its size
+        counts = {f"{split}_tokens": count_tokens(folder, split) for split in ("train", "val")}
+        write_shards_meta(folder, SOURCE, counts)
     print(
-        f"{folder}: {meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} held "
-        "out\nnext: torchrun --standalone --nproc_per_node=8 train.py "
-        "config/train_gpt2.py (reads 10,000,000,000)"
+        f"{folder}: {counts['train_tokens']:,} training and {counts['val_tokens']:,} validation "
+        "tokens\nnext: torchrun --standalone --nproc_per_node=8 train.py "
+        "config/train_gpt2.py (reads 10,000,000,000 tokens)"
     )
 
 
-def fetch_shard(name: str, path: Path) -> None:
-    """Fetch the shard to `path` if it is not there.
-
-    Raises FolioError if it cannot be had, does not begin with the header of such a shard, or is not
-    of the size that its header asks for.
-    """
-    if not path.exists():
-        fetch_large(hub_url(f"{SOURCE}/resolve/main/{name}"), path)
-        if not has_header(path):
-            path.unlink()
-            raise FolioError(f"{name}: what was sent is no shard of tokens; try again later")
-    map_shard(path, "<u2")
+def download_shard(folder: Path, name: str, commit: str) -> None:
+    """Download the shard to folder/name. Raises FolioError if it has no header of a shard."""
+    downloads = folder / "downloads"
+    path = hub_file(REPO_ID, f"fineweb_{name}", "dataset", commit, local_dir=downloads)
+    valid = has_header(path)
+    with explain_os_error(folder / name, "cannot write this shard"):
+        if valid:
+            os.replace(path, folder / name)
+        shutil.rmtree(downloads)
+    if not valid:
+        raise FolioError(f"{name}: the hub sent a file that is not a token shard; try again later")
 
 
 def count_tokens(folder: Path, split: str) -> int:
-    """In all shards of a split, those of earlier fetches among them."""
-    return sum(len(map_shard(path, "<u2")) for path in folder.glob(f"{split}_*.bin"))
+    """The number of tokens in all shards of a split, including those of earlier downloads."""
+    return sum(len(memmap_shard(path, "<u2")) for path in folder.glob(f"{split}_*.bin"))
 
 
 if __name__ == "__main__":

@@ -1,118 +1,139 @@
-"""Fetch OpenWebText, an open copy of the corpus GPT-2 was trained on, and turn it into its tokens.
+"""Download and tokenize OpenWebText, an open copy of the text that GPT-2 was trained on.
 
-    pip install -e ".[openwebtext]"            # pyarrow, which reads the files it comes in
+    pip install -e ".[openwebtext]"            # pyarrow, which reads parquet files
     python -m data.prepare_openwebtext         # data/openwebtext: about 9 billion tokens, 17 GB
     python -m data.prepare_openwebtext --shards=4
 
-It comes in some eighty files of a hundred thousand pages each. One after the other is fetched,
-turned into a shard of tokens with an end-of-text token after each page, and removed; every 2000th
-page is held out for validation. What is done is kept, so a preparation that was stopped goes on.
+The dataset Skylion007/openwebtext on the Hugging Face hub has about 80 parquet files of 100,000
+documents. Each becomes one shard of GPT-2's tokens, with end-of-text after each document. Every
+2000th document is for validation. Finished shards are kept, so the same command continues.
 """
 
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 
+if not __package__:  # started as a file: python data/prepare_openwebtext.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
-import requests
 
-from configurator import FolioError, Whole, configure, run_main
-from data.download import CONNECT_SECONDS, SILENCE_SECONDS, DownloadError
-from data.files import write_json, write_text
-from data.hub import fetch_large, hub_headers, hub_url
-from data.prepare import shards_folder, write_tokens
-from data.tokenizer import BPETokenizer, tokenizer_text
+from configurator import FolioError, NonNegativeInt, configure, run_main
+from data.download import DownloadError
+from data.files import explain_os_error
+from data.hub import hub_file, hub_files
+from data.prepare import (
+    dataset_folder,
+    dataset_lock,
+    plural,
+    shards_folder,
+    write_shards_meta,
+    write_tokens,
+)
+from data.tokenizer import BPETokenizer
 
-SOURCE = "api/datasets/Skylion007/openwebtext/parquet/plain_text/train"
-HELD_OUT = 2000  # every n-th page is for validation
-PAGES = 256  # read at a time
+REPO_ID = "Skylion007/openwebtext"
+SOURCE = f"datasets/{REPO_ID}"
+VAL_EVERY = 2000  # documents
+ROWS_PER_BATCH = 256  # documents read at a time
 
 
 @dataclass
 class OpenWebTextConfig:
     # --- Preparation ---
-    shards: Whole = 0  # how many of the corpus's files, from the first on; 0 means all
-    dataset: str = "openwebtext"  # the folder under data/ to write
+    shards: NonNegativeInt = 0  # number of the dataset's files, from the first; 0: all
+    dataset: str = "openwebtext"  # folder under data/
 
 
 def main() -> None:
     config = configure(OpenWebTextConfig)
     try:
-        import pyarrow  # noqa: F401
+        import pyarrow.parquet  # noqa: F401
     except ImportError:
-        raise FolioError('its files are read by pyarrow: pip install -e ".[openwebtext]"') from None
-    folder = shards_folder(config.dataset, SOURCE)
-    tokenizer = BPETokenizer.gpt2()
-    total = count_files()
-    wanted = min(config.shards or total, total)
-    for number in range(wanted):
-        prepare_file(folder, number, tokenizer)
-        print(f"{number + 1} of {wanted} files are ready")
-    counts = {
-        f"{split}_tokens": sum(path.stat().st_size // 2 for path in folder.glob(f"{split}_*.bin"))
-        for split in ("train", "val")
-    }
-    meta = {"source": SOURCE, "vocab_size": tokenizer.vocab_size, "dtype": "uint16", **counts}
-    write_json(folder / "meta.json", meta)
-    # Last: a first fetch that broke off is no dataset yet.
-    write_text(folder / "tokenizer.json", tokenizer_text(tokenizer))
+        raise FolioError('pyarrow is required: pip install -e ".[openwebtext]"') from None
+    with dataset_lock(dataset_folder(config.dataset)):
+        folder = shards_folder(config.dataset, SOURCE)
+        tokenizer = BPETokenizer.gpt2()
+        commit, filenames = list_parquet_files()
+        filenames = filenames[: config.shards or None]
+        for number, filename in enumerate(filenames):
+            if not shard_path(folder, "train", number).exists():  # written after "val"
+                print(f"downloading file {number + 1} of {len(filenames)}: {filename}", flush=True)
+                prepare_file(folder, number, filename, commit, tokenizer)
+        with explain_os_error(folder / "downloads", "cannot delete this folder"):
+            if (folder / "downloads").exists():
+                shutil.rmtree(folder / "downloads")
+        counts = {f"{split}_tokens": count_tokens(folder, split) for split in ("train", "val")}
+        write_shards_meta(folder, SOURCE, counts)
     print(
-        f"{folder}: {meta['train_tokens']:,} tokens to train on and {meta['val_tokens']:,} held "
-        f"out\nnext: torchrun --standalone --nproc_per_node=8 train.py "
-        f"config/train_gpt2.py --dataset={config.dataset}"
+        f"{folder}: {plural(len(filenames), 'file')}, {counts['train_tokens']:,} training and "
+        f"{counts['val_tokens']:,} validation tokens\nnext: torchrun --standalone "
+        f"--nproc_per_node=8 train.py config/train_gpt2.py --dataset={config.dataset}"
     )
 
 
-def count_files() -> int:
-    """Of how many files the hub says the corpus consists; DownloadError if it does not say."""
-    url = hub_url(SOURCE)
-    try:
-        answer = requests.get(
-            url, headers=hub_headers(), timeout=(CONNECT_SECONDS, SILENCE_SECONDS)
-        )
-        answer.raise_for_status()
-        return len(answer.json())
-    except (requests.RequestException, ValueError) as error:
-        raise DownloadError(f"{url}: no list of files ({type(error).__name__})") from None
+def list_parquet_files() -> tuple[str, list[str]]:
+    """The commit of the dataset, and its parquet files in order.
+
+    The hub keeps parquet copies of datasets of other formats in the revision refs/convert/parquet.
+    """
+    for revision in ("main", "refs/convert/parquet"):
+        commit, names = hub_files(REPO_ID, repo_type="dataset", revision=revision)
+        if files := [name for name in names if name.endswith(".parquet")]:
+            return commit, files
+    raise DownloadError(f"{REPO_ID}: the repository has no parquet files")
 
 
-def prepare_file(folder: Path, number: int, tokenizer: BPETokenizer) -> None:
-    """Make train_NNNN.bin and val_NNNN.bin of the corpus's file of that number, if need be."""
-    splits = {split: folder / f"{split}_{number:04}.bin" for split in ("val", "train")}
-    parquet = folder / f"{number}.parquet"
-    if splits["train"].exists():  # written last
-        parquet.unlink(missing_ok=True)
-        return
-    source = fetch_large(hub_url(f"{SOURCE}/{number}.parquet"), parquet)
-    for split, path in splits.items():
-        fresh = path.with_name(f".{path.name}.tmp")
-        write_tokens(fresh, split, part(pages(source), split), tokenizer, np.dtype("<u2"))
-        os.replace(fresh, path)
-    source.unlink()
+def shard_path(folder: Path, split: str, number: int) -> Path:
+    return folder / f"{split}_{number:04}.bin"
 
 
-def part(pages: Iterator[str], split: str) -> Iterator[str | None]:
-    """The pages of one split, "train" or "val", with None after each."""
-    for number, page in enumerate(pages):
-        if (number % HELD_OUT == 0) == (split == "val"):
-            yield page
+def prepare_file(
+    folder: Path, number: int, filename: str, commit: str, tokenizer: BPETokenizer
+) -> None:
+    """Write val_NNNN.bin and train_NNNN.bin from one parquet file, and delete that file."""
+    downloads = folder / "downloads"
+    parquet = hub_file(REPO_ID, filename, "dataset", commit, local_dir=downloads)
+    for split in ("val", "train"):
+        path = shard_path(folder, split, number)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with explain_os_error(path, "cannot write this shard"):
+            texts = iter_split(read_documents(parquet), split)
+            write_tokens(temporary, split, texts, tokenizer, np.dtype("<u2"))
+            os.replace(temporary, path)
+    with explain_os_error(parquet, "cannot delete this file"):
+        parquet.unlink()
+
+
+def iter_split(documents: Iterator[str], split: str) -> Iterator[str | None]:
+    """The documents of one split, "train" or "val", with None after each."""
+    for number, document in enumerate(documents):
+        if (number % VAL_EVERY == 0) == (split == "val"):
+            yield document
             yield None
 
 
-def pages(path: Path) -> Iterator[str]:
-    """The pages in a parquet file, read a few at a time; FolioError if it is damaged."""
+def read_documents(path: Path) -> Iterator[str]:
+    """The documents of a parquet file. FolioError, and the file is deleted, if it is corrupt."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=PAGES, columns=["text"]):
+            for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=["text"]):
                 yield from batch.column("text").to_pylist()
     except (pyarrow.ArrowException, KeyError) as error:
         path.unlink()
         reason = str(error).partition("\n")[0]
-        raise FolioError(f"{path}: damaged, and removed ({reason}); try again") from None
+        raise FolioError(f"{path}: corrupt file deleted ({reason}); try again") from None
+
+
+def count_tokens(folder: Path, split: str) -> int:
+    return sum(path.stat().st_size // 2 for path in folder.glob(f"{split}_*.bin"))
 
 
 if __name__ == "__main__":

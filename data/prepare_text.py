@@ -1,211 +1,227 @@
-"""Turn texts of your own into the integers that train.py reads.
+"""Prepare your own text.
 
     python -m data.prepare_text diary.txt --dataset=diary
     python -m data.prepare_text novels/ --dataset=novels --tokenizer=bpe --vocab_size=2048
     python -m data.prepare_text chat.jsonl --dataset=chat --tokenizer=gpt2
+    python -m data.prepare_text letters.txt --dataset=letters --tokenizer=out/shakespeare_char
 
-Takes UTF-8 text files, folders of them, and .jsonl files with a text in each line's "text". Several
-documents are parted by an end-of-text token, and some of them are held out for validation; of a
-single document the end is held out. Files are read piece by piece, however large they are.
+Reads UTF-8 text files, folders of them, and .jsonl files with one document in each line. Documents
+are separated by end-of-text tokens. Every tenth document is for validation; if there are few
+documents, or a few hold most of the text, the last tenth of the text is for validation.
 """
 
-import codecs
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+import sys
 from pathlib import Path
-from typing import Annotated, Literal
 
-from configurator import Count, FolioError, Range, given_settings, run_main
-from data.prepare import dataset_folder, make_tokenizer, write_dataset
+if not __package__:  # started as a file: python data/prepare_text.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-PIECE = 2**20  # bytes read at a time
-LEARNED_FROM = 100  # pieces of text from which merges are learned
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Annotated, Any
+
+from configurator import FolioError, PositiveInt, Range, parse_inputs, run_main
+from data.documents import file_id, find_files, read_documents
+from data.files import user_path
+from data.prepare import (
+    REPO_ROOT,
+    TOKENIZER_TYPES,
+    check_tokenizer_type,
+    dataset_folder,
+    dataset_lock,
+    make_tokenizer,
+    plural,
+    tokenizer_folder,
+    train_command,
+    write_dataset,
+)
+from data.tokenizer import CharTokenizer, Tokenizer, read_json
+
+BPE_CHARACTERS = 100 * 2**20  # of the training split, from which BPE learns
 
 try:
     from tqdm import tqdm
-except ImportError:  # the bar is for the eyes only
+except ImportError:  # the progress bar is optional
     tqdm = None
 
 
 @dataclass
 class PrepareTextConfig:
     # --- Preparation ---
-    dataset: str = ""  # the folder under data/ to write
-    tokenizer: Literal["char", "gpt2", "bpe"] = "char"  # characters; GPT-2's; or learned from it
-    vocab_size: Count = 1024  # tokens of a vocabulary that is learned (bpe)
-    val_fraction: Annotated[float, Range(0.0001, 0.5)] = 0.1  # share held out for validation
+    dataset: str = ""  # folder under data/ for the new dataset
+    tokenizer: str = "char"  # char, gpt2, bpe (learned from the text), or the folder of a run
+    vocab_size: PositiveInt = 1024  # vocabulary size of bpe
+    val: str = ""  # file or folder for validation; empty: a part of the text
+    val_fraction: Annotated[float, Range(0.0001, 0.5)] = 0.1  # fraction used for validation
+    json_key: str = "text"  # key of the text in each line of a .jsonl file
+    document_separator: str = ""  # between documents in a text file, such as "\n\n"; empty: none
 
 
 def main() -> None:
-    inputs = []
-    config = PrepareTextConfig(**given_settings(PrepareTextConfig, inputs=inputs))
+    inputs, config = parse_inputs(PrepareTextConfig)
     if not inputs:
-        raise FolioError("which text? python -m data.prepare_text FILE_OR_FOLDER --dataset=NAME")
+        raise FolioError(
+            "which text? usage: python -m data.prepare_text FILE_OR_FOLDER --dataset=NAME"
+        )
     folder = dataset_folder(config.dataset)
-    files = find_files(inputs)
-    sizes = [sum(map(len, document)) for document in documents(files)]  # in characters
-    if not sum(sizes):
-        raise FolioError(f"{', '.join(map(str, inputs))}: there is no text here")
-    several = len(sizes) > 1
-
-    def pieces(split):
-        return part(documents(files), split, sizes, config.val_fraction)
-
-    # An alphabet may come from all of the text; merges are learned, from what is for learning.
-    alphabet_from = (piece for document in documents(files) for piece in document)
-    merges_from = islice((piece for piece in pieces("train") if piece), LEARNED_FROM)
-    learn_from = alphabet_from if config.tokenizer == "char" else merges_from
-    tokenizer = make_tokenizer(config.tokenizer, learn_from, config.vocab_size, several)
-    splits = {split: shown(pieces(split), split) for split in ("train", "val")}
-    origin = {"source": ", ".join(str(path.resolve()) for path in inputs), "documents": len(sizes)}
-    meta = write_dataset(folder, tokenizer, splits, origin)
-    recipe = (
-        "finetune_shakespeare" if config.tokenizer == "gpt2" else f"shakespeare_{config.tokenizer}"
-    )
+    check_tokenizer_type(config.tokenizer)
+    with tempfile.TemporaryDirectory() as tmp_dir:
+        corpus = open_corpus(inputs, config, Path(tmp_dir))
+        tokenizer = choose_tokenizer(corpus, config)
+        splits = {split: with_progress(corpus.pieces(split), split) for split in ("train", "val")}
+        if not tokenizer.can_encode_in_pieces:
+            splits = {split: join_pieces(pieces) for split, pieces in splits.items()}
+        paths = [*inputs, *filter(None, [config.val])]
+        source = ", ".join(str(user_path(path).resolve()) for path in paths)
+        with dataset_lock(folder):
+            meta = write_dataset(
+                folder, tokenizer, splits, {"source": source, "documents": len(corpus.sizes)}
+            )
     print(
-        f"{folder}: {len(sizes):,} document{'s' * several}, a vocabulary of "
-        f"{meta['vocab_size']:,}; {meta['train_tokens']:,} tokens to train on and "
-        f"{meta['val_tokens']:,} held out\n"
-        f"next: python train.py config/{recipe}.py --dataset={config.dataset} "
-        f"--out_dir=out/{config.dataset}"
+        f"{folder}: {plural(len(corpus.sizes), 'document')}, {meta['train_tokens']:,} training "
+        f"and {meta['val_tokens']:,} validation tokens, vocabulary of {meta['vocab_size']:,}\n"
+        f"next: {next_command(config, tokenizer, meta)}"
     )
 
 
-# --- What is for training, what is held out ---
+def next_command(config: PrepareTextConfig, tokenizer: Tokenizer, meta: dict[str, Any]) -> str:
+    """The command that trains on the new dataset, or finetunes the model whose tokenizer it has."""
+    flags = [f"--dataset={config.dataset}", f"--out_dir=out/{config.dataset}"]
+    if config.tokenizer in TOKENIZER_TYPES:
+        name = f"shakespeare_{config.tokenizer}"
+        name = "finetune_shakespeare" if config.tokenizer == "gpt2" else name
+        return train_command(name, meta, flags)
+    folder = tokenizer_folder(config.tokenizer).resolve()
+    model_config = folder / "config.json"
+    if not model_config.exists():
+        is_char = isinstance(tokenizer, CharTokenizer)
+        return train_command(f"shakespeare_{'char' if is_char else 'bpe'}", meta, flags)
+    block_size = read_json(model_config).get("n_positions")
+    if folder.is_relative_to(REPO_ROOT):
+        folder = folder.relative_to(REPO_ROOT)
+    flags = [f"--init_from={folder}", *flags]
+    return train_command("finetune_shakespeare", meta, flags, max_block_size=block_size)
 
 
-def is_held_out(number: int, documents: int, fraction: float) -> bool:
-    """Whether this one of several documents is held out: 3 of 30 at 0.1, and never none."""
-    if int(documents * fraction) == 0:
-        return number == documents - 1
-    return int((number + 1) * fraction) > int(number * fraction)
+# --- The documents and their split ---
 
 
-def part(
-    documents: Iterable[Iterator[str]], split: str, sizes: list[int], fraction: float
-) -> Iterator[str | None]:
-    """The pieces of one split, "train" or "val", with None at the end of each of its documents."""
-    if len(sizes) == 1:
-        (document,) = documents
-        yield from part_of_one(document, split, int(sizes[0] * (1 - fraction)))
-        return
-    for number, document in enumerate(documents):
-        if is_held_out(number, len(sizes), fraction) == (split == "val"):
-            yield from document
-            yield None
-        else:
-            for _ in document:  # read on to the next
-                pass
+@dataclass(frozen=True)
+class Corpus:
+    """Documents that are read again for each purpose, because they may not fit into memory."""
+
+    read: Callable[[], Iterator[Iterator[str]]]
+    sizes: list[int]  # characters of each document
+    cuts: list[int]  # where the validation part of each document begins, in characters
+    separated: bool  # whether the end of each document is marked
+
+    def pieces(self, split: str) -> Iterator[str | None]:
+        """The pieces of one split, "train" or "val", with None at the end of each document."""
+        for document, size, cut in zip(self.read(), self.sizes, self.cuts, strict=True):
+            position = 0
+            for piece in document:
+                cut_in_piece = max(cut - position, 0)
+                if part := piece[:cut_in_piece] if split == "train" else piece[cut_in_piece:]:
+                    yield part
+                position += len(piece)
+            # A cut document ends in the validation split.
+            if self.separated and (split == "train") == (cut == size):
+                yield None
+
+    def all_pieces(self) -> Iterator[str]:
+        return (piece for document in self.read() for piece in document)
 
 
-def part_of_one(document: Iterator[str], split: str, cut: int) -> Iterator[str]:
-    """What stands before (train) or behind (val) character number `cut` of a document."""
-    for piece in document:
-        before, behind = piece[: max(cut, 0)], piece[max(cut, 0) :]
-        yield before if split == "train" else behind
-        cut -= len(piece)
+def open_corpus(inputs: list[Path], config: PrepareTextConfig, tmp_dir: Path) -> Corpus:
+    """Find and measure all documents. FolioError if there is no text."""
+    files = find_files(inputs, tmp_dir)
+    val_files = find_files([config.val], tmp_dir) if config.val else []
+    if {*map(file_id, files)} & {*map(file_id, val_files)}:
+        raise FolioError(f"--val={config.val}: this text is also given for training")
+    separator = config.document_separator
+    for escaped, character in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
+        separator = separator.replace(escaped, character)
+
+    def read(files: list[Path]) -> Iterator[Iterator[str]]:
+        return read_documents(files, config.json_key, separator)
+
+    sizes = [sum(map(len, document)) for document in read(files)]
+    val_sizes = [sum(map(len, document)) for document in read(val_files)]
+    if not sum(sizes):
+        raise FolioError(f"{', '.join(map(str, inputs))}: no text found")
+    return Corpus(
+        read=lambda: read([*files, *val_files]),
+        sizes=[*sizes, *val_sizes],
+        cuts=[*sizes, *[0] * len(val_sizes)]
+        if config.val
+        else validation_cuts(sizes, config.val_fraction),
+        separated=len(sizes) > 1 or len(val_sizes) > 1,
+    )
 
 
-# --- Reading ---
+def validation_cuts(sizes: list[int], fraction: float) -> list[int]:
+    """Where the validation part of each document begins: at 0 if all of it is for validation.
 
-
-def find_files(inputs: list[Path]) -> list[Path]:
-    """The text files that are meant; hidden and binary ones in folders are passed over."""
-    found = []
-    for path in inputs:
-        if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
-            open_ones = [p for p in inside if not is_hidden(p.relative_to(path))]
-            texts = [p for p in open_ones if not is_binary(p)]
-            if len(texts) < len(open_ones):
-                print(f"{path}: passing over {len(open_ones) - len(texts)} binary files")
-            found += texts
-        elif path.exists():
-            found.append(path)
-        else:
-            raise FolioError(f"{path}: there is no such file or folder")
-    if not found:
-        raise FolioError(f"{', '.join(map(str, inputs))}: there is no text file in it")
-    return found
-
-
-def is_hidden(path: Path) -> bool:
-    return any(name.startswith(".") for name in path.parts)
-
-
-def is_binary(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return b"\0" in file.read(8192)
-
-
-def documents(files: Iterable[Path]) -> Iterator[Iterator[str]]:
-    """Each document of these files as an iterator of pieces, to be used up before the next."""
-    for path in files:
-        if path.suffix == ".jsonl":
-            for text in lines_of_json(path):
-                yield iter([text])
-        else:
-            yield read_pieces(path)
-
-
-def lines_of_json(path: Path) -> Iterator[str]:
-    """The "text" of each line; FolioError names the line that has none."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-                text.encode()  # half a character, "\\ud83d", is JSON but no text
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                text = None
-            if not isinstance(text, str):
-                raise FolioError(f'{path}:{number}: not a line like {{"text": "..."}}')
-            yield text
-
-
-def read_pieces(path: Path) -> Iterator[str]:
-    """A file's text in pieces of about a megabyte, cut where no tokenizer joins what it parts.
-
-    A token of GPT-2's kind may begin with white space but does not go on from something else into
-    it: between a letter and the white space behind it a text can be cut without changing its ids.
+    Whole documents are for validation, at fraction = 0.1 every tenth, if they hold about this
+    fraction of the text. Otherwise it is the last part of the whole text, as for one document:
+    sizes [9000, 1000, 10000] -> cuts [9000, 1000, 8000].
     """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    kept, position = "", 0
-    with open(path, "rb") as file:
-        while True:
-            raw = file.read(PIECE)
-            try:
-                text = kept + decoder.decode(raw, final=not raw)
-            except UnicodeDecodeError as error:
-                offset = position + len(raw) - len(error.object) + error.start
-                raise FolioError(
-                    f"{path}: not UTF-8 text (the byte at offset {offset:,} belongs to no "
-                    "character); convert it, or leave it out"
-                ) from None
-            position += len(raw)
-            if not raw:
-                break
-            cut = last_cut(text)
-            kept = text[cut:]
-            if cut:
-                yield text[:cut]
-    if text:
-        yield text
+    total = sum(sizes)
+    is_val = [int((i + 1) * fraction) > int(i * fraction) for i in range(len(sizes))]
+    val_size = sum(size for size, chosen in zip(sizes, is_val, strict=True) if chosen)
+    if fraction / 2 <= val_size / total <= fraction * 2:
+        return [0 if chosen else size for size, chosen in zip(sizes, is_val, strict=True)]
+    cut = int(total * (1 - fraction))
+    starts = accumulate(sizes, initial=0)
+    return [min(max(cut - start, 0), size) for start, size in zip(starts, sizes, strict=False)]
 
 
-def last_cut(text: str) -> int:
-    """The last place in `text` between a character and white space; all of it if there is none."""
-    for i in range(len(text) - 1, 0, -1):
-        if text[i].isspace() and not text[i - 1].isspace():
-            return i
-    return len(text)
+def join_pieces(pieces: Iterable[str | None]) -> Iterator[str | None]:
+    """One string for each document: "a", "b", None, "c" -> "ab", None, "c"."""
+    document = []
+    for piece in pieces:
+        if piece is not None:
+            document.append(piece)
+            continue
+        yield "".join(document)
+        yield None
+        document.clear()
+    if document:
+        yield "".join(document)
 
 
-def shown(pieces: Iterable[str | None], split: str) -> Iterator[str | None]:
-    """The same pieces, with a count of their characters on a terminal if they take a while."""
+# --- The tokenizer ---
+
+
+def choose_tokenizer(corpus: Corpus, config: PrepareTextConfig) -> Tokenizer:
+    """Characters come from all of the text; BPE learns from the training split only."""
+    texts = corpus.all_pieces()
+    if config.tokenizer == "bpe":
+        train_pieces = filter(None, corpus.pieces("train"))
+        texts = sample_evenly(train_pieces, BPE_CHARACTERS / max(sum(corpus.cuts), 1))
+    tokenizer = make_tokenizer(config.tokenizer, texts, config.vocab_size, corpus.separated)
+    if corpus.separated and tokenizer.eos_token_id is None:
+        print("this vocabulary has no end-of-text token: a newline separates documents, if it can")
+    return tokenizer
+
+
+def sample_evenly(pieces: Iterable[str], fraction: float) -> Iterator[str]:
+    """About this fraction of the text, in pieces that are spread over all of it."""
+    seen = kept = 0
+    for piece in pieces:
+        if kept <= seen * fraction:
+            yield piece
+            kept += len(piece)
+        seen += len(piece)
+
+
+# --- Output ---
+
+
+def with_progress(pieces: Iterable[str | None], split: str) -> Iterator[str | None]:
+    """The same pieces, with a progress bar on terminals."""
     bar = tqdm and tqdm(
         desc=split, unit=" characters", unit_scale=True, delay=1, disable=None, leave=False
     )

@@ -1,8 +1,8 @@
-"""Tiny Shakespeare, the corpus everybody starts with: 40,000 lines from the plays.
+"""Tiny Shakespeare: 40,000 lines from Shakespeare's plays (1.1 MB).
 
-Where it cannot be fetched, the understudy goes on in his place: a play in verse written for this
-repository, shorter but laid out alike, so that the first command works without a network. Whoever
-uses the dataset is told, and the next preparation with a network brings Shakespeare back.
+A replacement text is used when Shakespeare cannot be downloaded: short plays in verse (150 KB),
+written for this repository and laid out in the same way. So the first command works without a
+network. Losses on it are not comparable. The next preparation with a network uses Shakespeare.
 """
 
 import hashlib
@@ -10,78 +10,131 @@ from pathlib import Path
 from typing import Any
 
 from configurator import FolioError
-from data.dataset import DATA
-from data.download import DownloadError, download, hash_file
-from data.files import replacing
-from data.prepare import dataset_folder, make_tokenizer, read_text, split_text, write_dataset
+from data.download import DownloadError, download
+from data.files import atomic_write, explain_os_error, file_lock
+from data.prepare import (
+    TOKENIZER_TYPES,
+    dataset_folder,
+    dataset_lock,
+    make_tokenizer,
+    read_text,
+    split_text,
+    write_dataset,
+)
 
 # Collected by Andrej Karpathy for char-rnn (2015).
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SIZE = 1_115_394  # bytes
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE = "tiny Shakespeare"
-UNDERSTUDY = DATA / "understudy.txt"
-TOKENIZERS = ("char", "gpt2", "bpe")
-DATASETS = {f"shakespeare_{tokenizer}": tokenizer for tokenizer in TOKENIZERS}
+REPLACEMENT_TEXT = Path(__file__).with_name("replacement.txt")
+DATASETS = {f"shakespeare_{tokenizer}": tokenizer for tokenizer in TOKENIZER_TYPES}
 
 
 def prepare_shakespeare(
-    tokenizer: str, dataset: str, input_file: Path | None = None, vocab_size: int = 1024
-) -> dict:
-    """Write `data/DATASET/` from the text in input_file, or from tiny Shakespeare; its meta.json.
+    tokenizer_type: str,
+    dataset: str,
+    input_file: str | Path | None = None,
+    vocab_size: int = 1024,
+) -> dict[str, Any]:
+    """Write data/DATASET/ from input_file or from tiny Shakespeare; returns its meta.json.
 
-    tokenizer: "char", one token per character; "gpt2", GPT-2's byte pair encoding; or "bpe", one of
-    vocab_size tokens learned from the text.
-    Raises FolioError if the file cannot be read, or GPT-2's vocabulary cannot be had.
+    tokenizer_type: "char": one token per character; "gpt2": GPT-2's byte pair encoding; "bpe":
+        vocab_size tokens learned from the text; or the folder of a run or a model.
+    Raises FolioError if the file cannot be read, or GPT-2's vocabulary cannot be downloaded.
     """
     folder = dataset_folder(dataset)
+    with dataset_lock(folder):
+        return write_shakespeare(folder, tokenizer_type, input_file, vocab_size)
+
+
+def ensure_shakespeare(dataset: str) -> None:
+    """Prepare data/shakespeare_char, _gpt2 or _bpe if it does not exist.
+
+    If several processes start at the same time, one prepares the dataset and the others wait.
+    """
+    folder = dataset_folder(dataset)
+    if not folder.exists():
+        with dataset_lock(folder):
+            if not folder.exists():
+                write_shakespeare(folder, DATASETS[dataset])
+
+
+def write_shakespeare(
+    folder: Path,
+    tokenizer_type: str,
+    input_file: str | Path | None = None,
+    vocab_size: int = 1024,
+) -> dict[str, Any]:
+    """prepare_shakespeare() for a process that holds the dataset's lock."""
     if input_file:
-        text, origin = read_text(input_file), {"source": str(input_file.resolve())}
+        text, source_meta = read_text(input_file), {"source": str(Path(input_file).resolve())}
     else:
-        text, origin = find_shakespeare()
+        text, source_meta = load_shakespeare()
     raw = text.encode()
-    origin["sha256"] = hashlib.sha256(raw).hexdigest()
-    if origin["sha256"] == SHA256:  # Shakespeare is himself, whichever way he came, and stays
-        origin["source"] = SHAKESPEARE
-        if not (kept_at().exists() and hash_file(kept_at()) == SHA256):
-            kept_at().parent.mkdir(exist_ok=True)
-            with replacing(kept_at()) as temporary:
-                temporary.write_bytes(raw)
+    source_meta["sha256"] = hashlib.sha256(raw).hexdigest()
+    if source_meta["sha256"] == SHA256:
+        source_meta["source"] = SHAKESPEARE
+        cache_shakespeare(raw)
     splits = split_text(text, val_fraction=0.1)
-    # An alphabet may come from all of the text; merges are learned, from what is for learning.
-    learn_from = [text] if tokenizer == "char" else splits["train"]
-    encoder = make_tokenizer(tokenizer, learn_from, vocab_size)
-    return write_dataset(folder, encoder, splits, {**origin, "tokenizer": tokenizer})
+    # Characters come from all of the text; BPE learns from the training split only.
+    texts = splits["train"] if tokenizer_type == "bpe" else [text]
+    tokenizer = make_tokenizer(tokenizer_type, texts, vocab_size)
+    return write_dataset(folder, tokenizer, splits, {**source_meta, "tokenizer": tokenizer_type})
 
 
-def kept_at() -> Path:
-    """Where his text stays once it is there, for the other tokenizers."""
-    return DATA / "shakespeare" / "input.txt"
+def load_shakespeare() -> tuple[str, dict[str, Any]]:
+    """The text and its source: from the cache, else downloaded, else the replacement text."""
+    path = cached_text_path()
+    with file_lock(
+        path.with_name(".input.txt.lock"),
+        "another process is downloading Shakespeare; waiting for it",
+        wait=True,
+    ):
+        if is_shakespeare(path):
+            return read_text(path), {"source": SHAKESPEARE}
+        print(f"downloading tiny Shakespeare to {path}")
+        try:
+            return read_text(download(URL, path, SHA256, SIZE)), {"source": SHAKESPEARE}
+        except DownloadError as error:
+            if not REPLACEMENT_TEXT.exists():
+                raise FolioError(f"{error}; --input_file=FILE uses a text you have") from None
+            print(f"download failed: {error}")
+            source_meta = {"source": "the replacement text", "replacement_for": SHAKESPEARE}
+            return read_text(REPLACEMENT_TEXT), source_meta
 
 
-def find_shakespeare() -> tuple[str, dict[str, Any]]:
-    """Tiny Shakespeare from the disk, else from the network, else the understudy's play."""
-    path = kept_at()
-    try:
-        if not (path.exists() and hash_file(path) == SHA256):
-            print(f"fetching tiny Shakespeare from {URL}")
-            download(URL, path, sha256=SHA256, size=SIZE)
-        return read_text(path), {"source": SHAKESPEARE}
-    except DownloadError as error:
-        if not UNDERSTUDY.exists():
-            raise FolioError(f"{error}; --input=FILE takes a text you have") from None
-        print(f"could not: {error}")
-        return read_text(UNDERSTUDY), {"source": "the understudy", "stands_in_for": SHAKESPEARE}
+def cached_text_path() -> Path:
+    """Where the downloaded text is kept for the other tokenizers."""
+    return dataset_folder("shakespeare") / "input.txt"
 
 
-def understudy_notice(meta: dict[str, Any]) -> str:
-    """What to tell whoever uses the dataset: '' unless the understudy went on."""
-    if "stands_in_for" not in meta:
+def is_shakespeare(path: Path) -> bool:
+    with explain_os_error(path, "cannot read this text"):
+        return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
+
+
+def cache_shakespeare(raw: bytes) -> None:
+    path = cached_text_path()
+    if not is_shakespeare(path):
+        with explain_os_error(path.parent, "cannot create this folder"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(raw)
+
+
+def replacement_warning(meta: dict[str, Any]) -> str:
+    """What to print about a dataset made from the replacement text; "" for all other datasets.
+
+    meta: the dataset's meta.json.
+    """
+    if "replacement_for" not in meta:
         return ""
-    tokenizer = meta.get("tokenizer", "char")
-    how = "" if tokenizer == "char" else f" --tokenizer={tokenizer}"
+    tokenizer_type = meta.get("tokenizer", "char")
+    flag = "" if tokenizer_type == "char" else f" --tokenizer={tokenizer_type}"
     return (
-        "NOTE     Shakespeare could not be fetched. His understudy, a shorter play, stands in, so\n"
-        "         that losses are not comparable. With a network, or his text as --input=FILE:\n"
-        f"         python prepare_shakespeare.py{how}"
+        "WARNING  Shakespeare could not be downloaded. A replacement text is used: short\n"
+        "         plays in verse. So losses are not comparable. To use Shakespeare, run\n"
+        "         this with a network, or add --input_file=FILE with the text:\n"
+        f"         python prepare_shakespeare.py{flag}"
     )

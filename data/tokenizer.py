@@ -1,378 +1,432 @@
-"""Text to integers and back: by character, or by byte pair encoding (BPE).
+"""Tokenizers: text to token ids and back, by character or by byte pair encoding (BPE).
 
-    tokenizer = CharTokenizer.of("hello")      # vocabulary: e h l o
-    tokenizer.encode("hole")                   # array([1, 3, 2, 0])
-    tokenizer.decode([1, 3, 2, 0])             # 'hole'
+    tokenizer = CharTokenizer.from_text("hello")    # vocabulary: e h l o
+    tokenizer.encode("hole")                        # array([1, 3, 2, 0])
+    tokenizer.decode([1, 3, 2, 0])                  # 'hole'
 
-Every tokenizer has `vocab_size`, `end_of_text` (an id, or None), `encode`, `decode`, `token_bytes`
-and `as_json`. Two are equal when they turn every text into the same ids. On disk a tokenizer is the
-`tokenizer.json` of Hugging Face's `tokenizers` library, so AutoTokenizer opens it too.
+    tokenizer = BPETokenizer.gpt2()                 # vocabulary of 50,257 tokens
+    tokenizer.encode("Hello world")                 # array([15496, 995])
 
-Encoding treats text as text: a literal "<|endoftext|>" in it is thirteen characters, never the
-token. Only the preparation of a dataset puts end-of-text tokens between documents.
+    tokenizer = load_tokenizer("out/shakespeare_char")
+
+encode() never makes special tokens: the characters "<|endoftext|>" in a text are encoded like any
+other 13 characters. Only the preparation of a dataset puts end-of-text tokens between documents.
+(Models from elsewhere may have other tokenizers; data/hf_tokenizer.py runs them.)
 """
 
-import codecs
-import itertools
+import contextlib
 import json
 import sys
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import requests
 import tiktoken
 
 from configurator import FolioError
-
-END_OF_TEXT = "<|endoftext|>"
-
-
-class Tokenizer:
-    """What every tokenizer can do; subclasses say how a text is cut."""
-
-    vocab_size: int
-    end_of_text: int | None
-
-    def encode(self, text: str) -> np.ndarray:
-        """'hole' -> array([1, 3, 2, 0]): the ids, as unsigned 32-bit integers."""
-        raise NotImplementedError
-
-    def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes a token stands for, perhaps only a part of a character's."""
-        raise NotImplementedError
-
-    def as_json(self) -> dict:
-        """The contents of tokenizer.json."""
-        raise NotImplementedError
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """[1, 3, 2, 0] -> 'hole'. Bytes that are no UTF-8 become the replacement sign."""
-        return b"".join(self.token_bytes(int(t)) for t in tokens).decode("utf-8", errors="replace")
-
-    def decode_stream(self, tokens: Iterable[int]):
-        """Yields the text of each token as it comes, '' while a character is not yet whole."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in tokens:
-            yield decoder.decode(self.token_bytes(int(token)))
-
-    @cached_property
-    def byte_lengths(self) -> np.ndarray:
-        """(vocab_size,) how many bytes of text each token stands for; none for end-of-text."""
-        lengths = [len(self.token_bytes(token)) for token in range(self.vocab_size)]
-        if self.end_of_text is not None:
-            lengths[self.end_of_text] = 0
-        return np.array(lengths)
-
-    @property
-    def opening(self) -> int:
-        """What stands before a text: end-of-text, else a line's end, else the first token."""
-        if self.end_of_text is not None:
-            return self.end_of_text
-        try:
-            return int(self.encode("\n")[0])
-        except FolioError:
-            return 0
-
-    def __eq__(self, other):
-        return type(self) is type(other) and self.identity == other.identity
-
-    def __hash__(self):
-        return hash(self.vocab_size)
-
+from data.files import explain_os_error, write_json, write_text
+from data.hf_tokenizer import (
+    GENERIC_CLASSES, HFTokenizer, class_name, listed_tokens, with_class_defaults,
+)  # fmt: skip
+from data.tokenizer_base import (
+    BYTE_ENCODER, END_OF_TEXT, Tokenizer, decode_bytes, encode_bytes,
+)  # fmt: skip
 
 # --- One token per character ---
 
 
 class CharTokenizer(Tokenizer):
-    """The vocabulary is a list of characters; a token is a place in it."""
+    """One token per character: the id of a character is its index in the vocabulary.
 
-    def __init__(self, characters: str, parts_documents: bool = False):
+    add_eos: add an end-of-text token, with the last id, to separate documents.
+    """
+
+    def __init__(self, characters: str, add_eos: bool = False):
         if len(set(characters)) != len(characters):
-            raise ValueError("a character stands twice in the vocabulary")
+            raise ValueError("the vocabulary contains a character twice")
+        for character in characters:
+            if "\ud800" <= character <= "\udfff":  # half of a surrogate pair
+                raise FolioError(f"invalid character {character!r} in the vocabulary")
         self.characters = characters
-        self.vocab_size = len(characters) + parts_documents
-        self.end_of_text = len(characters) if parts_documents else None
-        self._place = np.full(sys.maxunicode + 1, -1, dtype=np.int32)  # of each code point
-        self._place[code_points(characters)] = np.arange(len(characters))
+        self.eos_token_id = len(characters) if add_eos else None
+        self.vocab_size = len(characters) + int(add_eos)
+        self._tokens = [*characters, END_OF_TEXT] if add_eos else list(characters)
+        # Code point -> id; -1 for characters outside the vocabulary. This is an array and not a
+        # dict because numpy looks up all characters of a text at once.
+        self._id_of = np.full(sys.maxunicode + 1, -1, dtype=np.int64)
+        self._id_of[code_points(characters)] = np.arange(len(characters))
 
     @classmethod
-    def of(cls, text: Iterable[str], parts_documents: bool = False) -> "CharTokenizer":
-        """The vocabulary of a text: each of its characters once, in Unicode's order.
-
-        parts_documents: whether it also has an end-of-text token, to stand between documents.
-        """
-        return cls("".join(sorted(set(text))), parts_documents)
+    def from_text(cls, text: Iterable[str], add_eos: bool = False) -> "CharTokenizer":
+        """The vocabulary of a text: its different characters, sorted by code point."""
+        return cls("".join(sorted(set(text))), add_eos)
 
     def encode(self, text: str) -> np.ndarray:
-        places = self._place[code_points(text)]
-        if (unknown := places < 0).any():
-            position = int(unknown.argmax())
+        """'hole' -> array([1, 3, 2, 0]), int64.
+
+        Raises FolioError if the text contains a character outside the vocabulary.
+        """
+        ids = self._id_of[code_points(text)]
+        unknown = ids < 0
+        if unknown.any():
+            position = int(unknown.argmax())  # the first True
             raise FolioError(
                 f"the character {text[position]!r} at position {position} is not in the "
                 f"vocabulary of {len(self.characters)} characters"
             )
-        return places.view(np.uint32)
+        return ids
 
-    def token_bytes(self, token: int) -> bytes:
-        return (END_OF_TEXT if token == self.end_of_text else self.characters[token]).encode()
+    def decode(self, ids: Iterable[int]) -> str:
+        """[1, 3, 2, 0] -> 'hole'. Raises ValueError if an id is out of range."""
+        ids = [int(i) for i in ids]
+        for i in ids:
+            self.check_id(i)
+        return "".join(self._tokens[i] for i in ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        self.check_id(token_id)
+        return self._tokens[token_id].encode()
+
+    def to_dict(self) -> dict[str, Any]:
+        return char_to_dict(self)
 
     @property
-    def identity(self):
-        return self.characters, self.end_of_text
-
-    def as_json(self) -> dict:
-        vocab = {character: i for i, character in enumerate(self.characters)}
-        if self.end_of_text is not None:
-            vocab[END_OF_TEXT] = self.end_of_text
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": special_tokens(self.end_of_text),
-            "normalizer": None,
-            "pre_tokenizer": {
-                "type": "Split",
-                "pattern": {"Regex": r"[\s\S]"},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-            "post_processor": None,
-            "decoder": {"type": "Fuse"},
-            "model": {
-                "type": "WordLevel",
-                "vocab": vocab,
-                "unk_token": "<unk>",  # the format wants a name; no character has it
-            },
-        }
-
-    @classmethod
-    def from_json(cls, contents: dict) -> "CharTokenizer":
-        check_cut(contents, "Split")
-        vocab = contents["model"]["vocab"]
-        characters = sorted(vocab, key=vocab.get)
-        if [vocab[c] for c in characters] != list(range(len(vocab))):
-            raise ValueError("the ids are not 0, 1, 2, ...")
-        parts_documents = characters[-1:] == [END_OF_TEXT]
-        characters = characters[: len(characters) - parts_documents]
-        if any(len(character) != 1 for character in characters) or not characters:
-            raise ValueError("the vocabulary is not one of single characters")
-        return cls("".join(characters), parts_documents)
+    def _key(self) -> tuple[str, int | None]:
+        return self.characters, self.eos_token_id
 
 
 def code_points(text: str) -> np.ndarray:
-    """'hé' -> array([104, 233]): the number Unicode gives each character."""
+    """The Unicode number of each character: 'hé' -> array([104, 233]), uint32."""
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
 
 
 # --- Byte pair encoding ---
 
-# How GPT-2 cuts text into words before it merges bytes within each: contractions, letters,
-# digits, other signs, each with the space before it; then runs of white space.
-# From OpenAI's tiktoken (MIT), where it is an argument of the encoding named "gpt2".
-GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# GPT-2 splits a text into words and then merges bytes within each word. A word is a contraction, or
+# letters, digits or other signs, each with the space before it, or a run of white space:
+#     "Hello, it's 42" -> ["Hello", ",", " it", "'s", " 42"]
+# Source: OpenAI's tiktoken (MIT), where this is pat_str of the encoding "gpt2".
+GPT2_SPLIT_PATTERN = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+)
 
 
 class BPETokenizer(Tokenizer):
-    """A token is a sequence of bytes; frequent neighbours have been merged into one.
+    """Byte-level BPE: a token is a sequence of bytes.
 
-    ranks: every token's bytes and its id. Encoding a word merges the neighbours whose union has
-    the lowest id, again and again, until no two neighbours make a token (Sennrich et al. 2016).
+    Encoding starts with the bytes of a word. It merges the two adjacent tokens whose union has the
+    lowest id, again and again, until no two adjacent tokens form a token (Sennrich et al. 2016).
+    lessons/bpe.py has this loop in Python; here tiktoken runs it.
+
+    mergeable_ranks: the id of each token except end-of-text; all 256 bytes must be tokens.
     """
 
-    def __init__(self, ranks: dict[bytes, int], end_of_text: int | None):
-        special = {} if end_of_text is None else {END_OF_TEXT: end_of_text}
-        ids = sorted([*ranks.values(), *special.values()])
+    def __init__(self, mergeable_ranks: dict[bytes, int], eos_token_id: int | None):
+        special_tokens = {} if eos_token_id is None else {END_OF_TEXT: eos_token_id}
+        ids = sorted([*mergeable_ranks.values(), *special_tokens.values()])
         if ids != list(range(len(ids))):
             raise ValueError("the ids are not 0, 1, 2, ...")
-        if not all(bytes([byte]) in ranks for byte in range(256)):
-            raise ValueError("not every byte is a token")
-        self.ranks = ranks
+        if not all(bytes([byte]) in mergeable_ranks for byte in range(256)):
+            raise ValueError("the vocabulary does not contain all 256 bytes")
+        self.mergeable_ranks = mergeable_ranks
         self.vocab_size = len(ids)
-        self.end_of_text = end_of_text
+        self.eos_token_id = eos_token_id
         self._encoding = tiktoken.Encoding(
-            "folio", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=special
+            "folio",
+            pat_str=GPT2_SPLIT_PATTERN,
+            mergeable_ranks=mergeable_ranks,
+            special_tokens=special_tokens,
         )
 
     @classmethod
     def gpt2(cls) -> "BPETokenizer":
-        """GPT-2's vocabulary of 50,257 tokens, fetched and cached by tiktoken."""
+        """GPT-2's vocabulary of 50,257 tokens, downloaded and cached by tiktoken.
+
+        Raises FolioError if it is not cached and cannot be downloaded.
+        """
         try:
             encoding = tiktoken.get_encoding("gpt2")
-        except (requests.RequestException, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
             raise FolioError(
-                "GPT-2's vocabulary could not be fetched "
-                f"({type(error).__name__}); on a machine without network, set TIKTOKEN_CACHE_DIR "
-                "to a folder that has it (tiktoken fills that folder where there is a network)"
+                f"cannot download GPT-2's vocabulary ({type(error).__name__}); without a network, "
+                "set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled on another machine"
             ) from None
         return cls(encoding._mergeable_ranks, encoding.eot_token)
 
     def encode(self, text: str) -> np.ndarray:
+        """'Hello world' -> array([15496, 995]), int64.
+
+        Raises FolioError if the text contains half of a surrogate pair, which is no character.
+        """
         try:
-            return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError as error:  # half a character, as a terminal may hand on
-            wrong = text[error.start]
-            raise FolioError(f"{wrong!r} at position {error.start} is no character") from None
+            ids = self._encoding.encode_to_numpy(text, disallowed_special=())  # uint32
+        except UnicodeEncodeError as error:
+            character = text[error.start]
+            raise FolioError(f"invalid character {character!r} at position {error.start}") from None
+        return ids.astype(np.int64)
 
-    def token_bytes(self, token: int) -> bytes:
-        return self._encoding.decode_single_token_bytes(token)
-
-    @property
-    def identity(self):
-        return self.ranks, self.end_of_text
+    def token_bytes(self, token_id: int) -> bytes:
+        self.check_id(token_id)
+        return self._encoding.decode_single_token_bytes(token_id)
 
     @cached_property
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """The pairs in the order in which they were merged, found again from the ranks.
-
-        The last merge that made a token joined the two parts into which the earlier merges alone
-        would encode it.
-        """
+        """The merged pairs in the order of training, recovered from the ranks."""
+        by_id = sorted(self.mergeable_ranks.items(), key=lambda item: item[1])
         return [
-            split_by_earlier_merges(token, rank, self.ranks)
-            for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])
+            recover_merge(token, rank, self.mergeable_ranks)
+            for token, rank in by_id
             if len(token) > 1
         ]
 
-    def as_json(self) -> dict:
-        vocab = {printable(token): rank for token, rank in self.ranks.items()}
-        if self.end_of_text is not None:
-            vocab[END_OF_TEXT] = self.end_of_text
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": special_tokens(self.end_of_text),
-            "normalizer": None,
-            "pre_tokenizer": {**byte_level, "use_regex": True},
-            "post_processor": None,
-            "decoder": {**byte_level, "use_regex": True},
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-                "merges": [[printable(left), printable(right)] for left, right in self.merges],
-            },
-        }
+    def to_dict(self) -> dict[str, Any]:
+        return bpe_to_dict(self)
 
-    @classmethod
-    def from_json(cls, contents: dict) -> "BPETokenizer":
-        check_cut(contents, "ByteLevel")
-        if contents["pre_tokenizer"].get("add_prefix_space"):
-            raise ValueError("it puts a space before every text")
-        end_of_text = None
-        for token in contents.get("added_tokens") or []:
-            if token["content"] != END_OF_TEXT:
-                raise ValueError(f"no use is known for the added token {token['content']!r}")
-            end_of_text = token["id"]
-        model = contents["model"]
-        return cls.from_merges(model["vocab"], model["merges"], end_of_text)
-
-    @classmethod
-    def from_merges(cls, vocab: dict, merges: list, end_of_text: int | None) -> "BPETokenizer":
-        """From GPT-2's own format: {'Ġthe': 262, ...}, ['Ġ t', 'Ġ a', ...] or pairs of texts."""
-        ranks = {from_printable(t): i for t, i in vocab.items() if t != END_OF_TEXT}
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-        order = [ranks[from_printable(left + right)] for left, right in pairs]
-        if order != sorted(order) or len(order) != len(ranks) - 256:
-            raise ValueError("its ids are not in the order of its merges")
-        return cls(ranks, end_of_text)
+    @property
+    def _key(self) -> tuple[dict[bytes, int], int | None]:
+        return self.mergeable_ranks, self.eos_token_id
 
 
-def split_by_earlier_merges(token: bytes, rank: int, ranks: dict[bytes, int]):
-    """b'the', whose rank is 262, with b'th' at 258 -> (b'th', b'e')."""
+def recover_merge(
+    token: bytes, rank: int, mergeable_ranks: dict[bytes, int]
+) -> tuple[bytes, bytes]:
+    """The two tokens that were merged into `token`: b'the' -> (b'th', b'e').
+
+    With the earlier merges alone, b'the' is encoded as b'th', b'e'. So these two were merged last.
+    Raises ValueError if the earlier merges leave more than two tokens.
+    """
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        pairs = [left + right for left, right in itertools.pairwise(parts)]
-        earliest = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], rank))
-        if ranks.get(pairs[earliest], rank) >= rank:
+        pairs = [left + right for left, right in pairwise(parts)]
+        # A pair that is no token gets `rank` itself: it is not an earlier merge.
+        ranks = [mergeable_ranks.get(pair, rank) for pair in pairs]
+        first = min(range(len(pairs)), key=ranks.__getitem__)
+        if ranks[first] >= rank:
             raise ValueError(f"no merges lead to the token {token!r}")
-        parts[earliest : earliest + 2] = [pairs[earliest]]
+        parts[first : first + 2] = [pairs[first]]
     return parts[0], parts[1]
 
 
-def byte_alphabet() -> list[str]:
-    """One printable character for each of the 256 bytes, as GPT-2's vocabulary file spells them.
+# --- The file tokenizer.json ---
+#
+# From here on: the file format of Hugging Face's `tokenizers`, in which AutoTokenizer opens our
+# tokenizers, and we open those of others. Nothing about language models is explained here.
 
-    Bytes that print in Latin-1 stand for themselves; the others (space, control signs, ...) take
-    the characters from U+0100 on, in order: a space becomes 'Ġ'. Source: OpenAI's encoder.py.
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer in the folder of a dataset, a run, or a published model.
+
+    Reads tokenizer.json or, if it does not exist, GPT-2's older files vocab.json and merges.txt;
+    and tokenizer_config.json, if it exists.
+    Raises FolioError if they are missing, unreadable, damaged, or if the tokenizer is one that
+    would give other ids than in transformers.
     """
-    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in prints else next(others)) for byte in range(256)]
-
-
-PRINTABLE = byte_alphabet()
-BYTE_OF = {character: byte for byte, character in enumerate(PRINTABLE)}
-
-
-def printable(token: bytes) -> str:
-    """b' the' -> 'Ġthe'"""
-    return "".join(PRINTABLE[byte] for byte in token)
-
-
-def from_printable(token: str) -> bytes:
-    """'Ġthe' -> b' the'"""
-    return bytes(BYTE_OF[character] for character in token)
-
-
-# --- On disk ---
-
-
-def special_tokens(end_of_text: int | None) -> list[dict]:
-    """What a tokenizer.json says of end-of-text, if there is such a token."""
-    if end_of_text is None:
-        return []
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return [{"id": end_of_text, "content": END_OF_TEXT, **flags, "special": True}]
-
-
-def check_cut(contents: dict, wanted: str) -> None:
-    """ValueError if a tokenizer.json changes or cuts its text in another way than ours do."""
-    if contents.get("normalizer") or contents["pre_tokenizer"]["type"] != wanted:
-        raise ValueError("it changes or cuts the text in a way of its own")
-
-
-def tokenizer_text(tokenizer: Tokenizer) -> str:
-    """The contents of a tokenizer.json, as text."""
-    return json.dumps(tokenizer.as_json(), ensure_ascii=False, indent=1) + "\n"
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a dataset, a run, or a folder of published weights.
-
-    Reads tokenizer.json; where there is none, GPT-2's older pair of vocab.json and merges.txt.
-    Raises FolioError if they are missing, damaged, or of a kind Folio does not have.
-    """
-    path = Path(folder) / "tokenizer.json"
+    folder = Path(folder)
     try:
-        if not path.exists() and (Path(folder) / "vocab.json").exists():
-            return load_vocab_and_merges(Path(folder))
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        model = contents["model"]
-        kind = model.get("type") or ("BPE" if "merges" in model else None)  # older files lack it
-        if kind == "WordLevel":
-            return CharTokenizer.from_json(contents)
-        if kind == "BPE":
-            return BPETokenizer.from_json(contents)
-        raise ValueError(f"a {kind!r} model is neither characters nor BPE")
-    except FileNotFoundError as error:
-        raise FolioError(f"{error.filename}: there is no tokenizer here") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise FolioError(f"{path}: not a tokenizer Folio can read ({reason})") from None
+        config = read_tokenizer_config(folder)
+        contents = read_tokenizer_json(folder, config)
+        if config.get("auto_map"):
+            raise ValueError("it needs Python code of its own, auto_map, which Folio does not run")
+        return (
+            char_from_dict(contents, config)
+            or bpe_from_dict(contents, config)
+            or HFTokenizer(contents, config)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise FolioError(f"{folder / 'tokenizer.json'}: unsupported tokenizer ({reason})") from None
 
 
-def load_vocab_and_merges(folder: Path) -> BPETokenizer:
-    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    return BPETokenizer.from_merges(vocab, merges, vocab.get(END_OF_TEXT))
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, **settings: Any) -> None:
+    """Write tokenizer.json and tokenizer_config.json; settings: more entries for the latter."""
+    folder = Path(folder)
+    write_text(folder / "tokenizer.json", tokenizer.to_json())
+    write_json(folder / "tokenizer_config.json", {**tokenizer.config_dict(), **settings})
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file.
+
+    Raises FileNotFoundError if it does not exist, FolioError if it is unreadable or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise FolioError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise FolioError(f"{path}: damaged, not valid JSON ({error})") from None
+
+
+def read_tokenizer_json(folder: Path, config: dict[str, Any]) -> Any:
+    """The contents of tokenizer.json, or of vocab.json and merges.txt in the same form."""
+    try:
+        return read_json(folder / "tokenizer.json")
+    except FileNotFoundError:
+        if not (folder / "vocab.json").exists():
+            raise FolioError(missing_tokenizer(folder)) from None
+    vocab = read_json(folder / "vocab.json")
+    with explain_os_error(folder / "merges.txt", "cannot be read"):
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    eos_token_id = vocab.get(END_OF_TEXT) if isinstance(vocab, dict) else None
+    model = {"type": "BPE", **BPE_OPTIONS, "vocab": vocab, "merges": merges}
+    contents = tokenizer_json(eos_token_id, BYTE_LEVEL, BYTE_LEVEL, model)
+    if added := config.get("added_tokens_decoder"):
+        contents["added_tokens"] = [{**token, "id": int(i)} for i, token in added.items()]
+    return contents
+
+
+def missing_tokenizer(folder: Path) -> str:
+    """The message about a folder without the files that load_tokenizer reads."""
+    for name in ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"):
+        if (folder / name).exists():
+            return (
+                f"{folder}: Folio reads tokenizer.json, not {name}; transformers converts it: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+    return f"{folder / 'tokenizer.json'}: tokenizer not found"
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """The contents of tokenizer_config.json, completed from other files as transformers does."""
+
+    def read(name: str) -> dict[str, Any]:
+        try:
+            contents = read_json(folder / name)
+        except FileNotFoundError:
+            return {}
+        if not isinstance(contents, dict):
+            raise FolioError(f"{folder / name}: damaged, not a JSON object")
+        return contents
+
+    config, model_config = read("tokenizer_config.json"), read("config.json")
+    if not config.get("tokenizer_class"):
+        default = "GPT2Tokenizer" if model_config.get("model_type") == "gpt2" else None
+        config["tokenizer_class"] = model_config.get("tokenizer_class") or default
+    if "added_tokens_decoder" not in config:  # written before 2023
+        config |= read("special_tokens_map.json")
+        added = read("added_tokens.json")
+        config["added_tokens"] = sorted(added, key=added.get)
+    return config
+
+
+def char_from_dict(contents: Any, config: dict[str, Any]) -> CharTokenizer | None:
+    """The tokenizer if `contents` are what char_to_dict() writes, else None."""
+    model = contents["model"]
+    if model.get("type") != "WordLevel":
+        return None
+    characters = sorted(model["vocab"], key=model["vocab"].get)
+    add_eos = characters[-1:] == [END_OF_TEXT]
+    characters = characters[: len(characters) - add_eos]
+    if not characters or any(len(character) != 1 for character in characters):
+        return None
+    tokenizer = CharTokenizer("".join(characters), add_eos)
+    is_ours = tokenizer.to_dict() == contents and names_only(config, model["vocab"])
+    return tokenizer if is_ours else None
+
+
+def bpe_from_dict(contents: Any, config: dict[str, Any]) -> BPETokenizer | None:
+    """The tokenizer if it is of GPT-2's kind, so that tiktoken gives the same ids, else None."""
+    model, splitter = contents["model"], contents["pre_tokenizer"] or {}
+    added = {token["content"]: token["id"] for token in contents.get("added_tokens") or []}
+    if not (
+        model.get("type", "BPE") == "BPE"  # older files lack the type
+        and not any(model.get(option) for option in BPE_OPTIONS)
+        and not contents.get("normalizer")
+        and splitter.get("type") == "ByteLevel"
+        and splitter.get("use_regex", True)
+        and not (splitter.get("add_prefix_space", True) or config.get("add_prefix_space"))
+        and class_name(config) in (*GENERIC_CLASSES, "GPT2Tokenizer")
+        and adds_nothing(contents.get("post_processor"))
+        and added.keys() <= {END_OF_TEXT}
+        and names_only(config, added)
+        and all(character in model["vocab"] for character in BYTE_ENCODER)
+    ):
+        return None
+    eos_token_id = added.get(END_OF_TEXT)
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    with contextlib.suppress(
+        KeyError, ValueError
+    ):  # tokens that are no bytes, or no merge leads to
+        ranks = {decode_bytes(t): i for t, i in model["vocab"].items() if i != eos_token_id}
+        tokenizer = BPETokenizer(ranks, eos_token_id)
+        # tiktoken merges by ids alone. That gives the same only if the merges follow from the ids.
+        if tokenizer.merges == [(decode_bytes(left), decode_bytes(right)) for left, right in pairs]:
+            return tokenizer
+    return None
+
+
+def names_only(config: dict[str, Any], vocab: Iterable[str]) -> bool:
+    """Whether tokenizer_config.json names no tokens but those in vocab."""
+    return {token["content"] for token in listed_tokens(with_class_defaults(config))} <= set(vocab)
+
+
+def adds_nothing(post_processor: dict[str, Any] | None) -> bool:
+    """Whether a post-processor adds no tokens to a text."""
+    if not post_processor or post_processor["type"] == "ByteLevel":
+        return True
+    return post_processor["type"] == "TemplateProcessing" and not post_processor["special_tokens"]
+
+
+BYTE_LEVEL = {
+    "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
+}  # fmt: skip
+BPE_OPTIONS = {  # all off
+    "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+    "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+}  # fmt: skip
+
+
+def tokenizer_json(
+    eos_token_id: int | None,
+    pre_tokenizer: dict[str, Any],
+    decoder: dict[str, Any],
+    model: dict[str, Any],
+) -> dict[str, Any]:
+    """The entries of tokenizer.json."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    end_of_text = {"id": eos_token_id, "content": END_OF_TEXT, **flags, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [] if eos_token_id is None else [end_of_text],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def char_to_dict(tokenizer: CharTokenizer) -> dict[str, Any]:
+    vocab = {character: i for i, character in enumerate(tokenizer.characters)}
+    if tokenizer.eos_token_id is not None:
+        vocab[END_OF_TEXT] = tokenizer.eos_token_id
+    each_character = {
+        "type": "Split",
+        "pattern": {"Regex": r"[\s\S]"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    # The format requires an unk_token; ours is not in the vocabulary.
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
+    return tokenizer_json(tokenizer.eos_token_id, each_character, {"type": "Fuse"}, model)
+
+
+def bpe_to_dict(tokenizer: BPETokenizer) -> dict[str, Any]:
+    vocab = {encode_bytes(token): i for token, i in tokenizer.mergeable_ranks.items()}
+    if tokenizer.eos_token_id is not None:
+        vocab[END_OF_TEXT] = tokenizer.eos_token_id
+    model = {
+        "type": "BPE",
+        **BPE_OPTIONS,
+        "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+        "merges": [[encode_bytes(a), encode_bytes(b)] for a, b in tokenizer.merges],
+    }
+    return tokenizer_json(tokenizer.eos_token_id, BYTE_LEVEL, BYTE_LEVEL, model)

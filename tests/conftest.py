@@ -1,9 +1,16 @@
-"""What the lessons share: tiny models, a tiny dataset, and a way to run the scripts for real."""
+"""Shared by the tests: tiny models, a tiny dataset, and a way to run the programs."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+
+# One thread: these models are so small that more threads would only wait for one another, and the
+# number of threads does not adapt to other programs. Set before torch is imported, and inherited by
+# the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -17,37 +24,42 @@ from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real texts and vocabularies, on machines that have them
-# Tiny Shakespeare: there, or where the first preparation leaves him.
-PLACES = (SHARED / "tinyshakespeare" / "input.txt", ROOT / "data" / "shakespeare" / "input.txt")
-REAL = next((place for place in PLACES if place.exists()), PLACES[0])
-VOCABULARY = 13
+# Tiny Shakespeare: there, or where the first preparation keeps it.
+SHAKESPEARE_FILES = (
+    SHARED / "tinyshakespeare" / "input.txt",
+    ROOT / "data" / "shakespeare" / "input.txt",
+)
+SHAKESPEARE = next((path for path in SHAKESPEARE_FILES if path.exists()), SHAKESPEARE_FILES[0])
+VOCAB_SIZE = 13
 
-RHYME = "twinkle, twinkle, little star,\nhow i wonder what you are!\nup above the world so high,\n"
+TINY_TEXT = (
+    "twinkle, twinkle, little star,\nhow i wonder what you are!\nup above the world so high,\n"
+)
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--nightly", action="store_true", help="repeat what is repeated many more times (minutes)"
+        "--nightly", action="store_true", help="more repetitions of the stress tests (minutes)"
     )
 
 
 @pytest.fixture
-def trials(request):
-    """trials(4, 100): how often to repeat something, in the ordinary suite and with --nightly."""
-    nightly = request.config.getoption("--nightly")
-    return lambda ordinary, many: many if nightly else ordinary
+def n_trials(request) -> Callable[[int, int], int]:
+    """n_trials(4, 100): how often to repeat something, ordinarily and with --nightly."""
+    is_nightly = request.config.getoption("--nightly")
+    return lambda ordinary, nightly: nightly if is_nightly else ordinary
 
 
 @pytest.fixture(autouse=True)
-def same_chance():
+def fixed_seed():
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def model() -> GPT:
-    """Two blocks, context 8, float64, with weights large enough for every token to matter."""
-    shape = GPTConfig(block_size=8, vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=16)
-    model = GPT(shape).double().eval()
+    """Two blocks, context 8, float64, with weights so large that every token matters."""
+    config = GPTConfig(block_size=8, vocab_size=VOCAB_SIZE, n_layer=2, n_head=2, n_embd=16)
+    model = GPT(config).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -56,40 +68,40 @@ def model() -> GPT:
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
-    """Three rows of eight tokens."""
-    return torch.randint(VOCABULARY, (3, 8))
+    """Three sequences of eight token ids: (3, 8)."""
+    return torch.randint(VOCAB_SIZE, (3, 8))
 
 
 @pytest.fixture
 def data_folder(tmp_path, monkeypatch) -> Path:
-    """A folder to stand in for data/, so that no test touches the real one."""
+    """A temporary folder in the place of data/, so that no test touches the real one."""
     folder = tmp_path / "data"
     folder.mkdir()
-    monkeypatch.setattr(dataset_module, "DATA", folder)
+    monkeypatch.setattr(dataset_module, "DATA_DIR", folder)
     return folder
 
 
 @pytest.fixture
-def rhyme(tmp_path) -> Path:
-    """A prepared character dataset of about 3,500 tokens: the path of its folder."""
-    return prepare_rhyme(tmp_path / "rhyme")
+def tiny_dataset(tmp_path) -> Path:
+    """The folder of a prepared character dataset of about 3,500 tokens."""
+    return prepare_tiny_dataset(tmp_path / "tiny_dataset")
 
 
-def prepare_rhyme(folder: Path) -> Path:
-    lines = RHYME.splitlines(keepends=True)
-    dice = np.random.default_rng(0)
-    text = "".join(lines[i] for i in dice.integers(len(lines), size=120))
-    write_dataset(folder, CharTokenizer.of(text), split_text(text), {"source": "rhyme"})
+def prepare_tiny_dataset(folder: Path) -> Path:
+    lines = TINY_TEXT.splitlines(keepends=True)
+    rng = np.random.default_rng(0)
+    text = "".join(lines[i] for i in rng.integers(len(lines), size=120))
+    write_dataset(folder, CharTokenizer.from_text(text), split_text(text), {"source": "a rhyme"})
     return folder
 
 
 @pytest.fixture
-def tiny(rhyme, tmp_path) -> list[str]:
-    """Flags for a training run of a second or two, on the rhyme, into tmp_path/run."""
-    return tiny_flags(rhyme, tmp_path / "run")
+def tiny_flags(tiny_dataset, tmp_path) -> list[str]:
+    """Flags for a training run of a second or two on the tiny dataset, into tmp_path/run."""
+    return make_tiny_flags(tiny_dataset, tmp_path / "run")
 
 
-def tiny_flags(dataset: Path, folder: Path) -> list[str]:
+def make_tiny_flags(dataset: Path, folder: Path) -> list[str]:
     return [
         f"--dataset={dataset}", f"--out_dir={folder}", "--device=cpu",
         "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=4",
@@ -109,10 +121,10 @@ def gpt2() -> BPETokenizer:
         return BPETokenizer.gpt2()
 
 
-def run_script(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """Run `python WORDS...` as a user would, in a process of its own; its output is text."""
+def run_script(*args: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python ARGS...` as a user would, in a process of its own; its output is text."""
     return subprocess.run(
-        [sys.executable, *map(str, words)],
+        [sys.executable, *map(str, args)],
         cwd=cwd,
         env={**os.environ, **environment},
         capture_output=True,
@@ -123,26 +135,26 @@ def run_script(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Call a script's main() with these flags, as its last line does, without a new process."""
+def call(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
+    """Call a program's main() with these flags in this process, as its last line does."""
 
-    def call(script, *flags: str) -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+    def call(program: ModuleType, *flags: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
         capsys.readouterr()
         try:
-            configurator.run_main(script.main)
+            configurator.run_main(program.main)
             status = 0
-        except SystemExit as left:
-            status = left.code
+        except SystemExit as exit_:
+            status = exit_.code
         return subprocess.CompletedProcess(sys.argv, status, *capsys.readouterr())
 
     return call
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess, *expected: str) -> None:
-    """Exit status 2, one line on stderr, no traceback, and the words it must contain."""
+    """Exit status 2, one line on stderr, no traceback, and the words that the line must contain."""
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
     assert "Traceback" not in result.stderr
-    for word in expected:
-        assert word in result.stderr
+    for words in expected:
+        assert words in result.stderr

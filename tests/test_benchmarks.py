@@ -1,50 +1,46 @@
-"""The benchmarks run: at a tiny size, so that they are ready when somebody wants to measure."""
+"""The benchmarks run, at a tiny size, so that they work when they are needed."""
 
-import itertools
+import functools
 import json
+import math
 import os
 import sys
 
 import pytest
 import torch
 
+import train
 from data.prepare import split_text, write_dataset
 from data.tokenizer import CharTokenizer
-from tests.benchmarks import gpu, sample_speed, time_to_loss, train_speed
-from tests.benchmarks.measuring import in_its_own_process, interleaved, rate, shown
-from tests.conftest import RHYME, assert_one_line_error
+from engine.train_config import TrainConfig
+from tests.benchmarks import gpu, memory, sample_speed, time_to_loss, train_speed
+from tests.benchmarks.measuring import format_cell, in_subprocess, run_interleaved, throughput
+from tests.conftest import ROOT, TINY_TEXT, assert_one_line_error
 
 
-def test_contestants_take_turns_and_the_first_round_does_not_count():
+def test_candidates_run_interleaved_and_the_first_round_is_not_counted():
     order = []
-    figures = interleaved(
+    results = run_interleaved(
         {name: lambda name=name: order.append(name) or len(order) for name in "AB"}, rounds=2
     )
     assert order == ["A", "B"] * 3
-    assert figures == {"A": [3, 5], "B": [4, 6]}
-    assert shown([3.0, 1.0, 2.0]) == "2 (1 to 3)"
+    assert results == {"A": [3, 5], "B": [4, 6]}
+    assert format_cell([3.0, 1.0, 2.0]) == "2 (1 to 3)"
 
 
-def test_a_rate_is_work_per_second(monkeypatch):
+def test_throughput_is_work_per_second(monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))  # each look takes a second
-    assert rate(lambda: None, amount=10, seconds=3)() == 30 / 4
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))  # each call takes a second
+    assert throughput(lambda: None, amount=10, seconds=3)() == 30 / 4
 
 
-def counter(start):
-    """Makes a contestant whose figures tell its turns and its process."""
-    turns = itertools.count(1)
-    return lambda: (next(turns), start, os.getpid())
+def test_a_candidate_in_a_subprocess_is_called_like_the_others():
+    results = run_interleaved({"A": in_subprocess(functools.partial, os.getpid)}, rounds=2)["A"]
+    assert len(results) == 2 and len(set(results)) == 1  # one process for all rounds
+    assert results[0] != os.getpid()
 
 
-def test_a_contestant_in_its_own_process_takes_its_turns_like_the_others():
-    figures = interleaved({"A": in_its_own_process(counter, 7)}, rounds=2)["A"]
-    (_, _, process), _ = figures
-    assert process != os.getpid()
-    assert figures == [(2, 7, process), (3, 7, process)]
-
-
-def test_the_speed_of_training_is_measured(call, tmp_path):
+def test_train_speed_compares_with_the_limit(call, tmp_path):
     result = call(
         train_speed, "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8",
         "--batch_size=2", "--rounds=1", "--seconds=0.01", "--matrix=32",
@@ -57,16 +53,16 @@ def test_the_speed_of_training_is_measured(call, tmp_path):
     assert rows[0]["ratio"] == 1
 
 
-def test_the_speed_of_sampling_is_measured(call, tmp_path):
+def test_sample_speed_compares_one_sample_and_ten(call, tmp_path):
     result = call(sample_speed, "--sizes=tiny", "--rounds=1", f"--json={tmp_path / 'a.json'}")
     assert result.returncode == 0, result.stderr
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert row["Folio"][0] > 0 and row["ten at once"][0] > 0
-    assert_one_line_error(call(sample_speed, "--sizes=huge"), "there are tiny, small")
+    assert row["Folio"][0] > 0 and row["ten samples"][0] > 0
+    assert_one_line_error(call(sample_speed, "--sizes=huge"), "tiny, small")
     assert_one_line_error(call(sample_speed, "--sizes=tiny", "--peer=/nowhere"), "nanoGPT")
 
 
-def test_a_step_on_a_gpu_is_measured_on_any_machine(call, tmp_path):
+def test_gpu_measures_a_step_on_any_machine(call, tmp_path):
     result = call(
         gpu, "--tiny", "--batch_sizes=2", "--optimizers=adamw, muon", "--steps=2", "--warmup=1",
         f"--profile={tmp_path / 'traces'}",
@@ -75,31 +71,95 @@ def test_a_step_on_a_gpu_is_measured_on_any_machine(call, tmp_path):
     assert "| adamw | 2 |" in result.stdout and "| muon | 2 |" in result.stdout
     traces = sorted(path.name for path in (tmp_path / "traces").iterdir())
     assert traces == ["adamw_2.json", "muon_2.json"]
+
+
+def test_gpu_refuses_wrong_settings_in_one_line(call):
     if not torch.cuda.is_available():
         assert_one_line_error(call(gpu), "--tiny")
-    assert_one_line_error(call(gpu, "--tiny", "--optimizers=adam"), "there are adamw and muon")
-    assert_one_line_error(call(gpu, "--tiny", "--batch_sizes=2,x"), "numbers, parted by commas")
+    assert_one_line_error(call(gpu, "--tiny", "--optimizers=adam"), "adamw, muon")
+    assert_one_line_error(call(gpu, "--tiny", "--batch_sizes=2,x"), "separated by commas")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the copy is not made there")
-def test_the_time_to_a_loss_is_measured(call, tmp_path, monkeypatch):
-    # Whole runs of train.py, in a process of their own, on a dataset at a path of our own.
-    text = RHYME * 60
-    write_dataset(tmp_path / "rhyme", CharTokenizer.of(text), split_text(text), {"source": "rhyme"})
-    monkeypatch.setattr(time_to_loss, "DATASET", str(tmp_path / "rhyme"))
+@pytest.mark.skipif(sys.platform == "win32", reason="a dataset's path has a drive there")
+def test_time_to_loss_continues_after_the_runs_in_its_json_file(call, tmp_path, monkeypatch):
+    text = TINY_TEXT * 40
+    tokenizer = CharTokenizer.from_text(text)
+    write_dataset(tmp_path / "tiny", tokenizer, split_text(text), {"source": "a rhyme"})
+    monkeypatch.setattr(time_to_loss, "DATASET", str(tmp_path / "tiny"))
+    saved = {"seconds": 4.0, "loss": 1.0, "points": [[4.0, 1.0]]}
+    (tmp_path / "loss.json").write_text(
+        json.dumps({"runs": {"shakespeare_quick, seed 1337, 1 steps": saved}})
+    )
+
+    def run_in_this_process(command: list[str], **_) -> None:
+        assert call(train, *command[2:]).returncode == 0  # without "python train.py"
+
+    monkeypatch.setattr(time_to_loss.subprocess, "run", run_in_this_process)
+    monkeypatch.chdir(ROOT)
     result = call(
-        time_to_loss, "--recipes=shakespeare_quick", "--seeds=2", "--max_iters=2",
+        time_to_loss, "--recipes=shakespeare_quick", "--seeds=2", "--max_iters=1",
         f"--json={tmp_path / 'loss.json'}", f"--picture={tmp_path / 'loss.png'}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    (row,) = json.loads((tmp_path / "loss.json").read_text())["rows"]
-    assert row["recipe"] == "shakespeare_quick" and len(row["seconds of training"]) == 2
+    results = json.loads((tmp_path / "loss.json").read_text())
+    (row,) = results["rows"]
+    assert row["recipe"] == "shakespeare_quick" and row["seconds of training"][0] == 4.0
+    (new_run,) = (run for key, run in results["runs"].items() if "seed 1338" in key)
+    # Untrained, the loss is about ln(vocabulary); one step changes it a little.
+    assert new_run["loss"] == pytest.approx(math.log(tokenizer.vocab_size), abs=0.3)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_to_loss_refuses_wrong_settings_in_one_line(call, tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(time_to_loss, "DATASET", str(tiny_dataset))
     assert_one_line_error(
         call(time_to_loss, "--recipes=shakespeare_quik"), "config/shakespeare_quik"
     )
     assert_one_line_error(call(time_to_loss, "--peer=/nowhere"), "a checkout of nanoGPT")
     (tmp_path / "model.py").touch()
     assert_one_line_error(
-        call(time_to_loss, f"--peer={tmp_path}", "--max_iters=600"), "a multiple of that"
+        call(time_to_loss, f"--peer={tmp_path}", "--max_iters=600"), "a multiple of 250"
     )
+
+
+def test_memory_counts_each_storage_while_it_exists():
+    with memory.MemoryCounter() as counter:
+        a = torch.zeros(1000)  # 4,000 bytes
+        view = a.view(10, 100)[1:]
+        b = view + 1  # 900 numbers: 3,600 bytes
+        del a, view
+        c = torch.zeros(500, dtype=torch.int64)  # 4,000 bytes
+        assert counter.current == b.nbytes + c.nbytes == 7600
+    assert counter.peak == 7600
+
+
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_memory_of_a_step_agrees_with_arithmetic_by_hand(grad_accum_steps):
+    B, T, C, V, L, H = 2, 8, 16, 4096, 2, 2
+    config = TrainConfig(
+        batch_size=B, block_size=T, n_layer=L, n_head=H, n_embd=C, optimizer="adamw",
+        dtype="float32", gradient_accumulation_steps=grad_accum_steps,
+    )  # fmt: skip
+    prediction = memory.predict(config, V)
+    parameters = V * C + T * C + L * (12 * C * C + 2 * C) + C
+    assert prediction["weights"] == 4 * parameters
+    assert prediction["optimizer"] == pytest.approx(8 * parameters, rel=1e-3)  # two averages
+    # Numbers saved for the backward pass, per token. In a block: x (C) and its norm (C); q, k, v
+    # (3C), the output of attention (C) and a sum for each head; x (C) and its norm (C); the MLP
+    # before and after GELU (4C each); mean and standard deviation for each of both norms.
+    block = 16 * C + H + 4
+    activations = L * block + 2 * C + 2  # the last norm, too
+    # The vocabulary is so large that the peak is at the logits: their log-softmax, the gradient
+    # of the loss with respect to it, and the gradient with respect to the logits.
+    others = B * T * (4 * (activations + 3 * V) + 2 * 8)  # inputs and targets are int64
+    others += 4 * parameters if grad_accum_steps == 2 else 0  # gradients of the first micro-batch
+    assert prediction["others"] == pytest.approx(others, rel=1e-3)
+
+
+def test_memory_is_predicted_for_a_config_file(call):
+    result = call(
+        memory, str(ROOT / "config" / "train_gpt2.py"), "--n_layer=1", "--batch_size=1",
+        "--block_size=8", "--n_embd=12", "--dataset=not_prepared",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "vocabulary 50,257, micro-batch 1" in result.stdout

@@ -1,135 +1,365 @@
-"""A run's folder is a Hugging Face folder: what Folio writes, transformers opens, and back."""
+"""The run folder: files that transformers and Folio read from each other, locks and backups."""
 
 import errno
 import json
 import os
-import stat
+import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from configurator import FolioError
-from data.files import replacing, write_text
+from data.dataset import ShardedTokens
 from data.tokenizer import CharTokenizer
-from model import GPT, GPTConfig
-from tests.test_tokenizer import AWKWARD, toy_bpe
-from training.checkpoint import (
-    RESUME, SETTINGS, WEIGHTS, load_model, load_resume, locked, make_room, newest_run, read_config,
-    save_model, save_resume, save_tokenizer,
+from engine import checkpoint
+from engine.checkpoint import (
+    CHECKPOINT_FILE, SETTINGS_FILE, WEIGHTS_FILE, check_architecture, describe_run, find_checkpoint,
+    load_checkpoint, load_model, load_model_and_tokenizer, lock_run_folder, newest_run,
+    prepare_out_dir, rarest_token, read_config, resolve_model_dir, resolve_out_dir, save_checkpoint,
+    save_model, save_model_card, save_tokenizer,
 )  # fmt: skip
+from engine.log_file import COLUMNS, LOG_FILE
+from engine.train_config import TrainConfig
+from model import GPT, GPTConfig
+from tests.fuzzing import Count, fuzz_settings, mutations
+from tests.test_tokenizer import AWKWARD_TEXT, toy_bpe
 
-SHAPE = GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
+CONFIG = GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
+RUN_SETTINGS = {"dataset": "x", "max_iters": 2000, "n_layer": 2, "init_from": "scratch"}
 
 
 def random_model(**changes) -> GPT:
-    model = GPT(GPTConfig(**{**SHAPE.__dict__, **changes})).eval()
+    model = GPT(GPTConfig(**{**CONFIG.__dict__, **changes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
-# --- In and out ---
+def edit_json(path, changes: dict) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def assert_close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+# --- Saving and loading a model ---
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("pad_vocab_to", [1, 8])
-def test_transformers_opens_our_folder_and_agrees(tmp_path, tokens, bias, pad_vocab_to):
+def test_transformers_loads_a_saved_model_with_the_same_logits(
+    tmp_path, tokens, bias, pad_vocab_to
+):
     model = random_model(bias=bias, pad_vocab_to=pad_vocab_to)
-    save_model(model, tmp_path)
+    save_model(model, str(tmp_path))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(theirs).__name__ == "GPT2LMHeadModel"
+    assert theirs.config.n_ctx == theirs.config.n_positions == 8  # n_ctx: for other programs
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens)[0], theirs(tokens).logits, rtol=2e-5, atol=2e-5)
-        wanted = theirs.generate(tokens[:, :3], max_new_tokens=5, do_sample=False, pad_token_id=0)
-    drawn = torch.stack(list(model.generate(tokens[:, :3], 5, temperature=0)), dim=1)
-    assert torch.equal(drawn, wanted[:, 3:])
+        assert_close(model(tokens), theirs(tokens).logits)
+        expected = theirs.generate(tokens[:, :3], max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(tokens[:, :3], 5, top_k=1), expected)
 
 
-def test_what_transformers_wrote_we_open_and_agree(tmp_path, tokens):
-    shape = {"n_positions": 8, "vocab_size": 13, "n_layer": 2, "n_head": 2, "n_embd": 16}
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+def test_load_model_opens_what_transformers_saved(tmp_path, tokens):
+    sizes = {"n_positions": 8, "vocab_size": 13, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
     theirs.save_pretrained(tmp_path)
     with torch.no_grad():
-        ours = load_model(tmp_path, dropout=0.0)(tokens)[0]
-        torch.testing.assert_close(ours, theirs(tokens).logits, rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("tokenizer", [CharTokenizer.of(AWKWARD), toy_bpe()], ids=["char", "bpe"])
-def test_auto_tokenizer_gives_our_ids(tmp_path, tokenizer):
-    save_tokenizer(tokenizer, tmp_path)
-    save_model(random_model(vocab_size=tokenizer.vocab_size), tmp_path, tokenizer.end_of_text)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ids = tokenizer.encode(AWKWARD).tolist()
-    assert theirs(AWKWARD)["input_ids"] == ids
-    assert theirs.decode(ids) == AWKWARD
+        assert_close(load_model(str(tmp_path))(tokens), theirs(tokens).logits)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_saved_model_comes_back_bit_by_bit(tmp_path, bias):
+def test_a_saved_model_is_loaded_bit_by_bit_and_in_eval_mode(tmp_path, bias):
     model = random_model(bias=bias, pad_vocab_to=8, dropout=0.1)
     save_model(model, tmp_path)
-    again = load_model(tmp_path)
-    assert again.config == GPTConfig(**{**model.config.__dict__, "pad_vocab_to": 1})
+    loaded = load_model(tmp_path)
+    assert not loaded.training
+    assert loaded.config == GPTConfig(**{**model.config.__dict__, "pad_vocab_to": 1})
     padded = load_model(tmp_path, pad_vocab_to=8)
     for name, tensor in model.state_dict().items():
         rows = slice(13) if "wte" in name else slice(None)
-        assert torch.equal(tensor[rows], again.state_dict()[name]), name
+        assert torch.equal(tensor[rows], loaded.state_dict()[name]), name
         assert torch.equal(tensor[rows], padded.state_dict()[name][rows]), name
 
 
-def test_a_model_without_biases_that_others_gave_some_has_them(tmp_path, tokens):
+def test_model_without_biases_gets_biases_if_transformers_trained_them(tmp_path, tokens):
     save_model(random_model(bias=False), tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         theirs.transformer.h[0].mlp.c_fc.bias.add_(1)
     theirs.save_pretrained(tmp_path)
-    again = load_model(tmp_path)
-    assert again.config.bias
-    torch.testing.assert_close(again(tokens)[0], theirs(tokens).logits, rtol=2e-5, atol=2e-5)
+    loaded = load_model(tmp_path)
+    assert loaded.config.bias
+    assert_close(loaded(tokens), theirs(tokens).logits)
 
 
-def test_positions_can_be_cropped_but_not_invented(tmp_path, tokens):
+def test_block_size_can_be_reduced_but_not_increased(tmp_path, tokens):
     model = random_model()
     save_model(model, tmp_path)
-    short = load_model(tmp_path, block_size=4)
-    torch.testing.assert_close(short(tokens[:, :4])[0], model(tokens[:, :4])[0])
+    cropped = load_model(tmp_path, block_size=4)
+    torch.testing.assert_close(cropped(tokens[:, :4]), model(tokens[:, :4]))
     with pytest.raises(FolioError, match="block_size=9"):
         load_model(tmp_path, block_size=9)
 
 
-def test_published_weights_come_without_prefix_and_with_masks(tmp_path, tokens):
+def test_rows_of_the_embedding_that_have_no_token_take_no_part(tmp_path, tokens):
     model = random_model()
     save_model(model, tmp_path)
-    published = {
-        name.removeprefix("transformer."): tensor
-        for name, tensor in load_file(tmp_path / WEIGHTS).items()
-    }
-    published["h.0.attn.bias"] = torch.tril(torch.ones(8, 8))[None, None]
-    save_file(published, tmp_path / WEIGHTS)
-    torch.testing.assert_close(load_model(tmp_path)(tokens)[0], model(tokens)[0])
+    loaded = load_model(tmp_path, vocab_size=10)
+    assert_close(loaded(tokens % 10), model(tokens % 10)[..., :10])
+    with pytest.raises(FolioError, match="tokenizer has 14 tokens, the model embeddings for 13"):
+        load_model(tmp_path, vocab_size=14)
+    save_model(random_model(vocab_size=2000), tmp_path)
+    with pytest.raises(FolioError, match=r"tokenizer has 13 tokens, .* for 2,000"):
+        load_model(tmp_path, vocab_size=13)  # no padding is as large: another tokenizer
 
 
-def test_sharded_weights_are_read_through_their_index(tmp_path, tokens):
+def test_compiled_model_is_saved_as_the_model_itself(tmp_path):
+    model = random_model()
+    save_model(torch.compile(model), tmp_path)
+    for name, tensor in load_model(tmp_path).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_save_model_refuses_what_is_not_a_whole_gpt(tmp_path):
+    save_model(random_model(), tmp_path)
+    before = (tmp_path / WEIGHTS_FILE).read_bytes()
+    changed = random_model()
+    del changed.transformer.h[0].attn.c_attn.weight  # as packing the weights for a CPU does
+    for model in (changed, torch.nn.Linear(2, 2), torch.compile(torch.nn.Linear(2, 2))):
+        with pytest.raises(TypeError):
+            save_model(model, tmp_path)
+    assert (tmp_path / WEIGHTS_FILE).read_bytes() == before
+
+
+# --- Tokenizer, padded batches, model card ---
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [CharTokenizer.from_text(AWKWARD_TEXT), toy_bpe()], ids=["char", "bpe"]
+)
+def test_auto_tokenizer_gives_the_same_ids(tmp_path, tokenizer):
+    save_tokenizer(tokenizer, tmp_path, block_size=8, pad_token_id=3)
+    save_model(random_model(vocab_size=tokenizer.vocab_size), tmp_path, tokenizer.eos_token_id)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.model_max_length == 8
+    assert len(theirs) == tokenizer.vocab_size
+    ids = tokenizer.encode(AWKWARD_TEXT).tolist()
+    assert theirs(AWKWARD_TEXT)["input_ids"] == ids
+    assert theirs.decode(ids) == AWKWARD_TEXT
+    model, again = load_model_and_tokenizer(str(tmp_path))
+    assert again == tokenizer and model.config.vocab_size == tokenizer.vocab_size
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [CharTokenizer.from_text("low er"), toy_bpe()], ids=["char", "bpe"]
+)
+def test_padded_batches_work_in_transformers(tmp_path, tokenizer):
+    model = random_model(vocab_size=tokenizer.vocab_size)
+    save_model(model, tmp_path, tokenizer.eos_token_id)
+    save_tokenizer(tokenizer, tmp_path, block_size=8, pad_token_id=0)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    batch = theirs(["low", "lower lo"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        gpt = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        logits = gpt(**batch).logits
+        short = torch.from_numpy(tokenizer.encode("low"))[None]
+        assert_close(logits[:1, : short.size(1)], model(short))
+        theirs.padding_side = "left"
+        batch = theirs(["low", "lower"], padding=True, return_tensors="pt")
+        generated = gpt.generate(**batch, do_sample=False, max_new_tokens=2)
+    assert torch.equal(generated[0, -2:], model.generate(short, 2, top_k=1)[0, -2:])
+
+
+def test_rarest_token_is_the_one_that_occurs_least(tmp_path):
+    np.array([0, 1, 1, 3, 3, 3, 2, 2, 0], dtype="<u2").tofile(tmp_path / "train.bin")
+    assert rarest_token(ShardedTokens(tmp_path, "train", {}, vocab_size=4)) == 0
+    assert rarest_token(ShardedTokens(tmp_path, "train", {}, vocab_size=5)) == 4
+
+
+def test_model_card_names_data_settings_loss_and_how_to_load(tmp_path):
+    config = TrainConfig(dataset="shakespeare_char", n_layer=4, n_embd=128, max_iters=2000)
+    meta = {"source": "https://example.com/input.txt", "train_tokens": 1_003_854}
+    (tmp_path / "my_run").mkdir()
+    save_model_card(
+        str(tmp_path / "my_run"), config, meta, step=1750, val_loss=1.556, bits_per_byte=2.2448
+    )
+    card = (tmp_path / "my_run" / "README.md").read_text(encoding="utf-8")
+    for words in (
+        "pipeline_tag: text-generation", "# my_run", "https://example.com/input.txt", "1,003,854",
+        "4 layers", "128 channels", "1,750 of 2,000 steps", "1.5560", "2.245 bits per byte",
+        f'load_model_and_tokenizer("{(tmp_path / "my_run").as_posix()}")', "from transformers",
+    ):  # fmt: skip
+        assert words in card
+
+
+# --- Weights saved by other programs ---
+
+
+def rewrite(folder, change, metadata=None):
+    """Load the tensors of a folder, change their names or values, and save them again."""
+    tensors = change(load_file(folder / WEIGHTS_FILE))
+    save_file(tensors, folder / WEIGHTS_FILE, metadata)
+
+
+def test_names_without_prefix_and_causal_masks_are_read(tmp_path, tokens):
+    model = random_model()
+    save_model(model, tmp_path)
+    mask = {"h.0.attn.bias": torch.tril(torch.ones(8, 8))[None, None]}
+    rewrite(
+        tmp_path, lambda old: {k.removeprefix("transformer."): v for k, v in old.items()} | mask
+    )
+    torch.testing.assert_close(load_model(tmp_path)(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_prefixes_of_compiled_and_distributed_models_are_removed(tmp_path, tokens, prefix):
+    model = random_model()
+    save_model(model, tmp_path)
+    rewrite(tmp_path, lambda old: {prefix + name: tensor for name, tensor in old.items()})
+    torch.testing.assert_close(load_model(tmp_path)(tokens), model(tokens))
+    rewrite(tmp_path, lambda old: old | {"transformer.wpe.weight": torch.zeros(8, 16)})
+    with pytest.raises(FolioError, match=r"two weights are called transformer\.wpe\.weight"):
+        load_model(tmp_path)
+
+
+def test_a_tied_matrix_is_read_under_either_name(tmp_path, tokens):
+    model = random_model()
+    save_model(model, tmp_path)
+    rewrite(tmp_path, lambda old: old | {"lm_head.weight": old.pop("transformer.wte.weight")})
+    torch.testing.assert_close(load_model(tmp_path)(tokens), model(tokens))
+    rewrite(tmp_path, lambda old: old | {"transformer.wte.weight": old["lm_head.weight"] + 1})
+    with pytest.raises(FolioError, match=r"lm_head\.weight differs .* no untied lm_head"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"])
+def test_all_names_of_the_tanh_gelu_are_accepted(tmp_path, tokens, name):
+    model = random_model()
+    save_model(model, tmp_path)
+    edit_json(tmp_path / "config.json", {"activation_function": name})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_close(load_model(tmp_path)(tokens), theirs(tokens).logits)
+
+
+def test_shards_are_read_and_a_missing_one_is_named(tmp_path, tokens):
     model = random_model()
     save_model(model, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    (tmp_path / WEIGHTS).unlink()
+    (tmp_path / WEIGHTS_FILE).unlink()
     theirs.save_pretrained(tmp_path, max_shard_size="8KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    torch.testing.assert_close(load_model(tmp_path)(tokens)[0], model(tokens)[0])
+    first, second, *_ = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
+    torch.testing.assert_close(load_model(tmp_path)(tokens), model(tokens))
+    (tmp_path / second).unlink()
+    with pytest.raises(FolioError, match=f"{second} is missing") as caught:
+        load_model(tmp_path)
+    assert first not in str(caught.value)
 
 
-def test_everything_that_does_not_fit_is_told_at_once(tmp_path):
+def test_shards_in_torch_format_are_read(tmp_path, tokens):
+    model = random_model()
+    save_model(model, tmp_path)
+    weights = load_file(tmp_path / WEIGHTS_FILE)
+    (tmp_path / WEIGHTS_FILE).unlink()
+    names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    weight_map = {name: names[i % 2] for i, name in enumerate(weights)}
+    for shard in names:
+        torch.save({n: t for n, t in weights.items() if weight_map[n] == shard}, tmp_path / shard)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    torch.testing.assert_close(load_model(tmp_path)(tokens), model(tokens))
+
+
+@pytest.mark.parametrize(
+    "contents",
+    ["{}", "[1]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "[" * 10**5, "{", "\xff"],
+    ids=lambda contents: contents[:30],
+)
+def test_malformed_index_is_refused_by_name(tmp_path, contents):
     save_model(random_model(), tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
-    tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:5].clone()
-    tensors["transformer.extra"] = torch.zeros(1)
-    del tensors["transformer.ln_f.bias"]
-    save_file(tensors, tmp_path / WEIGHTS)
+    (tmp_path / WEIGHTS_FILE).unlink()
+    (tmp_path / f"{WEIGHTS_FILE}.index.json").write_text(contents, encoding="latin-1")
+    with pytest.raises(FolioError, match=r"model\.safetensors\.index\.json"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_pytorch_model_bin_is_read_without_executing_it(tmp_path, tokens, legacy):
+    model = random_model()
+    save_model(model, tmp_path)
+    weights = load_file(tmp_path / WEIGHTS_FILE)
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    (tmp_path / WEIGHTS_FILE).unlink()
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(weights, path, _use_new_zipfile_serialization=not legacy)
+    torch.testing.assert_close(load_model(tmp_path)(tokens), model(tokens))
+    path.write_bytes(f"cposix\nsystem\n(S'touch {tmp_path / 'marker'}'\ntR.".encode())
+    with pytest.raises(FolioError, match=r"pytorch_model\.bin: damaged"):
+        load_model(tmp_path)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_git_lfs_pointer_is_called_what_it_is(tmp_path):
+    save_model(random_model(), tmp_path)
+    (tmp_path / WEIGHTS_FILE).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 548105171\n"
+    )
+    with pytest.raises(FolioError, match=r"model\.safetensors: a Git LFS pointer.*git lfs pull"):
+        load_model(tmp_path)
+
+
+def test_a_folder_without_weights_names_the_files_it_has(tmp_path):
+    save_model(random_model(), tmp_path)
+    (tmp_path / WEIGHTS_FILE).rename(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(FolioError, match=r"no weights .*it holds adapter_model\.safetensors"):
+        load_model(tmp_path)
+
+
+def test_a_cast_that_keeps_the_checksum_is_noticed_and_can_be_accepted(
+    tmp_path, tokens, monkeypatch
+):
+    model = random_model()
+    save_model(model, tmp_path)
+    with safe_open(tmp_path / WEIGHTS_FILE, "pt") as file:
+        metadata = file.metadata()
+    rewrite(tmp_path, lambda old: {name: t.half() for name, t in old.items()}, metadata)
+    with pytest.raises(FolioError, match="folio_sha256") as caught:
+        load_model(tmp_path)
+    assert str(caught.value).count("\n") == 0
+    code, path = re.search(
+        r'To accept a change: python -c "(.*)" (\S+)$', str(caught.value)
+    ).groups()
+    monkeypatch.setattr(sys, "argv", ["-c", path])
+    exec(code)
+    torch.testing.assert_close(load_model(tmp_path)(tokens), model(tokens), rtol=0.02, atol=0.02)
+
+
+def test_checksums_of_other_programs_are_ignored(tmp_path, tokens):
+    model = random_model()
+    save_model(model, tmp_path)
+    rewrite(tmp_path, lambda old: old, {"format": "pt", "sha256": "of something else"})
+    assert_close(load_model(tmp_path)(tokens), model(tokens))
+
+
+def test_all_weights_that_do_not_fit_are_listed(tmp_path):
+    save_model(random_model(), tmp_path)
+
+    def change(tensors):
+        tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:5].clone()
+        tensors["transformer.extra"] = torch.zeros(1)
+        del tensors["transformer.ln_f.bias"]
+        return tensors
+
+    rewrite(tmp_path, change)
     with pytest.raises(FolioError) as caught:
         load_model(tmp_path)
     for problem in (
@@ -140,82 +370,74 @@ def test_everything_that_does_not_fit_is_told_at_once(tmp_path):
         assert problem in str(caught.value)
 
 
-def test_a_head_of_its_own_is_not_gpt2s(tmp_path):
-    model = random_model()
-    save_model(model, tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
-    save_file(
-        {**tensors, "lm_head.weight": tensors["transformer.wte.weight"] + 1}, tmp_path / WEIGHTS
-    )
-    with pytest.raises(FolioError, match="not tied"):
-        load_model(tmp_path)
-
-
 @pytest.mark.parametrize(
     "change",
     [
         {"model_type": "llama"}, {"activation_function": "relu"}, {"n_inner": 7},
         {"scale_attn_by_inverse_layer_idx": True}, {"add_cross_attention": True},
-        {"n_embd": 10**12}, {"n_layer": 10**7}, {"n_layer": -1}, {"n_head": 3},
-        {"vocab_size": "13"}, {"bias": "no"},
+        {"n_embd": 10**12}, {"n_layer": 10**7}, {"n_layer": -1}, {"n_layer": 0}, {"n_head": 3},
+        {"vocab_size": "13"}, {"vocab_size": True}, {"bias": "no"}, {"activation_function": []},
         {"tie_word_embeddings": False}, {"resid_pdrop": 7}, {"n_positions": None},
     ],
     ids=str,
 )  # fmt: skip
-def test_an_architecture_that_is_not_gpt2s_is_refused(tmp_path, change):
+def test_architecture_that_is_not_gpt2_is_refused(tmp_path, change):
     save_model(random_model(), tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    edit_json(tmp_path / "config.json", change)
     with pytest.raises(FolioError, match=r"config\.json"):
-        read_config(tmp_path)
+        read_config(str(tmp_path))
 
 
-# --- Files that are there whole or not at all ---
+def test_any_config_json_is_accepted_or_refused(tmp_path, n_trials):
+    save_model(random_model(n_layer=1), tmp_path)
+    path, count = tmp_path / "config.json", Count()
+
+    @fuzz_settings(n_trials)
+    @given(mutations(json.loads(path.read_text())))
+    def check(contents):
+        path.write_text(json.dumps(contents), encoding="utf-8")
+        count.inputs += 1
+        try:
+            config = read_config(tmp_path)
+        except FolioError as error:
+            assert "config.json" in str(error)
+        else:
+            count.accepted += 1
+            assert 0 < config.n_embd < 2**24 and config.n_embd % config.n_head == 0
+
+    check()
+    assert count.fraction_accepted() > 0.1
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(FolioError, match="cannot be written"), replacing(path) as temporary:
-        temporary.write_text("half of the n")
-        raise OSError(28, "No space left on device")
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows flushes no folders")
-def test_a_disk_that_cannot_flush_a_folder_serves_too(tmp_path, monkeypatch):
-    real = os.fsync
-
-    def fsync(descriptor):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")  # as some network disks have it
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    write_text(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "new"
+# --- Damaged or missing files ---
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 half", b"<html>", "half", "pickle"])
-def test_a_damaged_checkpoint_is_refused_and_never_run(tmp_path, damage):
-    save_resume(tmp_path, {"step": 3, "model": {"w": torch.ones(3)}})
-    assert load_resume(tmp_path)["step"] == 3
-    path, marker = tmp_path / RESUME, tmp_path / "marker"
+def test_damaged_checkpoint_is_refused_and_not_executed(tmp_path, damage):
+    (tmp_path / SETTINGS_FILE).touch()
+    save_checkpoint(str(tmp_path), {"step": 3, "model": {"w": torch.ones(3)}})
+    assert load_checkpoint(str(tmp_path))["step"] == 3
+    path, marker = tmp_path / CHECKPOINT_FILE, tmp_path / "marker"
     if damage == "half":
         damage = path.read_bytes()[: path.stat().st_size // 2]
     elif damage == "pickle":
         damage = f"cposix\nsystem\n(S'touch {marker}'\ntR.".encode()
     path.write_bytes(damage)
     with pytest.raises(FolioError, match=r"resume\.pt: damaged"):
-        load_resume(tmp_path)
+        load_checkpoint(tmp_path)
     assert not marker.exists()
+
+
+def test_checkpoint_that_is_not_a_dict_is_refused(tmp_path):
+    torch.save([1, 2, 3], tmp_path / CHECKPOINT_FILE)
+    with pytest.raises(FolioError, match="holds a list"):
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 99, b"<html>", b"half"])
 def test_damaged_weights_are_refused(tmp_path, damage):
     save_model(random_model(), tmp_path)
-    path = tmp_path / WEIGHTS
+    path = tmp_path / WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:999] if damage == b"half" else damage)
     with pytest.raises(FolioError, match="damaged weights"):
         load_model(tmp_path)
@@ -224,84 +446,179 @@ def test_damaged_weights_are_refused(tmp_path, damage):
         load_model(tmp_path)
 
 
-# --- The folder belongs to one run ---
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, CHECKPOINT_FILE, "config.json"])
+def test_unreadable_file_is_called_neither_missing_nor_damaged(tmp_path, name):
+    save_model(random_model(), tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()  # a folder cannot be read, not even by an administrator
+    with pytest.raises(FolioError, match=rf"{name}: cannot be read \(.*[Dd]irectory"):
+        (load_checkpoint if name == CHECKPOINT_FILE else load_model)(tmp_path)
 
 
-def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
-    folder = tmp_path / "run"
-    refused = pytest.raises(FolioError, match="another process")
-    with locked(folder):
-        make_room(folder, continuing=False)
-        (folder / SETTINGS).touch()
-        with refused, locked(folder):
-            pass
-        make_room(folder, continuing=False)  # the old run moves aside, the lock stays
-        with refused, locked(folder):
-            pass
-    with locked(folder):
-        pass
+def test_missing_checkpoint_is_reported_with_the_way_to_go_on(tmp_path):
+    with pytest.raises(FolioError, match="--init_from=scratch starts a new run"):
+        find_checkpoint(str(tmp_path))
+    save_model(random_model(), tmp_path)
+    with pytest.raises(FolioError, match=f"--init_from={tmp_path} --out_dir={tmp_path}-2"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "ckpt.pt").touch()
+    for function in (find_checkpoint, lambda folder: prepare_out_dir(folder, resume=False)):
+        with pytest.raises(FolioError, match=r"ckpt\.pt: a checkpoint of nanoGPT"):
+            function(tmp_path)
 
 
-def test_an_old_run_moves_aside_and_a_stranger_is_never_moved(tmp_path, capsys):
-    folder = tmp_path / "run"
-    for n in (1, 2):
-        folder.mkdir(exist_ok=True)
-        (folder / SETTINGS).write_text(f"run {n}")
-        make_room(folder, continuing=False)
-        assert not (folder / SETTINGS).exists()
-        assert (tmp_path / f"run.{n}" / SETTINGS).read_text() == f"run {n}"
-        assert f"run.{n}" in capsys.readouterr().out
-    (folder / "diary.txt").write_text("dear diary")
-    with pytest.raises(FolioError, match=r"diary\.txt"):
-        make_room(folder, continuing=False)
-    assert (folder / "diary.txt").read_text() == "dear diary"
+def test_an_edited_n_head_is_noticed(tmp_path):
+    check_architecture(tmp_path, CONFIG)  # nothing is saved yet
+    save_model(random_model(pad_vocab_to=8), tmp_path)
+    check_architecture(str(tmp_path), CONFIG)
+    with pytest.raises(FolioError, match=r"settings\.json has n_head=4, config\.json 2"):
+        check_architecture(tmp_path, GPTConfig(**{**CONFIG.__dict__, "n_head": 4}))
 
 
-def test_a_run_killed_while_it_wrote_its_first_file_does_not_keep_the_folder(tmp_path):
-    (tmp_path / f".{SETTINGS}.tmp").write_text("{")
-    make_room(tmp_path, continuing=False)
-    assert not list(tmp_path.iterdir())
+# --- Which folder ---
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="fcntl is not of Windows")
-def test_a_disk_without_locks_is_told_of_and_used(tmp_path, capsys, monkeypatch):
-    def unknown(file, how):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.flock", unknown)
-    with locked(tmp_path / "run"):
-        assert "no locks" in capsys.readouterr().out
+def test_relative_out_dir_starts_at_the_repository(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_out_dir("out/x") == checkpoint.REPO_ROOT / "out" / "x"
+    assert resolve_out_dir(tmp_path / "x") == tmp_path / "x"
 
 
-def test_continuing_leaves_everything_but_what_a_kill_left_half_written(tmp_path):
-    (tmp_path / SETTINGS).write_text("mine")
-    (tmp_path / f".{RESUME}.tmp").write_text("half")
-    make_room(tmp_path, continuing=True)
-    assert [p.name for p in tmp_path.iterdir()] == [SETTINGS]
+@pytest.mark.parametrize("out_dir", ["", ".", "/", "a\0b", "~nosuchuser/x", "\ud800"], ids=repr)
+def test_impossible_out_dir_is_refused(out_dir):
+    with pytest.raises(FolioError):
+        resolve_out_dir(out_dir)
 
 
-def test_the_newest_run_is_the_one_whose_weights_are_latest(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.checkpoint.HERE", tmp_path)
+def test_models_are_found_by_folder_or_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "REPO_ROOT", tmp_path)
+    monkeypatch.setattr(checkpoint, "hub_model", lambda name: tmp_path / "hub" / name)
+    (tmp_path / "out" / "shakespeare").mkdir(parents=True)
+    (tmp_path / "out" / "shakespeare" / WEIGHTS_FILE).touch()
+    assert resolve_model_dir("out/shakespeare") == tmp_path / "out" / "shakespeare"
+    for name in ("gpt2", "gpt2-xl", "distilgpt2", "openai-community/gpt2", "owner/My_GPT.v2"):
+        assert resolve_model_dir(name) == tmp_path / "hub" / name
+    for source, message in (
+        ("out/shakespere", "neither a folder.*did you mean out/shakespeare"),
+        ("gpt3", "did you mean gpt2"),
+        ("./gpt2", "neither a folder"),
+        (f"out/shakespeare/{WEIGHTS_FILE}", "a folder with a model in it is needed"),
+    ):
+        with pytest.raises(FolioError, match=message):
+            resolve_model_dir(source)
+    monkeypatch.setattr(checkpoint, "REPO_ROOT", tmp_path / "fresh clone")
+    with pytest.raises(FolioError, match="neither a folder"):
+        resolve_model_dir("out/shakespeare")  # a run that does not exist yet, not owner and name
+
+
+def test_newest_run_is_the_one_whose_weights_were_saved_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "REPO_ROOT", tmp_path)
     with pytest.raises(FolioError, match=r"python train\.py config/shakespeare_char\.py"):
         newest_run()
     for age, name in ((30, "old"), (10, "new"), (20, "middle")):
         folder = tmp_path / "out" / name
         folder.mkdir(parents=True)
-        (folder / WEIGHTS).touch()
-        os.utime(folder / WEIGHTS, (1e9 - age, 1e9 - age))
+        (folder / WEIGHTS_FILE).touch()
+        os.utime(folder / WEIGHTS_FILE, (1e9 - age, 1e9 - age))
     assert newest_run().name == "new"
 
 
-def test_a_checkpoint_that_holds_something_else_is_refused(tmp_path):
-    torch.save([1, 2, 3], tmp_path / RESUME)
-    with pytest.raises(FolioError, match="something else"):
-        load_resume(tmp_path)
+def test_describe_run_gives_step_and_loss_and_whether_training_was_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "REPO_ROOT", tmp_path)
+    folder = tmp_path / "out" / "my_run"
+    save_model(random_model(), folder)
+    assert describe_run(str(folder)) == "out/my_run"
+    save_model(random_model(), folder, step=1750, val_loss=1.556)
+    assert describe_run(folder) == "out/my_run, step 1,750, validation loss 1.5560"
+    (folder / SETTINGS_FILE).write_text(json.dumps(RUN_SETTINGS))
+    log_row = ",".join(["2000"] + ["1.5"] * (len(COLUMNS) - 1))
+    (folder / LOG_FILE).write_text(f"{','.join(COLUMNS)}\n{log_row}\n")
+    assert describe_run(folder) == "out/my_run, step 1,750 of 2,000, validation loss 1.5560"
+    save_model(random_model(), folder, step=20)
+    (folder / LOG_FILE).write_text(f"{','.join(COLUMNS)}\n{log_row.replace('2000', '20')}\n")
+    assert describe_run(folder) == (
+        "out/my_run, step 20 of 2,000 (training stopped at step 20), not evaluated"
+    )
+    assert describe_run(tmp_path / "nothing") == "nothing"
 
 
-def test_what_a_kill_left_of_a_copy_of_the_weights_goes_too(tmp_path):
-    (tmp_path / SETTINGS).write_text("{}")
-    (tmp_path / "step_000500").mkdir()
-    for name in (".tmpAbCdEf", f".{WEIGHTS}.tmp", WEIGHTS):
-        (tmp_path / "step_000500" / name).write_text("half")
-    make_room(tmp_path, continuing=True)
-    assert [path.name for path in (tmp_path / "step_000500").iterdir()] == [WEIGHTS]
+# --- One run in one folder ---
+
+
+def test_a_run_folder_is_locked_by_one_process_at_a_time(tmp_path):
+    folder = tmp_path / "new" / "run"
+    refused = pytest.raises(FolioError, match="another process")
+    with lock_run_folder(str(folder)):
+        prepare_out_dir(folder, resume=False)
+        (folder / SETTINGS_FILE).write_text(json.dumps(RUN_SETTINGS))
+        with refused, lock_run_folder(folder):
+            pass
+        prepare_out_dir(folder, resume=False)  # the old run is moved aside, the lock stays
+        with refused, lock_run_folder(folder):
+            pass
+    with lock_run_folder(folder):
+        pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="fcntl is Unix's")
+def test_a_disk_without_locks_is_named_and_used(tmp_path, capsys, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with lock_run_folder(tmp_path / "run"):
+        assert f"{tmp_path}: no file locks" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need a permission on Windows")
+def test_symbolic_links_lead_to_the_lock_and_the_backup_of_the_real_folder(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    (real / SETTINGS_FILE).write_text(json.dumps(RUN_SETTINGS))
+    link.symlink_to(real)
+    with (
+        lock_run_folder(resolve_out_dir(real)),
+        pytest.raises(FolioError, match="another process"),
+        lock_run_folder(resolve_out_dir(link)),
+    ):
+        pass
+    prepare_out_dir(resolve_out_dir(link), resume=False)
+    assert link.is_symlink() and list(link.iterdir()) == []
+    assert (tmp_path / "real.1" / SETTINGS_FILE).exists()
+
+
+def test_an_old_run_is_moved_aside_and_other_files_are_never_moved(tmp_path, capsys):
+    folder = tmp_path / "run"
+    for n in (1, 2):
+        folder.mkdir(exist_ok=True)
+        (folder / SETTINGS_FILE).write_text(json.dumps({**RUN_SETTINGS, "max_iters": n}))
+        prepare_out_dir(str(folder), resume=False)
+        assert not (folder / SETTINGS_FILE).exists()
+        backup = json.loads((tmp_path / f"run.{n}" / SETTINGS_FILE).read_text())
+        assert backup["max_iters"] == n
+        assert f"run.{n}" in capsys.readouterr().out
+    for name, contents in (("diary.txt", "dear diary"), (SETTINGS_FILE, '{"editor.tabSize": 4}')):
+        (folder / name).write_text(contents)
+        with pytest.raises(FolioError, match=rf"not a run of Folio's \({name}\)"):
+            prepare_out_dir(folder, resume=False)
+        assert (folder / name).read_text() == contents
+        (folder / name).unlink()
+
+
+def test_temporary_files_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
+    prepare_out_dir(tmp_path / "run", resume=False)
+    snapshot = tmp_path / "run" / "step_000500"
+    snapshot.mkdir()
+    for folder in (tmp_path / "run", snapshot):
+        for name in (".tmpAbCdEf", f".{WEIGHTS_FILE}.tmp", WEIGHTS_FILE, SETTINGS_FILE, ".notes"):
+            (folder / name).write_text("half")
+    prepare_out_dir(tmp_path / "run", resume=True)
+    kept = sorted([WEIGHTS_FILE, SETTINGS_FILE, ".notes"])
+    assert sorted(path.name for path in snapshot.iterdir()) == kept
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted([*kept, "step_000500"])
+
+
+def test_a_run_killed_before_it_saved_its_settings_does_not_block_the_folder(tmp_path):
+    (tmp_path / f".{SETTINGS_FILE}.tmp").write_text("{")
+    prepare_out_dir(tmp_path, resume=False)
+    assert not list(tmp_path.iterdir())

@@ -1,32 +1,49 @@
-"""Settings: names people can type, values that are checked, files that are read but never run."""
+"""configurator.py: flags, config files, validation, help texts, and the errors of users."""
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import train
 from configurator import (
-    Count, Fraction, NonNegative, SettingsError, Whole, as_json, configure, read_settings,
+    ConfigError, FolioError, NonNegativeFloat, NonNegativeInt, PositiveInt, Probability, configure,
+    did_you_mean, parse_inputs, parse_overrides, read_settings, run_main, settings_of, to_json,
 )  # fmt: skip
-from tests.conftest import assert_one_line_error, run_script
+from engine.train_config import TrainConfig
+from tests.conftest import ROOT, assert_one_line_error, run_script
+from tests.fuzzing import Count, fuzz_settings
 
 
 @dataclass
 class Config:
     # --- Shape ---
-    n_layer: Count = 4  # blocks, at 100% of their size
-    dropout: Fraction = 0.0  # share of activations zeroed
-    learning_rate: NonNegative = 1e-3  # at its peak
-    max_iters: Whole = 100  # updates
+    n_layer: PositiveInt = 4  # blocks, at 100% of their size
+    dropout: Probability = 0.0  # probability of zeroing an activation
+    learning_rate: NonNegativeFloat = 1e-3  # peak learning rate
+    max_iters: NonNegativeInt = 100  # optimizer steps
     # --- Text ---
-    start: str = ""  # the text to go on from
+    start: str = "# 1"  # the prompt
+    out_dir: str = (
+        "out/a_folder_with_a_long_name"  # the run folder
+    )  # fmt: skip
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
-    compile: Literal["auto", True, False] = "auto"  # fuse operations
-    bias: bool = True  # biases in linear layers
+    compile: Literal["auto", True, False] = "auto"  # use torch.compile
+    bias: bool = True  # use biases in linear layers
 
-    instead: ClassVar = {"min_lr": "the rate falls to zero"}
+    replaced_settings: ClassVar[dict[str, str]] = {  # settings of other programs
+        "min_lr": "the learning rate falls to zero",
+        "lr_decay_iters": "the learning rate falls to zero",
+        "eval_iters": "use --eval_tokens",
+    }
 
 
 @pytest.fixture
@@ -39,6 +56,9 @@ def config_file(tmp_path):
     return write
 
 
+# --- Flags ---
+
+
 @pytest.mark.parametrize(
     ("flags", "name", "value"),
     [
@@ -47,8 +67,10 @@ def config_file(tmp_path):
         (["--start=a=b"], "start", "a=b"),
         (["--start=123"], "start", "123"),
         (["--start=-x"], "start", "-x"),
+        (["--start=--"], "start", "--"),
         (["--start="], "start", ""),
         (["--start", "two words"], "start", "two words"),
+        (["--start", "-x"], "start", "-x"),
         (["--compile"], "compile", True),
         (["--no-compile"], "compile", False),
         (["--compile=False"], "compile", False),
@@ -58,30 +80,22 @@ def config_file(tmp_path):
         (["--n_layer=2", "--n_layer=3"], "n_layer", 3),
     ],
 )
-def test_a_flag_means_what_it_seems_to_mean(flags, name, value):
-    found = getattr(configure(Config, flags), name)
-    assert found == value
-    assert type(found) is type(value)
+def test_flag_values_and_types(flags, name, value):
+    result = getattr(configure(Config, flags), name)
+    assert result == value
+    assert type(result) is type(value)
 
 
-def test_flags_win_over_files_and_later_files_over_earlier_ones(config_file):
+def test_flags_override_files_and_later_files_override_earlier_ones(config_file):
     first = config_file("n_layer = 5\ndropout = 0.5\nmax_iters = 7\n", "first.py")
     second = config_file("n_layer = 6\ndropout = 0.6\n", "second.py")
     config = configure(Config, [first, "--n_layer=9", second])
     assert (config.n_layer, config.dropout, config.max_iters) == (9, 0.6, 7)
 
 
-def test_a_switch_before_a_file_does_not_swallow_it(config_file):
+def test_a_switch_before_a_file_does_not_take_the_file_as_its_value(config_file):
     config = configure(Config, ["--compile", config_file("n_layer = 5")])
     assert (config.compile, config.n_layer) == (True, 5)
-
-
-def test_a_config_file_may_calculate_and_use_what_it_named_above(config_file):
-    path = config_file(
-        '"""A docstring."""\n# a comment\nmax_iters = 5 * 8\nn_layer = max_iters // 3'
-    )
-    config = configure(Config, [path])
-    assert (config.max_iters, config.n_layer) == (40, 13)
 
 
 @pytest.mark.parametrize(
@@ -90,47 +104,101 @@ def test_a_config_file_may_calculate_and_use_what_it_named_above(config_file):
         "--n_layer=six", "--n_layer=1.5", "--n_layer=", "--n_layer=0", "--max_iters=-1",
         "--dropout=1.5", "--dropout=-0.1", "--learning_rate=nan", "--learning_rate=inf",
         "--learning_rate=-1", "--compile=7", "--compile=1", "--bias=yes", "--device=toaster",
-        "--n_layer=" + "9" * 30, "--n_layer=" + "9" * 5000,
+        "--n_layer=" + "9" * 30, "--n_layer=" + "9" * 5000, "--no-n_layer", "--n_layer",
     ],
 )  # fmt: skip
-def test_a_value_that_does_not_fit_is_refused_by_name(flag):
-    name = flag[2:].partition("=")[0]
-    with pytest.raises(SettingsError, match=name) as caught:
+def test_an_invalid_value_is_rejected_with_the_name_of_its_setting(flag):
+    name = flag.removeprefix("--").removeprefix("no-").partition("=")[0]
+    with pytest.raises(ConfigError, match=f"--{name} ") as caught:
         configure(Config, [flag])
     assert len(str(caught.value)) < 300
 
 
-def test_an_unknown_flag_is_told_what_it_might_have_meant():
-    with pytest.raises(SettingsError, match="did you mean n_layer"):
-        configure(Config, ["--n_layers=3"])
-    with pytest.raises(SettingsError, match="did you mean cuda"):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--n_layer=0"], "--n_layer must be an integer of at least 1, not 0"),
+        (["--dropout=2"], "--dropout must be a number from 0 to 1, not 2.0"),
+        (["--bias=yes"], "--bias must be True or False, not 'yes'"),
+        (["--n_layer", "--bias"], "--n_layer needs a value: --n_layer=..."),
+        (["-n_layer=3"], "-n_layer=3: a flag begins with two dashes: --n_layer=3"),
+        (["--start=a\0"], "--start must be a string without NUL or surrogates, not 'a\\x00'"),
+        (["--start=\udcff"], "--start must be a string without NUL or surrogates, not '\\udcff'"),
+        (["--n_layers=3"], "unknown setting: --n_layers (did you mean n_layer?)"),
+        (["--n_la=3"], "unknown setting: --n_la (did you mean n_layer?)"),  # no abbreviations
+        (["---n_layer=3"], "unknown setting: ---n_layer (did you mean n_layer?)"),
+        (["--xyz"], "unknown setting: --xyz (--help lists all settings)"),
+        (["--lr=3"], "unknown setting: --lr (did you mean learning_rate?)"),
+        (["--prompt=a"], "unknown setting: --prompt (did you mean start?)"),
+        (["--config=a.py"], "unknown setting: --config (give the file alone: config/FILE.py)"),
+        (["--min_lr=1e-4"], "unknown setting: --min_lr (the learning rate falls to zero)"),
+    ],
+)  # fmt: skip
+def test_messages_about_flags(flags, message):
+    with pytest.raises(ConfigError) as caught:
+        configure(Config, flags)
+    assert str(caught.value) == message
+
+
+def test_similar_and_equivalent_choices_are_suggested():
+    with pytest.raises(ConfigError, match=r"auto, cpu or cuda, not 'cuda:0'; did you mean cuda\?"):
         configure(Config, ["--device=cuda:0"])
+    with pytest.raises(ConfigError, match=r"did you mean cuda\?"):
+        configure(Config, ["--device=gpu"])
+    assert did_you_mean("gpu", ["cpu", "mps"]) == ""
+    assert did_you_mean("n_layers", ["n_layer", "n_head"]) == "; did you mean n_layer?"
 
 
-def test_a_flag_has_two_dashes():
-    for word in ("-n_layer=3", "---n_layer=3"):
-        with pytest.raises(SettingsError, match="two dashes, --n_layer"):
-            configure(Config, [word])
+# --- Config files ---
 
 
-def test_names_are_not_abbreviated():
-    with pytest.raises(SettingsError, match="n_la"):
-        configure(Config, ["--n_la=3"])
+def test_a_config_file_may_calculate_and_use_names_assigned_above(config_file):
+    path = config_file(
+        '"""A docstring."""\n# a comment\nmax_iters = 5 * 8\nn_layer = max_iters // 3'
+    )
+    config = configure(Config, [path])
+    assert (config.max_iters, config.n_layer) == (40, 13)
 
 
-def test_an_unknown_name_in_a_file_is_told_with_its_line(config_file):
+def test_an_unknown_name_in_a_file_is_reported_with_its_line(config_file):
     path = config_file("n_layer = 3\nlearning_rat = 1\n")
-    with pytest.raises(SettingsError, match=r"some\.py:2: .*did you mean learning_rate"):
+    with pytest.raises(ConfigError, match=r"some\.py:2: unknown setting: learning_rat .did you"):
         configure(Config, [path])
 
 
-def test_a_setting_from_nanogpt_is_told_what_happens_instead(config_file):
-    for argv in (["--min_lr=1e-4"], [config_file("min_lr = 1e-4")]):
-        with pytest.raises(SettingsError, match="the rate falls to zero"):
-            configure(Config, argv)
+def test_all_unknown_names_of_a_file_are_reported_in_one_error(config_file):
+    path = config_file("min_lr = 1\nn_layer = 3\neval_iters = 9\nlr_decay_iters = 5\n")
+    with pytest.raises(ConfigError) as caught:
+        configure(Config, [path])
+    assert str(caught.value) == (
+        f"{path}:1: unknown settings: min_lr, lr_decay_iters "
+        "(the learning rate falls to zero); eval_iters (use --eval_tokens)"
+    )
 
 
-NOT_SETTINGS = {
+def test_a_config_file_of_nanogpt_gives_one_error_with_all_its_unknown_settings(config_file):
+    """The settings of nanoGPT's config/train_shakespeare_char.py, with other values."""
+    settings = {
+        "out_dir": "out", "eval_interval": 5, "eval_iters": 5, "log_interval": 5,
+        "always_save_checkpoint": False, "wandb_log": False, "wandb_project": "a",
+        "wandb_run_name": "b", "dataset": "c", "gradient_accumulation_steps": 1, "batch_size": 5,
+        "block_size": 5, "n_layer": 5, "n_head": 5, "n_embd": 5, "dropout": 0.5,
+        "learning_rate": 5e-3, "max_iters": 5, "lr_decay_iters": 5, "min_lr": 5e-4, "beta2": 0.5,
+        "warmup_iters": 5,
+    }  # fmt: skip
+    unknown = settings.keys() - settings_of(TrainConfig)
+    assert unknown >= {"eval_iters", "always_save_checkpoint", "lr_decay_iters"}
+    path = config_file("".join(f"{name} = {value!r}\n" for name, value in settings.items()))
+    with pytest.raises(ConfigError) as caught:
+        configure(TrainConfig, [path])
+    message = str(caught.value)
+    assert message.startswith(f"{path}:3: unknown settings: ")
+    assert {name for name in settings if re.search(rf"\b{name}\b", message)} >= unknown
+    for name in unknown:
+        assert TrainConfig.replaced_settings[name] in message
+
+
+INVALID_LINES = {
     "a call": "n_layer = int(3)",
     "an import": "import os",
     "an import from": "from os import path",
@@ -140,82 +208,285 @@ NOT_SETTINGS = {
     "an f-string": "start = f'{1}'",
     "a shift": "n_layer = 1 << 2",
     "a power": "n_layer = 2 ** 2",
-    "a text times a number": 'start = "a" * 10**9',
-    "a text times a small number": 'start = "a" * 3',
+    "a string times a large number": 'start = "a" * 10**9',
+    "a string times a small number": 'start = "a" * 3',
+    "a sum of strings": 'start = "a" + "b"',
     "a bare expression": "3",
     "a second docstring": '"""one"""\n"""two"""',
     "a syntax error": "n_layer = ",
-    "a name of nowhere": "n_layer = six",
+    "an undefined name": "n_layer = six",
     "two names at once": "n_layer = max_iters = 3",
     "a condition": "if True:\n    n_layer = 3",
     "a function": "def f():\n    pass",
     "a division by zero": "dropout = 1 / 0",
-    "a fraction for a whole number": "n_layer = 4 / 2",
+    "a float for an integer": "n_layer = 4 / 2",
     "a number for a switch": "bias = 1",
     "None": "n_layer = None",
     "bytes": "start = b'a'",
     "a complex number": "dropout = 1j",
-    "a growing number": "n_layer = 9999999999 * 9999999999 * 9999999999",
-    "a deep nest": "n_layer = " + "-" * 5000 + "1",
+    "a number that grows": "n_layer = 9999999999 * 9999999999 * 9999999999",
+    "deep nesting": "n_layer = " + "-" * 5000 + "1",
     "many parentheses": "n_layer = " + "(" * 500 + "1" + ")" * 500,
     "a NUL": "n_layer = 3\0",
+    "a NUL in a string": r"start = 'a\0'",
+    "half a character": r"start = '\ud800'",
 }
 
 
-@pytest.mark.parametrize("kind", NOT_SETTINGS)
-def test_whatever_is_no_setting_is_refused_with_its_line(kind, config_file):
-    with pytest.raises(SettingsError, match=r"some\.py:\d"):
-        configure(Config, [config_file(NOT_SETTINGS[kind])])
+@pytest.mark.parametrize("kind", INVALID_LINES)
+def test_a_line_that_is_no_setting_is_rejected_with_its_number(kind, config_file):
+    with pytest.raises(ConfigError, match=r"some\.py:\d"):
+        configure(Config, [config_file(INVALID_LINES[kind])])
 
 
-def test_config_files_never_execute(config_file, tmp_path):
+def test_arithmetic_on_strings_is_rejected_with_the_true_reason(config_file):
+    with pytest.raises(ConfigError, match=r"some\.py:1: \+ - \* / // are for numbers, not 'out'"):
+        configure(Config, [config_file("start = 'out' + '/x'")])
+
+
+def test_config_files_are_never_executed(config_file, tmp_path):
     marker = tmp_path / "marker"
     for line in (f"open({str(marker)!r}, 'w')", f"start = open({str(marker)!r}, 'w')"):
-        with pytest.raises(SettingsError):
+        with pytest.raises(ConfigError):
             configure(Config, [config_file(line)])
     assert not marker.exists()
 
 
-def test_a_config_file_that_cannot_be_read_is_named(config_file, tmp_path):
-    for path in (tmp_path / "nowhere.py", tmp_path, config_file(b"start = '\xff'")):
-        with pytest.raises(SettingsError, match=str(path)):
+def test_an_unreadable_config_file_is_named(config_file, tmp_path):
+    for path in (tmp_path / "missing.py", tmp_path, config_file(b"start = '\xff'")):
+        with pytest.raises(ConfigError, match=str(path)):
             configure(Config, [str(path)])
 
 
-def test_help_tells_meaning_and_default_of_every_setting(capsys):
-    with pytest.raises(SystemExit) as left:
-        configure(Config, ["--help"])
-    assert left.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "blocks, at 100% of their size (default: 4)" in text
-    assert "the text to go on from (default: '')" in text
-    assert "Shape:" in text
+def test_config_files_are_found_from_the_working_directory_then_from_folio(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = "config/shakespeare_quick.py"
+    assert configure(TrainConfig, [quick]).out_dir == "out/shakespeare_quick"
+    Path("config").mkdir()
+    Path(quick).write_text("out_dir = 'mine'\n")
+    assert configure(TrainConfig, [quick]).out_dir == "mine"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert configure(TrainConfig, [f"~/{quick}"]).out_dir == "mine"
 
 
-def test_settings_survive_the_way_through_settings_json(tmp_path):
+@pytest.mark.parametrize(
+    ("word", "advice"),
+    [
+        ("shakespeare_quick", "; did you mean config/shakespeare_quick.py?"),
+        ("config/train_shakespeare_char.py", "; did you mean config/shakespeare_char.py?"),
+        ("max_iters=5", "; a flag begins with two dashes: --max_iters=5"),
+        ("zzz", ""),
+    ],
+)
+def test_a_missing_config_file_comes_with_advice(word, advice):
+    with pytest.raises(ConfigError) as caught:
+        configure(TrainConfig, [word])
+    assert str(caught.value) == f"{word}: there is no such config file{advice}"
+
+
+def test_a_prompt_without_its_flag_comes_with_advice():
+    with pytest.raises(ConfigError, match=r"a prompt is given by --start='to be'$"):
+        configure(Config, ["to be"])
+
+
+# --- Other entry points ---
+
+
+def test_parse_overrides_returns_only_what_was_given(config_file):
+    argv = [config_file("n_layer = 5\ndropout = 0"), "--n_layer=4"]
+    assert parse_overrides(Config, argv) == {"n_layer": 4, "dropout": 0.0}
+
+
+def test_parse_inputs_takes_positional_arguments_as_inputs():
+    files, config = parse_inputs(Config, ["a.txt", "--n_layer=5", "b c.txt"])
+    assert files == [Path("a.txt"), Path("b c.txt")]
+    assert config == Config(n_layer=5)
+    assert parse_inputs(Config, []) == ([], Config())
+    assert parse_inputs(Config, ["~/a.txt"])[0] == [Path.home() / "a.txt"]
+
+
+def test_settings_survive_a_round_trip_through_json(tmp_path):
     config = configure(Config, ["--start=é\n", "--compile", "--learning_rate=0.1"])
     path = tmp_path / "settings.json"
-    path.write_text(as_json(config), encoding="utf-8")
-    assert configure(Config, [], base=read_settings(path)) == config
-    assert configure(Config, ["--n_layer=9"], base=read_settings(path)).n_layer == 9
+    path.write_text(to_json(config), encoding="utf-8")
+    assert configure(Config, [], defaults=read_settings(path)) == config
+    assert configure(Config, ["--n_layer=9"], defaults=read_settings(str(path))).n_layer == 9
 
 
-def test_damaged_settings_are_refused(tmp_path):
+def test_damaged_settings_are_rejected(tmp_path):
     path = tmp_path / "settings.json"
-    for text in ("", "[1]", '{"n_layer": '):
+    for text in ("", "[1]", '{"n_layer": ', "[" * 10**5):
         path.write_text(text)
-        with pytest.raises(SettingsError, match=r"settings\.json"):
+        with pytest.raises(ConfigError, match=r"settings\.json"):
             read_settings(path)
-    for wrong in ({"n_layer": "four"}, {"no_such": 1}):
-        with pytest.raises(SettingsError, match="saved settings"):
-            configure(Config, [], base=json.loads(json.dumps(wrong)))
+    with pytest.raises(ConfigError, match="missing"):
+        read_settings(tmp_path / "missing.json")
+    for wrong in ({"n_layer": "four"}, {"unknown_name": 1}):
+        with pytest.raises(ConfigError, match="saved settings"):
+            configure(Config, [], defaults=json.loads(json.dumps(wrong)))
 
 
-def test_a_users_mistake_ends_in_one_line_and_status_2(call):
-    assert_one_line_error(
-        run_script("train.py", "--n_layr=3"), "--n_layr=3", "did you mean n_layer"
+# --- Help ---
+
+
+def test_help_shows_meaning_and_default_of_every_setting(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        configure(Config, ["--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Shape: --n_layer INT blocks, at 100% of their size (default: 4)" in text
+    assert "Text: --start STR the prompt (default: '# 1')" in text
+    assert "--out_dir STR the run folder (default: 'out/a_folder_with_a_long_name')" in text
+    assert "--compile {auto,True,False} use torch.compile (default: 'auto')" in text
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_of_train_py_fits_the_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        configure(TrainConfig, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= min(columns, 100)
+    assert sum(line.startswith("  --") for line in lines) == len(settings_of(TrainConfig))
+
+
+def test_every_setting_of_train_py_has_a_help_text_and_a_section():
+    for setting in settings_of(TrainConfig).values():
+        assert setting.help, setting.name
+        assert setting.section != "Settings", setting.name
+
+
+# --- Errors of programs ---
+
+
+def make_program(error: BaseException) -> SimpleNamespace:
+    """Something like a module whose main() raises the error."""
+
+    def main():
+        raise error
+
+    return SimpleNamespace(__name__="program", main=main)
+
+
+def test_an_error_of_the_user_is_one_line_and_status_2(call):
+    result = call(make_program(FolioError("no such file:\n a.txt")))
+    assert_one_line_error(result, "program.py: no such file: a.txt\n")
+
+
+def test_ctrl_c_exits_with_status_130(call):
+    assert call(make_program(KeyboardInterrupt())).returncode == 130
+
+
+@pytest.mark.parametrize("error", [OSError(2, "No such file", "ptxas"), RuntimeError("CUDA")])
+def test_unexpected_errors_keep_their_traceback(call, error):
+    with pytest.raises(type(error)):
+        call(make_program(error))
+
+
+@pytest.mark.parametrize("length", [10**6, 1])
+def test_a_closed_stdout_ends_the_program_silently(length):
+    code = f"from configurator import run_main\nrun_main(lambda: print('a' * {length}))"
+    program = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+    program.stdout.close()
+    assert program.stderr.read() == b""
+    program.stderr.close()
+    assert program.wait(timeout=60) == 141
+
+
+def test_run_main_works_with_and_without_stdout(capsys, monkeypatch):
+    run_main(lambda: print("fine"))
+    assert capsys.readouterr().out == "fine\n"
+    monkeypatch.setattr(sys, "stdout", None)  # as after `python train.py >&-`
+    run_main(lambda: print("fine"))
+
+
+def test_mistakes_in_the_settings_of_train_py_are_one_line(call):
+    assert_one_line_error(run_script("train.py", "--n_layr=3"), "--n_layr (did you mean n_layer?)")
     assert_one_line_error(call(train, "--n_embd=30", "--n_head=4"), "n_embd=30", "--n_embd=32")
-    assert_one_line_error(call(train, "--dtype=int3"), "--dtype=int3")
-    assert_one_line_error(call(train, "no/such.py"), "no/such.py")
-    assert_one_line_error(call(train, "--lr_decay_iters=9"), "falls to zero")
+    assert_one_line_error(call(train, "--dtype=int3"), "--dtype must be", "'int3'")
+    assert_one_line_error(call(train, "missing/file.py"), "missing/file.py")
+    assert_one_line_error(call(train, "--lr_decay_iters=9"), "--lr_decay_iters", "max_iters")
+
+
+# --- Random files and flags ---
+
+NAMES = sorted(settings_of(TrainConfig))
+values = st.one_of(
+    st.integers(-10, 10**20), st.floats(), st.booleans(), st.text(max_size=20),
+    st.sampled_from(["auto", "muon", "cpu", "gpt2", "float32", 1, 8, 0.5, True]),
+)  # fmt: skip
+likely_settings = st.one_of(
+    st.tuples(st.sampled_from(["max_iters", "batch_size", "n_layer"]), st.integers(1, 99)),
+    st.tuples(st.sampled_from(["learning_rate", "dropout"]), st.floats(0, 1)),
+    st.tuples(st.sampled_from(NAMES), values),
+)
+CODE = (
+    "open({0!r}, 'w')",
+    "__import__('os').system('touch {0}')",
+    "[x for x in (1,)]",
+    "1 if 1 else 2",
+)
+
+
+def read_back(config: TrainConfig, path: Path) -> TrainConfig:
+    """The same settings after writing and reading settings.json."""
+    path.write_text(to_json(config), encoding="utf-8")
+    return configure(TrainConfig, [], defaults=read_settings(path))
+
+
+def test_any_config_file_is_accepted_or_refused_and_never_executed(tmp_path, n_trials):
+    marker, file, count = tmp_path / "marker", tmp_path / "config.py", Count()
+    code = st.sampled_from([line.format(str(marker)) for line in CODE])
+    assignment = likely_settings.map(lambda pair: f"{pair[0]} = {pair[1]!r}")
+    line = st.one_of(
+        assignment,
+        assignment,
+        st.tuples(st.sampled_from(NAMES), code).map(lambda pair: f"{pair[0]} = {pair[1]}"),
+        st.text(max_size=40),
+    )
+
+    @fuzz_settings(n_trials)
+    @given(st.lists(line, max_size=3))
+    def check(lines):
+        file.write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
+        count.inputs += 1
+        try:
+            config = configure(TrainConfig, [str(file)])
+        except FolioError as error:
+            assert str(error)
+        else:
+            count.accepted += 1
+            assert config == read_back(config, tmp_path / "settings.json")
+        assert not marker.exists()
+
+    check()
+    assert count.fraction_accepted() > 0.1
+
+
+def test_any_flags_are_accepted_or_refused(tmp_path, n_trials):
+    count = Count()
+    likely_flag = likely_settings.map(lambda pair: f"--{pair[0]}={pair[1]}")
+    flag = st.one_of(
+        likely_flag,
+        likely_flag,
+        st.sampled_from([f"--{name}" for name in NAMES] + ["--no-bias", "--compile", "-h1", "--"]),
+        st.text(max_size=20).filter(lambda text: text not in ("-h", "--help")),
+    )
+
+    @fuzz_settings(n_trials)
+    @given(st.lists(flag, max_size=3))
+    def check(flags):
+        count.inputs += 1
+        try:
+            config = configure(TrainConfig, flags)
+        except FolioError as error:
+            assert str(error)
+        else:
+            count.accepted += 1
+            assert config == read_back(config, tmp_path / "settings.json")
+
+    check()
+    assert count.fraction_accepted() > 0.1

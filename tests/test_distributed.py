@@ -1,297 +1,567 @@
-"""Many processes: they share the work and the numbers, and stop, die and start again together.
+"""Several processes: collectives, the same numbers as one process, signals, losses, restarts.
 
-Each lesson that needs a world of several makes one: torchrun starts them on this machine.
+The jobs run on this machine, connected by gloo. See tests/processes.py.
 """
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import train
-from configurator import FolioError
-from tests.conftest import ROOT, prepare_rhyme, tiny_flags
-from tests.test_train import assert_same_state, log_of, stop_after, without_clock
-from training.checkpoint import RESUME, WEIGHTS, load_resume
-from training.run import check_shares
-from training.world import World, is_restarted, job_name
+from configurator import FolioError, run_main
+from engine import distributed as distributed_module
+from engine.checkpoint import WEIGHTS_FILE, load_checkpoint, lock_run_folder
+from engine.distributed import Distributed, GracefulShutdown, is_restarted
+from model import GPT, GPTConfig
+from tests.conftest import ROOT, make_tiny_flags, prepare_tiny_dataset
+from tests.processes import run_torchrun, run_train, start_job, start_with_launcher
+from tests.test_train import assert_same_state, read_log, without_times
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun there has no gloo store")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo and fork are for Unix here")
 
-MORE = ("--dropout=0.2", "--max_iters=20")
-SHARED_WORK = ("--gradient_accumulation_steps=4", *MORE)
-
-# train.py, but for what becomes of process 1 in the middle of an update.
-MISHAP = """
-import os, signal, sys, time, train
-
-attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-if attempt and os.environ["RANK"] == "1":
-    time.sleep(1)  # the other one comes first, and might find the address of the dead
-
-real = train.update
-
-def update(run, batches):
-    if run.world.rank == 1 and {steps}.get(attempt) == run.step:
-        os.kill(os.getpid(), signal.{signal})
-    return real(run, batches)
-
-train.update = update
-train.run_main(train.main)
-"""
+TRAIN_FLAGS = ("--gradient_accumulation_steps=6", "--dropout=0.2", "--max_iters=12")
+TWO_PROCESSES = (*TRAIN_FLAGS, "--dtype=float32", "--optimizer=adamw")
+THREE_PROCESSES = (*TRAIN_FLAGS, "--dtype=float64", "--optimizer=muon")
 
 
-def start(script: Path, *flags: str, restarts: int = 0, processes: int = 2) -> subprocess.Popen:
-    """`torchrun --standalone --nproc_per_node=PROCESSES SCRIPT FLAGS`, in a group of its own."""
-    return subprocess.Popen(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc_per_node={processes}", f"--max-restarts={restarts}", str(script), *flags,
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )  # fmt: skip
+# --- One process ---
 
 
-def run_job(script: Path, *flags: str, **how: int) -> subprocess.CompletedProcess:
-    job = start(script, *flags, **how)
+def test_one_process_needs_no_process_group():
+    with Distributed() as dist:
+        assert (dist.rank, dist.world_size, dist.local_rank, dist.is_main) == (0, 1, 0, True)
+        assert dist.broadcast_from_main(lambda: "settings") == "settings"
+        assert dist.main_process_first(lambda: "dataset") == "dataset"
+        assert dist.all_reduce_max(7) == 7
+        numbers = torch.tensor([1.0, 2.0])
+        assert dist.all_reduce_sum(numbers) is numbers and numbers.tolist() == [1, 2]
+        model = torch.nn.Linear(2, 2)
+        assert dist.wrap_ddp(model, torch.device("cpu")) is model
+        dist.set_grad_sync(model, False)
+        dist.warm_up_ddp(model, lambda: pytest.fail("one process has nothing to warm up"))
+        dist.barrier()
+        assert not torch.distributed.is_initialized()
+
+
+def test_shard_takes_every_nth_item():
+    dist = Distributed()
+    assert list(dist.shard(range(5))) == [0, 1, 2, 3, 4]
+    dist.rank, dist.world_size = 1, 3
+    assert list(dist.shard(range(8))) == [1, 4, 7]
+    assert dist.shard(["a", "b", "c", "d", "e"]) == ["b", "e"]
+
+
+def test_gradient_sync_of_a_model_that_is_not_ddp_is_an_error():
+    """torch.compile(DDP(model)) would ignore the request silently."""
+    dist = Distributed()
+    dist.world_size = 2
+    with pytest.raises(TypeError, match="the module that wrap_ddp returned, not Linear"):
+        dist.set_grad_sync(torch.nn.Linear(2, 2), False)
+
+
+def test_world_size_alone_does_not_start_a_process_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # some schedulers set it for each process
+    with Distributed() as dist:
+        assert dist.world_size == 1
+
+
+def test_rank_without_an_address_is_a_one_line_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with (
+        pytest.raises(FolioError, match=r"RANK and WORLD_SIZE are set.*MASTER_ADDR"),
+        Distributed(),
+    ):
+        pass
+
+
+def test_port_in_use_is_a_one_line_error(monkeypatch):
+    with socket.socket() as other_program:
+        other_program.bind(("127.0.0.1", 0))
+        other_program.listen()
+        port = other_program.getsockname()[1]
+        environment = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(FolioError, match=f"MASTER_PORT={port}: another program"), Distributed():
+            pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_RESTART_COUNT": "0", "TORCHELASTIC_RESTART_COUNT": "0"}, False),
+        ({"SLURM_RESTART_COUNT": "1"}, True),
+        ({"TORCHELASTIC_RESTART_COUNT": "2"}, True),
+        ({"SLURM_RESTART_COUNT": "abc"}, False),
+        ({"SLURM_RESTART_COUNT": ""}, False),
+    ],
+)
+def test_restart_counts_of_torchrun_and_slurm_are_read(monkeypatch, environment, expected):
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_restarted() is expected
+
+
+def test_each_attempt_at_a_job_has_its_own_name():
+    """Also if ids of processes that died are still in the store."""
+    store, names = torch.distributed.HashStore(), []
+    for _ in range(2):
+        with ThreadPoolExecutor() as pool:
+            agree = partial(distributed_module.agree_on_attempt, store, world_size=3)
+            of_attempt = set(pool.map(agree, (2, 0, 1), timeout=30))
+        assert len(of_attempt) == 1
+        names += of_attempt
+    assert len(set(names)) == 2
+
+
+def test_processes_that_share_a_gpu_are_refused(monkeypatch):
+    """For example --nproc_per_node=3 on a node with two GPUs of which each process sees one."""
+
+    class Properties:
+        uuid = "GPU-0"
+
+    def all_gather(gpus, own):
+        gpus[:] = [own, "GPU-1", "GPU-0"]
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    with pytest.raises(FolioError, match="3 processes, but only 2 GPUs; start one process per GPU"):
+        distributed_module.check_one_process_per_gpu(torch.device("cuda:0"))
+
+
+# --- Signals in one process ---
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_first_signal_requests_a_stop_and_the_second_exits(signum, status):
+    before = signal.getsignal(signum)
+    with GracefulShutdown() as shutdown:
+        assert not shutdown.requested(Distributed())
+        os.kill(os.getpid(), signum)
+        assert shutdown.requested(Distributed()) and shutdown.exit_status == status
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signum)
+    assert signal.getsignal(signum) is before
+
+
+def test_first_ctrl_c_says_what_happens_next(capfd):
+    with GracefulShutdown():
+        os.kill(os.getpid(), signal.SIGINT)
+        expected = "finishing this step, then saving; press Ctrl-C again to exit at once\n"
+        assert capfd.readouterr().err.lstrip() == expected
+    with GracefulShutdown():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert capfd.readouterr().err == ""
+
+
+def test_ctrl_c_with_a_closed_terminal_still_stops_cleanly(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with GracefulShutdown() as shutdown:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert shutdown.requested(Distributed())
+
+
+def test_closed_terminal_requests_a_stop_however_often_sighup_arrives():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        told, complained = job.communicate(timeout=120)
+        with GracefulShutdown() as shutdown:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert shutdown.requested(Distributed()) and shutdown.exit_status == 129
     finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(job.args, job.returncode, told, complained)
+        signal.signal(signal.SIGHUP, before)
 
 
-@pytest.fixture
-def one(call, tiny, tmp_path):
-    """Train in one process with these flags; the folder of the run."""
-
-    def trained(*flags: str) -> Path:
-        folder = tmp_path / "one"
-        result = call(train, *tiny, *SHARED_WORK, *flags, f"--out_dir={folder}")
-        assert result.returncode == 0, result.stderr
-        return folder
-
-    return trained
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Train in several processes, once for all lessons; the folder of the run.
-
-    What was told on the way stands in its told.txt.
-    """
-    home, done = tmp_path_factory.mktemp("undisturbed"), {}
-    rhyme = prepare_rhyme(home / "rhyme")
-
-    def trained(*flags: str, processes: int) -> Path:
-        key = (*flags, processes)
-        if key not in done:
-            done[key] = home / str(len(done))
-            whole = [*tiny_flags(rhyme, done[key]), *flags]
-            job = run_job(ROOT / "train.py", *whole, processes=processes)
-            assert job.returncode == 0, job.stderr
-            (done[key] / "told.txt").write_text(job.stdout, encoding="utf-8")
-        return done[key]
-
-    return trained
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_that_the_parent_ignored_stay_ignored(name):
+    """nohup ignores SIGHUP; a shell ignores SIGINT in background jobs of a script."""
+    signum = getattr(signal, name)
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        with GracefulShutdown() as shutdown:
+            os.kill(os.getpid(), signum)
+            assert not shutdown.requested(Distributed())
+        assert signal.getsignal(signum) == signal.SIG_IGN
+    finally:
+        signal.signal(signum, before)
 
 
-def mishap(tmp_path: Path, signal_name: str, *steps: int) -> Path:
-    """A script in which process 1 gets the signal at the first of steps; restarted, at the next."""
-    script = tmp_path / "mishap.py"
-    script.write_text(MISHAP.format(steps=dict(enumerate(steps)), signal=signal_name))
-    return script
+def test_signal_during_the_all_reduce_counts_at_the_next_step(monkeypatch):
+    dist = Distributed()
+    with GracefulShutdown() as shutdown:
+
+        def all_reduce_max(status):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return status
+
+        monkeypatch.setattr(dist, "all_reduce_max", all_reduce_max)
+        assert not shutdown.requested(dist)  # the other processes do not know yet
+        monkeypatch.setattr(dist, "all_reduce_max", lambda status: status)
+        assert shutdown.requested(dist)
+        assert shutdown.exit_status == 143
+
+
+# --- Collectives ---
+
+
+def print_collectives() -> None:
+    with Distributed() as dist:
+        events = []
+        time.sleep(0.2 * (dist.world_size - dist.rank))  # the main process is the last to come
+        chosen = dist.broadcast_from_main(lambda: events.append("chose") or dist.rank + 10)
+        start = time.monotonic()
+        first = dist.main_process_first(lambda: time.sleep(0.2) or time.monotonic())
+        dist.barrier()
+        results = {
+            "rank": dist.rank,
+            "local_rank": dist.local_rank,
+            "chosen": chosen,
+            "events": events,
+            "waited": first - start,
+            "sum": dist.all_reduce_sum(torch.tensor([1.0, dist.rank])).tolist(),
+            "max": dist.all_reduce_max(7 * dist.rank),
+            "shard": list(dist.shard(range(7))),
+        }
+        print(json.dumps(results), flush=True)
+
+
+def test_collectives_of_three_processes():
+    result = start_job(print_collectives, n_processes=3).wait()
+    assert result.exit_codes == [0, 0, 0], result.stderr
+    ranks = sorted(
+        (json.loads(line) for line in result.stdout.splitlines()), key=lambda r: r["rank"]
+    )
+    assert [r["rank"] for r in ranks] == [r["local_rank"] for r in ranks] == [0, 1, 2]
+    assert [r["chosen"] for r in ranks] == [10, 10, 10]
+    assert [r["events"] for r in ranks] == [["chose"], [], []]
+    assert ranks[0]["waited"] < 0.4 <= min(ranks[1]["waited"], ranks[2]["waited"])
+    assert [r["sum"] for r in ranks] == [[3, 3]] * 3
+    assert [r["max"] for r in ranks] == [14, 14, 14]
+    assert [r["shard"] for r in ranks] == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def fail_on_main() -> None:
+    def main():
+        with Distributed() as dist:
+            dist.main_process_first(lambda: read_missing_dataset(dist.rank))
+
+    run_main(main)
+
+
+def read_missing_dataset(rank: int) -> None:
+    raise FolioError(f"rank {rank}: no such dataset")
+
+
+def test_error_of_the_main_process_is_printed_once():
+    result = start_job(fail_on_main, n_processes=2).wait()
+    assert result.exit_codes == [2, 0]
+    assert result.stderr.count("no such dataset") == result.stderr.count("\n") == 1
+
+
+def print_gradient_syncs() -> None:
+    """Run two training steps of 4 micro-batches, and count what DDP sends."""
+    with Distributed() as dist:
+        model = GPT(GPTConfig(block_size=8, vocab_size=13, n_layer=1, n_head=1, n_embd=8))
+        ddp_model = dist.wrap_ddp(model, torch.device("cpu"))
+        sent = []
+
+        def counting_hook(group, bucket):
+            sent.append(bucket.is_last())
+            return allreduce_hook(group, bucket)
+
+        ddp_model.register_comm_hook(torch.distributed.group.WORLD, counting_hook)
+        config = train.TrainConfig(gradient_accumulation_steps=4, max_iters=2)
+        device = train.choose_device("cpu", "float32")
+        optimizer = train.make_optimizer(model, config, device.dtype)
+        idx = torch.arange(8).view(1, 8)
+        for step in range(2):
+            batches = iter([(idx, idx + 1)] * 2)
+            parts = (batches, config, step, device, dist)
+            train.train_step(ddp_model, optimizer, device.grad_scaler(), *parts)
+        print(f"{sum(sent)} gradient syncs", flush=True)
+
+
+def test_gradients_are_sent_once_per_step():
+    """Of two micro-batches in each process, only the last backward pass sends gradients."""
+    result = start_job(print_gradient_syncs, n_processes=2).wait()
+    assert result.exit_codes == [0, 0], result.stderr
+    assert result.stdout == "2 gradient syncs\n" * 2
 
 
 # --- The same numbers ---
 
 
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    return prepare_tiny_dataset(tmp_path_factory.mktemp("data") / "tiny_dataset")
+
+
+@pytest.fixture(scope="module")
+def reference(dataset, tmp_path_factory) -> dict[tuple, tuple[Path, str]]:
+    """Uninterrupted runs, trained once for all tests: (flags, processes) -> (folder, stdout)."""
+    home, jobs = tmp_path_factory.mktemp("reference"), {}
+    for flags, n_processes in ((TWO_PROCESSES, 2), (THREE_PROCESSES, 3)):
+        for n in (1, n_processes):
+            folder = home / f"{n_processes}_{n}"
+            job = start_job(run_train, *make_tiny_flags(dataset, folder), *flags, n_processes=n)
+            jobs[flags, n] = folder, job
+    runs = {}
+    for key, (folder, job) in jobs.items():
+        result = job.wait()
+        assert set(result.exit_codes) == {0}, result.stderr
+        runs[key] = folder, result.stdout
+    return runs
+
+
 @pytest.mark.parametrize(
-    ("dtype", "optimizer", "tolerance"), [("float64", "muon", 1e-9), ("float32", "adamw", 1e-4)]
+    ("flags", "n_processes", "tolerance"),
+    [(TWO_PROCESSES, 2, 1e-4), (THREE_PROCESSES, 3, 1e-9)],
+    ids=["two-float32-adamw", "three-float64-muon"],
 )
-def test_two_processes_train_as_one_does(one, undisturbed, dtype, optimizer, tolerance):
-    flags = (f"--dtype={dtype}", f"--optimizer={optimizer}")
-    alone, together = one(*flags), undisturbed(*SHARED_WORK, *flags, processes=2)
-    told = (together / "told.txt").read_text(encoding="utf-8")
-    assert "2 processes" in told
-    assert told.count("step 20: validation loss") == 1  # one of them speaks
-    left, right = log_of(alone), log_of(together)
-    assert len(left) == len(right) == 11
-    for a, b in zip(without_clock(left), without_clock(right), strict=True):
-        for column in a:
-            if a[column]:
-                assert float(b[column]) == pytest.approx(float(a[column]), rel=tolerance), column
-    weights = [load_resume(folder)["model"] for folder in (alone, together)]
+def test_several_processes_train_like_one(reference, flags, n_processes, tolerance):
+    (one, _), (several, stdout) = reference[flags, 1], reference[flags, n_processes]
+    assert f"{n_processes} processes" in stdout
+    assert stdout.count("done     12 of 12 steps") == 1  # only the main process prints
+    assert_same_numbers(one, several, tolerance)
+
+
+def assert_same_numbers(one: Path, several: Path, tolerance: float) -> None:
+    """All numbers in the logs, and all weights, are equal within a relative tolerance."""
+    logs = [without_times(read_log(folder)) for folder in (one, several)]
+    assert len(logs[0]) == len(logs[1]) == 7
+    for expected, actual in zip(*logs, strict=True):
+        for column in expected:
+            if expected[column]:
+                number = float(expected[column])
+                assert float(actual[column]) == pytest.approx(number, rel=tolerance), column
+    weights = [load_checkpoint(folder)["model"] for folder in (one, several)]
+    assert weights[0].keys() == weights[1].keys()
     for name in weights[0]:
         torch.testing.assert_close(*(w[name] for w in weights), rtol=tolerance, atol=tolerance)
 
 
-def test_gradients_travel_once_per_update(tiny, tmp_path):
-    """Four micro-batches, two in each process: only the last backward pass sends anything."""
-    script = tmp_path / "count.py"
-    script.write_text(
-        "import torch.distributed as dist, train\n"
-        "from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook\n"
-        "real, sent = train.begin, []\n"
-        "def hook(group, bucket):\n"
-        "    sent.append(bucket.is_last())\n"
-        "    return allreduce_hook(group, bucket)\n"
-        "def begin(cls, given, world):\n"
-        "    run = real(cls, given, world)\n"
-        "    run.runner.register_comm_hook(dist.group.WORLD, hook)\n"
-        "    return run\n"
-        "train.begin = begin\n"
-        "try:\n"
-        "    train.run_main(train.main)\n"
-        "finally:\n"
-        "    print('updates sent:', sum(sent))\n"
+def assert_same_run(left: Path, right: Path) -> None:
+    """Checkpoint, weights and log are equal, bit by bit, but for the times."""
+    assert_same_state(load_checkpoint(left), load_checkpoint(right))
+    assert_same_state(load_file(left / WEIGHTS_FILE), load_file(right / WEIGHTS_FILE))
+    assert without_times(read_log(left)) == without_times(read_log(right))
+
+
+def saved_step(folder: Path) -> int:
+    return load_checkpoint(folder)["train_state"]["step"]
+
+
+def test_indivisible_micro_batches_are_refused_once(tiny_flags):
+    flags = (*tiny_flags, "--gradient_accumulation_steps=3")
+    result = start_job(run_train, *flags, n_processes=2).wait()
+    assert result.exit_codes == [2, 0]
+    assert result.stderr.count("gradient_accumulation_steps=3") == 1
+    assert result.stderr.count("\n") == 1
+
+
+# --- Signals, lost processes, restarts ---
+
+
+def run_train_with_faults(faults: dict[int, tuple[int, int]], *flags: str) -> None:
+    """`python train.py FLAGS`, in which process 1 gets signals.
+
+    faults: {attempt: (step, signum)}; step -1 is before the run folder is created.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if attempt and os.environ["RANK"] == "1":
+        time.sleep(0.5)  # process 0 comes first, and could find the address of the dead process 1
+    fault_step, signum = faults.get(attempt, (None, None))
+    train_step, build_model = train.train_step, train.build_model
+
+    def raise_signal(dist_rank: int, step: int) -> None:
+        if dist_rank == 1 and step == fault_step:
+            os.kill(os.getpid(), signum)
+
+    def train_step_with_fault(*args):
+        *_, step, _, dist = args
+        raise_signal(dist.rank, step)
+        return train_step(*args)
+
+    def build_model_with_fault(*args):
+        raise_signal(int(os.environ["RANK"]), -1)
+        return build_model(*args)
+
+    train.train_step, train.build_model = train_step_with_fault, build_model_with_fault
+    run_train(*flags)
+
+
+def test_signal_to_one_process_stops_all_and_resume_is_exact(reference, dataset, tmp_path):
+    """With three processes: unlike a sum of two numbers, a sum of three depends on their order."""
+    flags = (*make_tiny_flags(dataset, tmp_path / "run"), *THREE_PROCESSES)
+    faults = {0: (6, signal.SIGTERM)}
+    stopped = start_job(run_train_with_faults, faults, *flags, n_processes=3).wait()
+    assert stopped.exit_codes == [143, 143, 143], stopped.stderr
+    assert saved_step(tmp_path / "run") == 7  # the step was finished
+    resumed = start_job(run_train, *flags, "--init_from=resume", n_processes=3).wait()
+    assert resumed.exit_codes == [0, 0, 0], resumed.stderr
+    assert_same_run(reference[THREE_PROCESSES, 3][0], tmp_path / "run")
+
+
+def test_lost_process_ends_the_job_with_one_line(dataset, tmp_path):
+    flags = (*make_tiny_flags(dataset, tmp_path / "run"), *TWO_PROCESSES)
+    faults = {0: (6, signal.SIGKILL)}
+    result = start_job(run_train_with_faults, faults, *flags, n_processes=2).wait()
+    assert result.exit_codes == [2, -signal.SIGKILL]
+    assert "process 0 of 2: another process died" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_restarted_job_ends_like_an_undisturbed_one(reference, dataset, tmp_path):
+    """Process 1 is killed before the first checkpoint, right after it, and after that of step 8."""
+    flags = (*make_tiny_flags(dataset, tmp_path / "run"), *TWO_PROCESSES)
+    faults = {attempt: (step, signal.SIGKILL) for attempt, step in enumerate((-1, 0, 9))}
+    result = run_torchrun(run_train_with_faults, faults, *flags, n_processes=2, max_restarts=3)
+    assert result.exit_codes == [0], result.stderr
+    assert result.stdout.count("step 0:") == 1, result.stdout  # then resumed from its checkpoint
+    assert result.stdout.count("4 left after step 8 of 12") == 1
+    assert_same_run(reference[TWO_PROCESSES, 2][0], tmp_path / "run")
+
+
+@pytest.fixture
+def nightly(request) -> None:
+    if not request.config.getoption("--nightly"):
+        pytest.skip("takes half a minute: --nightly")
+
+
+def test_eight_processes_stop_resume_and_restart_exactly(nightly, dataset, tmp_path):
+    flags = (*THREE_PROCESSES, "--gradient_accumulation_steps=8")
+
+    def flags_for(name: str) -> list[str]:
+        return [*make_tiny_flags(dataset, tmp_path / name), *flags]
+
+    one = start_job(run_train, *flags_for("one"), n_processes=1).wait()
+    whole = start_job(run_train, *flags_for("whole"), n_processes=8).wait(100)
+    assert {*one.exit_codes, *whole.exit_codes} == {0}, whole.stderr
+    assert_same_numbers(tmp_path / "one", tmp_path / "whole", 1e-9)
+    faults = {0: (6, signal.SIGTERM)}
+    stopped = start_job(run_train_with_faults, faults, *flags_for("stopped"), n_processes=8).wait(
+        120
     )
-    job = run_job(script, *tiny, "--gradient_accumulation_steps=4")
-    assert job.returncode == 0, job.stderr
-    assert job.stdout.count("updates sent: 8\n") == 2  # max_iters, in each of the two
-
-
-def test_micro_batches_that_cannot_be_shared_are_refused_once(tiny):
-    job = run_job(ROOT / "train.py", *tiny, "--gradient_accumulation_steps=3")
-    assert job.returncode != 0
-    assert job.stderr.count("train.py: gradient_accumulation_steps=3 cannot be shared") == 1
-    assert "by 2 processes; try 2 or 4" in job.stderr
-    with pytest.raises(FolioError, match=r"try 8$"):
-        check_shares(train.TrainConfig(gradient_accumulation_steps=5), 8)
-    only = train.TrainConfig(gradient_accumulation_steps=5, eval_only=True)
-    assert check_shares(only, 8) is only  # an evaluation can always be shared
-
-
-def test_half_of_what_torchrun_tells_is_an_error_for_people(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as some schedulers set it, for each process
-    with World() as world:
-        assert world.size == 1
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(FolioError, match=r"RANK and WORLD_SIZE are set.*MASTER_ADDR"), World():
-        pass
-
-
-# --- Stopping, dying, going on ---
-
-
-def test_a_wish_to_stop_is_shared_and_resuming_goes_on_bit_by_bit(tiny, tmp_path, undisturbed):
-    """Among three, for the sum of three numbers, unlike that of two, depends on their order."""
-    more, how = ["--gradient_accumulation_steps=6", *MORE], {"processes": 3}
-    flags = [*tiny, *more]
-    whole, part = undisturbed(*more, **how), tmp_path / "run"
-    stopped = run_job(mishap(tmp_path, "SIGTERM", 6), *flags, **how)
-    assert "exitcode  : 143" in stopped.stderr  # one was asked, and all left
-    assert "stopped, and saved: 7 of 20 steps" in stopped.stdout
-    resumed = run_job(ROOT / "train.py", *flags, "--init_from=resume", **how)
-    assert resumed.returncode == 0, resumed.stderr
-    assert_same_state(load_resume(whole), load_resume(part))
-    assert_same_state(load_file(whole / WEIGHTS), load_file(part / WEIGHTS))
-    assert without_clock(log_of(whole)) == without_clock(log_of(part))
-
-
-def test_a_job_that_loses_a_process_starts_again_and_ends_as_if_nothing_had_happened(
-    tiny, tmp_path, undisturbed
-):
-    """At step 0, right after the first checkpoint, and again at 9, one after that of step 8."""
-    flags = [*SHARED_WORK, "--dtype=float64", "--optimizer=muon"]
-    whole, hurt = undisturbed(*flags, processes=2), tmp_path / "run"
-    job = run_job(mishap(tmp_path, "SIGKILL", 0, 9), *tiny, *flags, restarts=3)
-    assert job.returncode == 0, job.stderr
-    assert "Signal 9 (SIGKILL)" in job.stderr or "exitcode: -9" in job.stderr
-    assert "from step 0" in job.stdout and "from step 8" in job.stdout
-    assert without_clock(log_of(whole)) == without_clock(log_of(hurt))
-    assert_same_state(load_resume(whole), load_resume(hurt))
-
-
-def test_a_process_lost_before_the_first_checkpoint_costs_nothing_either(tiny, tmp_path, call):
-    """What an older run left in the folder is not mistaken for this job's."""
-    flags = [*tiny, "--gradient_accumulation_steps=2"]
-    assert call(train, *flags, "--seed=7").returncode == 0  # the older run, of another seed
-    script = tmp_path / "early.py"
-    script.write_text(
-        "import os, signal, train\n"
-        "real = train.begin\n"
-        "def begin(cls, given, world):\n"
-        "    if world.rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(cls, given, world)\n"
-        "train.begin = begin\n"
-        "train.run_main(train.main)\n"
+    assert set(stopped.exit_codes) == {143}, stopped.stderr
+    resumed = start_job(run_train, *flags_for("stopped"), "--init_from=resume", n_processes=8).wait(
+        120
     )
-    job = run_job(script, *flags, restarts=3)
-    assert job.returncode == 0, job.stderr
-    assert "the run that was there is now" in job.stdout
-    assert load_resume(tmp_path / "run")["step"] == 8
-    assert load_resume(tmp_path / "run.1")["step"] == 8
-    logs = [log_of(tmp_path / name) for name in ("run", "run.1")]
-    assert without_clock(logs[0]) != without_clock(logs[1])
+    assert set(resumed.exit_codes) == {0}, resumed.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    faults = {0: (9, signal.SIGKILL)}
+    restarted = run_torchrun(
+        run_train_with_faults,
+        faults,
+        *flags_for("killed"),
+        n_processes=8,
+        max_restarts=1,
+        timeout=100,
+    )
+    assert restarted.exit_codes == [0], restarted.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_sigterm_to_the_whole_job_saves_and_leaves(tiny, tmp_path):
-    job = start(ROOT / "train.py", *tiny, "--gradient_accumulation_steps=2", "--max_iters=1000000")
-    log = tmp_path / "run" / "log.csv"
+def test_two_nodes_train_like_one_process_and_restart_exactly(nightly, dataset, tmp_path):
+    """Two agents of torchrun, each with two processes, that meet at a port of 127.0.0.1."""
+    flags = (*THREE_PROCESSES, "--gradient_accumulation_steps=4")
+
+    def flags_for(name: str) -> list[str]:
+        return [*make_tiny_flags(dataset, tmp_path / name), *flags]
+
+    one = start_job(run_train, *flags_for("one"), n_processes=1).wait()
+    whole = run_torchrun(run_train, *flags_for("whole"), n_processes=2, n_nodes=2)
+    assert {*one.exit_codes, *whole.exit_codes} == {0}, whole.stderr
+    assert "4 processes" in whole.stdout
+    assert_same_numbers(tmp_path / "one", tmp_path / "whole", 1e-9)
+    faults = {0: (9, signal.SIGKILL)}
+    killed = run_torchrun(
+        run_train_with_faults, faults, *flags_for("killed"),
+        n_processes=2, n_nodes=2, max_restarts=2,
+    )  # fmt: skip
+    assert killed.exit_codes == [0, 0], killed.stderr
+    assert "4 left after step 8 of 12" in killed.stdout
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def wait_for_rows(folder: Path, n_rows: int, is_running) -> None:
+    """Wait until the log of a run has n_rows rows below its header."""
+    log, deadline = folder / "log.csv", time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > n_rows):
+        assert time.monotonic() < deadline and is_running()
+        time.sleep(0.05)
+
+
+ENDLESS = ("--gradient_accumulation_steps=2", "--max_iters=1000000", "--eval_interval=1000000")
+
+
+def assert_saved(folder: Path) -> None:
+    """The run was stopped and saved in the middle, and has removed its temporary files."""
+    assert saved_step(folder) >= 4
+    assert not list(folder.glob(".*"))
+
+
+def test_sigterm_to_torchrun_saves_and_exits(tiny_flags, tmp_path):
+    """With the command itself: `torchrun --standalone --nproc_per_node=2 train.py`."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        str(ROOT / "train.py"), *tiny_flags, *ENDLESS,
+    ]  # fmt: skip
+    torchrun = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        deadline = time.monotonic() + 60
-        while not (log.exists() and log.read_text().count("\n") > 4):
-            assert time.monotonic() < deadline and job.poll() is None
-            time.sleep(0.1)
-        job.send_signal(signal.SIGTERM)
-        told, complained = job.communicate(timeout=30)
+        wait_for_rows(tmp_path / "run", 3, lambda: torchrun.poll() is None)
+        torchrun.terminate()
+        stdout, stderr = torchrun.communicate(timeout=60)
     finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-    assert job.returncode != 0 and "SIGKILL" not in complained
-    assert "stopped, and saved" in told
-    assert load_resume(tmp_path / "run")["step"] >= 4
-    assert not list((tmp_path / "run").glob(".*"))
+        if torchrun.poll() is None:
+            os.killpg(torchrun.pid, signal.SIGKILL)
+    assert torchrun.returncode != 0 and "SIGKILL" not in stderr
+    assert "stopped" in stdout
+    assert_saved(tmp_path / "run")
 
 
-def test_a_restarted_job_knows_itself_again(monkeypatch):
-    for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
-    assert job_name() == "" and not is_restarted()
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert job_name() == "SLURM_JOB_ID=17" and not is_restarted()
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert is_restarted()
-    monkeypatch.delenv("SLURM_JOB_ID")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what torchrun says of a nameless job
-    assert job_name() == f"TORCHELASTIC_RUN_ID=process {os.getppid()}"
+def test_training_stops_and_saves_when_torchrun_is_killed(tiny_flags, tmp_path):
+    """Else it would train on, and its lock would keep a restarted job out of the folder."""
+    job = start_with_launcher(run_train, *tiny_flags, *ENDLESS, n_processes=2)
+    wait_for_rows(tmp_path / "run", 3, job.processes[0].is_alive)
+    job.processes[0].kill()
+    wait_for_lock(tmp_path / "run")
+    assert_saved(tmp_path / "run")
+    stderr = job.wait().stderr
+    assert stderr.count("torchrun has died: finishing this step, then saving") == 1
 
 
-def test_a_requeued_job_resumes_whatever_it_was_told_to_begin_from(
-    tiny, tmp_path, call, monkeypatch
-):
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    stop_after(4, tiny)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    again = call(train, *tiny)
-    assert again.returncode == 0, again.stderr
-    assert "from step 4" in again.stdout
-    monkeypatch.setenv("SLURM_JOB_ID", "18")  # another job, itself restarted, begins anew
-    other = call(train, *tiny)
-    assert "the run that was there is now" in other.stdout
-    assert (tmp_path / "run.1" / RESUME).exists()
-
-
-def test_a_requeued_job_of_several_runs_makes_each_of_them(tiny, tmp_path, call, monkeypatch):
-    """A script that trains with one seed after the other, in one folder, from its beginning."""
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert call(train, *tiny, "--seed=1").returncode == 0
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    for flags in (["--seed=2"], []):
-        other = call(train, *tiny, *flags)
-        assert "the run that was there is now" in other.stdout, flags
-    assert load_resume(tmp_path / "run")["step"] == 8
+def wait_for_lock(folder: Path) -> None:
+    """Wait until no process uses the run folder."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with lock_run_folder(folder):
+                return
+        except FolioError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

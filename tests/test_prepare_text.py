@@ -1,134 +1,267 @@
-"""Texts of one's own: files, folders, lines of JSON; documents, and what is held out of them."""
+"""Your own text: documents, their split, the tokenizer, and the printed next command."""
 
 import json
+import os
+import runpy
+import shlex
+import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from configurator import FolioError
+import train
+from configurator import run_main
 from data import dataset as dataset_module
-from data import prepare, prepare_text
+from data import prepare_text
 from data.dataset import open_dataset
-from data.prepare_text import is_held_out, last_cut, read_pieces
-from tests.conftest import RHYME, ROOT, assert_one_line_error
+from data.prepare import write_dataset
+from data.prepare_text import join_pieces, sample_evenly, validation_cuts
+from data.shakespeare import REPLACEMENT_TEXT
+from data.tokenizer import CharTokenizer
+from tests import processes
+from tests.conftest import ROOT, TINY_TEXT, assert_one_line_error
 from tests.test_tokenizer import toy_bpe
 
-PLAY = (ROOT / "data" / "understudy.txt").read_text(encoding="utf-8")
+PLAY = REPLACEMENT_TEXT.read_text(encoding="utf-8")[:50_000]
+END = "<|endoftext|>"
 
 
 @pytest.fixture
-def prepared(tmp_path, monkeypatch, call):
-    """What data.prepare_text does with these words; datasets go to tmp_path/data."""
-    (tmp_path / "data").mkdir()
-    for module in (dataset_module, prepare):
-        monkeypatch.setattr(module, "DATA", tmp_path / "data")
-    return lambda *words: call(prepare_text, *map(str, words))
+def prepare(data_folder, call):
+    """Run data.prepare_text with these arguments."""
+    return lambda *args: call(prepare_text, *map(str, args))
 
 
-def text_of(stream, tokenizer) -> str:
-    ids = stream.windows(np.array([0]), len(stream))[0]
-    return tokenizer.decode(ids)
+def prepared_texts(dataset: str) -> dict[str, str]:
+    """The text of each split, decoded."""
+    opened = open_dataset(dataset, block_size=1)
+    return {
+        split: opened.tokenizer.decode(tokens.windows(np.array([0]), len(tokens))[0])
+        for split, tokens in (("train", opened.train), ("val", opened.val))
+    }
+
+
+# --- Splits ---
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
-def test_one_document_is_cut_between_two_characters(prepared, tmp_path, tokenizer):
+def test_the_end_of_a_single_document_is_for_validation(prepare, tmp_path, tokenizer):
     (tmp_path / "play.txt").write_text(PLAY)
-    result = prepared(
-        tmp_path / "play.txt", "--dataset=play", f"--tokenizer={tokenizer}", "--vocab_size=400"
-    )
+    flags = ("--dataset=play", f"--tokenizer={tokenizer}", "--vocab_size=400")
+    result = prepare(tmp_path / "play.txt", *flags)
     assert result.returncode == 0, result.stderr
-    assert "python train.py" in result.stdout
-    dataset = open_dataset("play", 8)
-    train, val = (text_of(s, dataset.tokenizer) for s in (dataset.train, dataset.val))
-    assert train + val == PLAY
-    assert len(train) == int(len(PLAY) * 0.9)
+    texts = prepared_texts("play")
+    assert texts["train"] + texts["val"] == PLAY
+    assert len(texts["train"]) == int(len(PLAY) * 0.9)
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
-def test_documents_are_parted_by_end_of_text_and_held_out_whole(prepared, tmp_path, tokenizer):
-    (tmp_path / "texts" / "more").mkdir(parents=True)
-    written = [f"{RHYME}number {i}" for i in range(20)]
-    for i, text in enumerate(written):
-        folder = tmp_path / "texts" / ("more" if i % 2 else "")
-        (folder / f"{i:02}.txt").write_text(text)
-    (tmp_path / "texts" / "picture.png").write_bytes(b"\x89PNG\0\0")
-    (tmp_path / "texts" / ".hidden").write_text("secret")
-    result = prepared(
-        tmp_path / "texts", "--dataset=texts", f"--tokenizer={tokenizer}", "--vocab_size=300"
-    )
+def test_every_tenth_of_many_documents_is_for_validation(prepare, tmp_path, tokenizer):
+    documents = [f"{TINY_TEXT}number {i}" for i in range(20)]
+    (tmp_path / "texts").mkdir()
+    for i, text in enumerate(documents):
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(text)
+    flags = ("--dataset=texts", f"--tokenizer={tokenizer}", "--vocab_size=300")
+    result = prepare(tmp_path / "texts", *flags)
     assert result.returncode == 0, result.stderr
-    assert "1 binary" in result.stdout and "20 documents" in result.stdout
-    dataset = open_dataset("texts", 8)
-    parts = {}
-    for name, stream in (("train", dataset.train), ("val", dataset.val)):
-        assert stream.windows(np.array([len(stream) - 1]), 1).item() == (
-            dataset.tokenizer.end_of_text
-        )
-        parts[name] = text_of(stream, dataset.tokenizer).split("<|endoftext|>")[:-1]
-    assert len(parts["val"]) == 2
-    assert sorted(parts["train"] + parts["val"]) == sorted(written)
+    assert "20 documents" in result.stdout
+    texts = {split: text.split(END) for split, text in prepared_texts("texts").items()}
+    assert texts["val"] == [documents[9], documents[19], ""]
+    assert texts["train"] == [*documents[:9], *documents[10:19], ""]
 
 
-def test_each_line_of_json_is_a_document(prepared, tmp_path):
-    path = tmp_path / "chat.jsonl"
-    texts = ["hi 🙂", "so long\nfarewell", "é", "bye " * 20]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    assert prepared(path, "--dataset=chat").returncode == 0
-    dataset = open_dataset("chat", 4)
-    train = text_of(dataset.train, dataset.tokenizer).split("<|endoftext|>")
-    assert train == [*texts[:3], ""]
-    assert_one_line_error(prepared(tmp_path, "--dataset=x/y"), "--dataset=x/y")
-    path.write_text('{"text": "fine"}\n{"txet": "not"}\n')
-    assert_one_line_error(prepared(path, "--dataset=bad"), "chat.jsonl:2")
+@pytest.mark.parametrize(
+    ("sizes", "cuts"),
+    [
+        ([10], [9]),
+        ([1] * 20, [1] * 9 + [0] + [1] * 9 + [0]),
+        ([9000, 1000, 10_000], [9000, 1000, 8000]),  # few documents: the last tenth of the text
+        ([1000, 19_000], [1000, 17_000]),
+        ([19_000, 1000], [18_000, 0]),
+        ([1] * 9 + [991], [1] * 9 + [891]),  # the tenth document is nearly all of the text
+        ([100] * 9 + [1] + [100] * 9 + [1], [100] * 9 + [1] + [100] * 7 + [20, 0, 0]),
+    ],
+)
+def test_about_a_tenth_of_the_text_is_for_validation(sizes, cuts):
+    assert validation_cuts(sizes, 0.1) == cuts
 
 
-def test_some_documents_are_held_out_and_always_one():
-    assert [i for i in range(30) if is_held_out(i, 30, 0.1)] == [9, 19, 29]
-    assert [i for i in range(3) if is_held_out(i, 3, 0.1)] == [2]
+def test_a_cut_document_ends_in_the_validation_split(prepare, tmp_path):
+    lines = [json.dumps({"text": text}) for text in ("abc" * 10, "de" * 10)]
+    (tmp_path / "two.jsonl").write_text("\n".join(lines))
+    assert prepare(tmp_path / "two.jsonl", "--dataset=two", "--val_fraction=0.2").returncode == 0
+    assert prepared_texts("two") == {"train": "abc" * 10 + END + "de" * 5, "val": "de" * 5 + END}
 
 
-def test_reading_in_pieces_changes_neither_text_nor_ids(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_text, "PIECE", 997)
-    text = PLAY[:20_000] + "日本 🙂🙂\r\n" * 300 + "\t  \n" * 400
-    (tmp_path / "text").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    pieces = list(read_pieces(tmp_path / "text"))
-    assert len(pieces) > 10
-    assert "".join(pieces) == text
-    tokenizer = toy_bpe()
-    ids = np.concatenate([tokenizer.encode(piece) for piece in pieces])
-    assert ids.tolist() == tokenizer.encode(text).tolist()
-    assert last_cut("a bc d") == 4
-    assert last_cut("abc") == 3  # one enormous word has to be cut somewhere
+def test_a_validation_file_can_be_given(prepare, tmp_path):
+    (tmp_path / "train.txt").write_text("abc" * 10)
+    (tmp_path / "val.txt").write_text("xyz" * 10)
+    result = prepare(tmp_path / "train.txt", f"--val={tmp_path / 'val.txt'}", "--dataset=mine")
+    assert result.returncode == 0, result.stderr
+    assert prepared_texts("mine") == {"train": "abc" * 10, "val": "xyz" * 10}
+    result = prepare(tmp_path / "train.txt", f"--val={tmp_path}", "--dataset=mine")
+    assert_one_line_error(result, "--val=", "also given for training")
 
 
-def test_bad_input_is_one_clear_line(prepared, tmp_path):
+def test_documents_in_one_file_are_separated(prepare, tmp_path):
+    (tmp_path / "a.txt").write_text("one two\n\nthree\n\n" + "four five six " * 3)
+    flags = ("--document_separator=\\n\\n", "--dataset=mine", "--val_fraction=0.3")
+    assert "3 documents" in prepare(tmp_path / "a.txt", *flags).stdout
+    assert prepared_texts("mine")["train"].startswith(f"one two{END}three{END}four")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
+def test_a_pipe_is_read_once_for_all_purposes(prepare, tmp_path):
+    """In the shell: python -m data.prepare_text 1.txt <(cat 2.txt) --dataset=mine"""
+    (tmp_path / "1.txt").write_text("first " * 20)
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("second " * 20,))
+    writer.start()
+    result = prepare(tmp_path / "1.txt", tmp_path / "pipe", "--dataset=mine")
+    writer.join()
+    assert result.returncode == 0, result.stderr
+    texts = prepared_texts("mine")
+    assert texts["train"] + texts["val"] == "first " * 20 + END + "second " * 20 + END
+
+
+# --- Tokenizers ---
+
+
+def test_a_text_is_prepared_in_the_vocabulary_of_a_folder(prepare, tmp_path, data_folder):
+    (tmp_path / "a.txt").write_text("lower low " * 50)
+    write_dataset(tmp_path / "run", toy_bpe(), {"train": ["low low"], "val": ["low low"]}, {})
+    result = prepare(tmp_path / "a.txt", "--dataset=mine", f"--tokenizer={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr
+    assert open_dataset("mine", 8).tokenizer == toy_bpe()
+
+
+def test_documents_without_an_end_of_text_token_are_separated_by_newlines(prepare, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "low"}\n{"text": "lower low lower low"}\n')
+    tokenizer = CharTokenizer("\n elorw")
+    write_dataset(tmp_path / "run", tokenizer, {"train": ["low"], "val": ["low"]}, {})
+    result = prepare(tmp_path / "a.jsonl", "--dataset=mine", f"--tokenizer={tmp_path / 'run'}")
+    assert "no end-of-text token" in result.stdout
+    assert prepared_texts("mine")["train"].startswith("low\nlower")
+
+
+def test_documents_are_encoded_whole_where_pieces_would_change_the_ids():
+    assert list(join_pieces(["a", "b", None, None, "c", "d"])) == ["ab", None, "", None, "cd"]
+
+
+def test_bpe_learns_the_same_from_a_text_and_from_its_lines(prepare, tmp_path, data_folder):
+    """It learned from the first 100 documents only."""
+    lines = PLAY.split("\n")
+    (tmp_path / "play.txt").write_text(PLAY)
+    (tmp_path / "play.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    tokens = {}
+    for name in ("play.txt", "play.jsonl"):
+        result = prepare(tmp_path / name, f"--dataset={name}", "--tokenizer=bpe")
+        assert result.returncode == 0, result.stderr
+        meta = json.loads((data_folder / name / "meta.json").read_text())
+        tokens[name] = meta["train_tokens"] + meta["val_tokens"]
+    tokens["play.jsonl"] -= len(lines)  # their end-of-text tokens
+    assert tokens["play.jsonl"] < 1.02 * tokens["play.txt"]
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 1.0, 7.0])
+def test_a_sample_is_spread_over_the_text(fraction):
+    pieces = [f"{i:03}" * (1 + i % 3) for i in range(1000)]
+    sample = list(sample_evenly(iter(pieces), fraction))
+    size = sum(map(len, sample)) / sum(map(len, pieces))
+    assert abs(size - min(fraction, 1)) < 0.01
+    first_half = [piece for piece in sample if int(piece[:3]) < 500]
+    assert 0.45 < len(first_half) / len(sample) < 0.55
+
+
+# --- The same dataset again, and at the same time ---
+
+
+def test_another_text_of_the_same_name_renames_the_first_dataset(prepare, tmp_path, data_folder):
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.txt").write_text(TINY_TEXT * 9 + name)
+        result = prepare(tmp_path / f"{name}.txt", "--dataset=mine")
+    assert "mine.1" in result.stdout
+    names = {path.name for path in data_folder.iterdir() if path.is_dir()}
+    assert names == {"mine", "mine.1"}
+
+
+def prepare_in_process(data_folder: Path, *args: str) -> None:
+    dataset_module.DATA_DIR = data_folder
+    sys.argv = ["prepare_text.py", *args]
+    run_main(prepare_text.main)
+
+
+def test_two_programs_that_prepare_the_same_dataset_do_not_mix_their_files(tmp_path, data_folder):
+    paths = [tmp_path / f"{name}.txt" for name in ("a", "b", "c")]
+    for path in paths:
+        path.write_text(f"{PLAY[:5000]}{path.stem}" * (10 + ord(path.stem) % 10))
+    calls = [(prepare_in_process, (data_folder, str(path), "--dataset=two"), {}) for path in paths]
+    result = processes.start(*calls).wait()
+    assert result.exit_codes == [0, 0, 0], result.stderr
+    folders = [path for path in data_folder.iterdir() if path.is_dir()]
+    assert {folder.name for folder in folders} == {"two", "two.1", "two.2"}
+    for folder in folders:
+        meta = json.loads((folder / "meta.json").read_text())
+        assert (folder / "train.bin").stat().st_size == 2 * meta["train_tokens"]
+        assert (folder / "val.bin").stat().st_size == 2 * meta["val_tokens"]
+
+
+# --- Errors ---
+
+
+def test_bad_input_is_one_line(prepare, tmp_path, data_folder):
     def refused(content: bytes, *flags: str):
         (tmp_path / "bad.txt").write_bytes(content)
-        return prepared(tmp_path / "bad.txt", "--dataset=bad", *flags)
+        return prepare(tmp_path / "bad.txt", "--dataset=bad", *flags)
 
     assert_one_line_error(refused(b""), "no text")
-    assert_one_line_error(refused(b"fine " * 300_000 + b"caf\xe9 au lait"), "offset 1,500,003")
     assert_one_line_error(refused(b"\x89PNG\xff\xfe\0"), "offset 0")
     assert_one_line_error(refused(b"low low", "--tokenizer=bpe", "--vocab_size=99"), "257")
-    assert_one_line_error(refused(b"low low", "--tokenizer=bpe", "--vocab_size=999"), "at most")
+    assert_one_line_error(refused(b"low low", "--tokenizer=bpe", "--vocab_size=999"), "or less")
+    assert_one_line_error(refused(b"low low", "--tokenizer=words"), "char, gpt2, bpe, or the fold")
     assert_one_line_error(refused(b"ab"), "too short")
-    (tmp_path / "empty").mkdir()
-    assert_one_line_error(prepared(tmp_path / "empty", "--dataset=bad"), "no text file")
-    assert_one_line_error(prepared(tmp_path / "none", "--dataset=bad"), "none")
-    assert_one_line_error(prepared("--dataset=bad"), "which text?")
-    assert list((tmp_path / "data").iterdir()) == []
+    assert_one_line_error(prepare("--dataset=bad"), "which text?")
+    assert_one_line_error(prepare(tmp_path / "bad.txt"), "--dataset=NAME is missing")
+    assert_one_line_error(prepare(tmp_path / "bad.txt", "--dataset=x/y"), "--dataset=x/y")
+    assert [path for path in data_folder.iterdir() if path.is_dir()] == []
 
 
-def test_a_dataset_of_that_name_moves_aside(prepared, tmp_path):
-    for name in ("first", "second"):
-        (tmp_path / f"{name}.txt").write_text(RHYME * 9 + name)
-        result = prepared(tmp_path / f"{name}.txt", "--dataset=mine")
-    assert "mine.1" in result.stdout
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["mine", "mine.1"]
+# --- Commands ---
 
 
-def test_half_a_character_is_refused_with_its_line(tmp_path):
-    path = tmp_path / "texts.jsonl"
-    path.write_text('{"text": "whole"}\n{"text": "half \\ud83d"}\n')
-    with pytest.raises(FolioError, match=r"texts.jsonl:2:"):
-        list(prepare_text.lines_of_json(path))
+def next_command(stdout: str) -> list[str]:
+    return shlex.split(stdout.partition("next: ")[2])
+
+
+@pytest.mark.parametrize(
+    "text", ["a line of text\n" * 20, "no newline " * 200], ids=["short", "line"]
+)
+def test_the_printed_next_command_works(prepare, call, tmp_path, monkeypatch, text):
+    """For a text shorter than the context of the config file, and for one without a newline."""
+    (tmp_path / "a.txt").write_text(text)
+    result = prepare(tmp_path / "a.txt", "--dataset=my text")
+    _, program, *flags = next_command(result.stdout)
+    assert program == "train.py"
+    small = ["--n_layer=1", "--n_embd=16", "--max_iters=1", "--warmup_iters=0", "--device=cpu"]
+    trained = call(train, *flags, f"--out_dir={tmp_path / 'run'}", *small)
+    assert trained.returncode == 0, trained.stderr
+
+
+@pytest.mark.parametrize("name", ["prepare_text", "prepare_fineweb", "prepare_openwebtext"])
+def test_a_program_can_be_started_as_a_file_from_another_folder(
+    tmp_path, monkeypatch, capsys, name
+):
+    """As `python data/prepare_text.py` does it: sys.path begins with data/."""
+    monkeypatch.chdir(tmp_path)
+    paths = [path for path in sys.path if path and Path(path).resolve() != ROOT]
+    monkeypatch.setattr(sys, "path", [str(ROOT / "data"), *paths])
+    for module in list(sys.modules):
+        if module.partition(".")[0] in ("data", "configurator"):
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / "data" / f"{name}.py"), run_name="__main__")
+    assert exit_.value.code == 0
+    assert "--dataset" in capsys.readouterr().out

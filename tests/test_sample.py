@@ -1,5 +1,6 @@
-"""Writing: the same seed writes the same text, as it is drawn, from a run's folder alone."""
+"""sample.py: prompts, streaming, where samples end, and what a user may get wrong."""
 
+import builtins
 import signal
 import subprocess
 import sys
@@ -8,130 +9,270 @@ import pytest
 import torch
 
 import sample
-from data.tokenizer import CharTokenizer
+from configurator import run_main
+from data.tokenizer import BPETokenizer, CharTokenizer
+from engine.checkpoint import save_model, save_tokenizer
+from engine.inference import InferenceModel
 from model import GPT, GPTConfig
-from sample import encode_prompt, write
+from sample import encode_prompt, print_samples, until_stop
 from tests.conftest import ROOT, assert_one_line_error
-from tests.test_tokenizer import toy_bpe
-from training.checkpoint import save_model, save_tokenizer
 
-LETTERS = CharTokenizer.of("\nabcdefgh")
+LETTERS = CharTokenizer.from_text("\nabcdefgh")
+BYTES = BPETokenizer({bytes([i]): i for i in range(256)}, eos_token_id=256)
 
 
-@pytest.fixture
-def folder(tmp_path):
+def save_run(folder, tokenizer):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=8))
-    save_model(model, tmp_path / "run")
-    save_tokenizer(LETTERS, tmp_path / "run")
-    return tmp_path / "run"
+    config = GPTConfig(block_size=8, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8)
+    save_model(GPT(config), folder, tokenizer.eos_token_id)
+    save_tokenizer(tokenizer, folder, block_size=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("sample") / "run", LETTERS)
 
 
 @pytest.fixture
-def written(call):
-    """What sample.py does, given a folder and flags."""
+def run_sample(call):
+    """run_sample(folder, *flags): what sample.py prints."""
     return lambda folder, *flags: call(sample, f"--out_dir={folder}", "--device=cpu", *flags)
 
 
-def test_a_prompt_goes_on_for_as_long_as_asked_far_beyond_the_block(written, folder):
-    result = written(folder, "--start=abc", "--max_new_tokens=50")
+def scripted(monkeypatch, *rows: str, tokenizer=LETTERS) -> list[int]:
+    """Let the model "generate" these rows, one character per step; returns the steps taken."""
+    steps = []
+
+    def generate(self, idx, max_new_tokens, **options):
+        assert len(idx) == len(rows)
+        for step, letters in enumerate(zip(*rows, strict=True), start=1):
+            steps.append(step)
+            yield torch.tensor([int(tokenizer.encode(letter)[0]) for letter in letters])
+
+    monkeypatch.setattr(InferenceModel, "generate", generate)
+    return steps
+
+
+# --- What is printed ---
+
+
+def test_a_sample_is_prompt_and_continuation_far_beyond_the_block_size(run_sample, folder):
+    result = run_sample(folder, "--start=abc", "--max_new_tokens=50")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("abc")
-    assert len(result.stdout) == 3 + 50 + 1  # and the line's end
-    assert set(result.stdout) <= set(LETTERS.characters)
+    assert len(result.stdout) == 3 + 50 + 1  # and the newline at the end
+    assert set(result.stdout) <= set("\nabcdefgh")
 
 
-def test_the_same_seed_writes_the_same_text(written, folder):
-    texts = [written(folder, "--max_new_tokens=40", f"--seed={seed}").stdout for seed in (1, 1, 2)]
+def test_stderr_says_which_weights_are_used(run_sample, folder):
+    result = run_sample(folder, "--max_new_tokens=1")
+    assert result.stderr.count("\n") == 1 and folder.name in result.stderr
+
+
+def test_the_seed_decides_the_sample(run_sample, folder):
+    texts = [run_sample(folder, "--max_new_tokens=40", f"--seed={s}").stdout for s in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_the_precision_asked_for_is_the_one_it_writes_in(written, folder, monkeypatch):
-    made, real = [], sample.ready_to_write
-
-    def ready(*how):
-        made.append(real(*how))
-        return made[0]
-
-    monkeypatch.setattr(sample, "ready_to_write", ready)
-    assert written(folder, "--dtype=float64", "--max_new_tokens=1").returncode == 0
-    assert made[0].transformer.wte.weight.dtype == torch.float64
+def test_temperature_0_takes_the_likeliest_tokens(run_sample, folder):
+    texts = [run_sample(folder, "--temperature=0", f"--seed={seed}").stdout for seed in (1, 2)]
+    assert texts[0] == texts[1]
 
 
-def test_several_samples_begin_alike_and_go_on_differently(written, folder):
-    result = written(folder, "--start=ab", "--num_samples=3", "--max_new_tokens=30")
-    texts = result.stdout.rstrip("\n").split("\n---------------\n")
+def test_several_samples_continue_one_prompt_differently(run_sample, folder):
+    result = run_sample(folder, "--start=ab", "--num_samples=3", "--max_new_tokens=30")
+    texts = result.stdout.removesuffix("\n").split("\n---------------\n")
     assert len(texts) == 3
-    assert all(text.startswith("ab") for text in texts)
+    assert all(text.startswith("ab") and len(text) == 32 for text in texts)
     assert len(set(texts)) == 3
 
 
-def test_the_prompt_may_come_from_a_file(written, folder, tmp_path):
-    prompt = tmp_path / "prompt.txt"
-    prompt.write_text("hagge")
-    result = written(folder, f"--start=FILE:{prompt}", "--max_new_tokens=3")
-    assert result.stdout.startswith("hagge")
-    assert_one_line_error(written(folder, f"--start=FILE:{tmp_path}/none"), "none")
+def test_dtype_is_that_of_the_weights(run_sample, folder, monkeypatch):
+    dtypes, generate = [], InferenceModel.generate
+
+    def record(self, *args, **options):
+        dtypes.append(self.weights.wte.dtype)
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(InferenceModel, "generate", record)
+    assert run_sample(folder, "--dtype=float64", "--max_new_tokens=1").returncode == 0
+    assert dtypes == [torch.float64]
 
 
-def test_a_tokenizer_and_a_model_that_do_not_belong_together_are_refused(written, folder):
-    save_tokenizer(CharTokenizer.of("ab"), folder)
-    assert_one_line_error(written(folder, "--start=a"), "do not belong together")
+def test_text_is_printed_while_it_is_generated(capsys):
+    printed = []
 
-
-def test_an_empty_prompt_begins_where_texts_begin():
-    assert encode_prompt("", LETTERS) == ("", [0])  # a line's end
-    assert encode_prompt("", toy_bpe()) == ("", [261])  # end-of-text
-    assert encode_prompt("", CharTokenizer.of("xyz")) == ("", [0])
-
-
-def test_what_cannot_be_sampled_from_is_said_in_one_line(written, folder, tmp_path):
-    assert_one_line_error(written(folder, "--start=abz"), "'z'", "position 2")
-    assert_one_line_error(written(tmp_path / "nowhere"), "nowhere")
-    assert_one_line_error(written(tmp_path), "no model here", "python train.py")
-    assert_one_line_error(written(folder, "--forever", "--num_samples=2"), "--forever")
-    assert_one_line_error(written(folder, "--temperature=-1"), "temperature")
-
-
-def test_nanogpts_word_for_a_runs_own_weights_is_understood(written, folder):
-    assert written(folder, "--init_from=resume").returncode == 0
-
-
-def test_text_appears_as_it_is_drawn(capsys):
-    tokenizer = toy_bpe()
-    seen = []
-
-    def drawn():
+    def bytes_of_a_word():
         for token in "né".encode():
-            yield torch.tensor([token, token])
-            seen.append(capsys.readouterr().out)
+            yield token
+            printed.append(capsys.readouterr().out)
 
-    write("A", drawn(), tokenizer, 2)
-    assert seen == ["An", "", "é"]  # half a letter is never shown
-    assert capsys.readouterr().out == "\n---------------\nAné\n"
+    print_samples("A", [BYTES.decode_stream(bytes_of_a_word()), ["B"]])
+    assert printed == ["An", "", "é"]  # the first byte of é alone is no character
+    assert capsys.readouterr().out == "\n---------------\nAB\n"
 
 
-def writing_forever(folder) -> subprocess.Popen:
+# --- The prompt ---
+
+
+def test_the_prompt_may_be_a_file(run_sample, folder, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("head")
+    result = run_sample(folder, f"--start=FILE:{prompt}", "--max_new_tokens=3")
+    assert result.stdout.startswith("head") and len(result.stdout) == 4 + 3 + 1
+    assert_one_line_error(run_sample(folder, f"--start=FILE:{tmp_path}/none"), "none")
+    prompt.write_text("")
+    assert_one_line_error(run_sample(folder, f"--start=FILE:{prompt}"), "prompt.txt")
+
+
+def test_line_ends_of_windows_become_newlines(tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"ab\r\ncd\r\n")
+    assert encode_prompt(f"FILE:{tmp_path}/prompt.txt", LETTERS)[0] == "ab\ncd\n"
+    assert encode_prompt("ab\r\ncd", LETTERS)[0] == "ab\ncd"
+
+
+def test_backslash_n_is_a_newline():
+    assert encode_prompt("a\\nb", LETTERS) == ("a\nb", [1, 0, 2])
+
+
+def test_an_empty_prompt_is_the_token_that_starts_a_text():
+    assert encode_prompt("", LETTERS) == ("", [0])  # the newline
+    assert encode_prompt("", BYTES) == ("", [256])  # end-of-text
+    assert encode_prompt("", CharTokenizer.from_text("xyz")) == ("", [0])
+
+
+def test_the_default_prompt_works_with_a_vocabulary_without_newline(run_sample, tmp_path):
+    run = save_run(tmp_path / "run", CharTokenizer.from_text("abc"))
+    result = run_sample(run, "--max_new_tokens=9")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout) == 9 + 1
+
+
+def test_interactive_reads_prompts_until_the_end_of_input(run_sample, folder, monkeypatch):
+    lines = iter(["ab", "xyz", "cd\\n"])
+
+    def read_line(prompt):
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr(builtins, "input", read_line)
+    result = run_sample(folder, "--interactive", "--max_new_tokens=4")
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout[:7], result.stdout[7:]
+    assert first.startswith("ab") and first.endswith("\n")
+    assert second.startswith("cd\n") and len(second) == 3 + 4 + 1
+    assert "'x'" in result.stderr and "Traceback" not in result.stderr  # the second prompt
+
+
+# --- The end of a sample ---
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["ab", "cd"], "abcd"),
+        (["ab\n\ncd"], "ab"),
+        (["ab\n", "\ncd"], "ab"),
+        (["ab\n", "cd\n", "", "\n", "ef"], "ab\ncd"),
+        (["ab\n"], "ab\n"),  # the beginning of the stop text, but no more
+        (["\n\n"], ""),
+        ([], ""),
+    ],
+)
+def test_a_sample_ends_before_the_stop_text(pieces, expected):
+    assert "".join(until_stop(pieces, "\n\n")) == expected
+
+
+def test_stop_text_that_begins_like_itself():
+    assert "".join(until_stop("aaab", "aab")) == "a"
+    assert "".join(until_stop("abcabd", "abd")) == "abc"
+
+
+def test_text_is_not_kept_back_longer_than_needed():
+    assert list(until_stop(["a", "\n", "b", "\n"], "\n\n")) == ["a", "", "\nb", "", "\n"]
+    assert list(until_stop(["a", "b"], ""))[:2] == ["a", "b"]
+
+
+def test_generation_ends_when_all_samples_have_ended(run_sample, folder, monkeypatch):
+    steps = scripted(monkeypatch, "ab\n\nccccc", "abcdef\n\nh")
+    result = run_sample(folder, "--start=a", "--num_samples=2", "--stop=\\n\\n")
+    assert result.stdout == "aab\n---------------\naabcdef\n"
+    assert max(steps) == 8  # not 9
+
+
+def test_a_sample_ends_at_end_of_text(run_sample, tmp_path, monkeypatch):
+    run = save_run(tmp_path / "run", BYTES)
+    stop_tokens = []
+
+    def generate(self, idx, max_new_tokens, **options):
+        stop_tokens.append(options["stop_tokens"])
+        yield from (torch.tensor([i]) for i in (*b"one", 256, *b"two"))
+
+    monkeypatch.setattr(InferenceModel, "generate", generate)
+    assert run_sample(run, "--start=a ").stdout == "a one\n"
+    assert run_sample(run, "--start=a ", "--forever").stdout == "a one<|endoftext|>two\n"
+    assert stop_tokens == [(256,), ()]
+
+
+def test_without_end_of_text_in_the_vocabulary_no_token_ends_a_sample(
+    run_sample, folder, monkeypatch
+):
+    scripted(monkeypatch, "abcdefgh")
+    assert run_sample(folder).stdout == "abcdefgh\n"
+
+
+# --- Errors ---
+
+
+def test_errors_are_one_line(run_sample, folder, tmp_path):
+    assert_one_line_error(run_sample(folder, "--start=abz"), "prompt", "'z'")
+    assert_one_line_error(run_sample(tmp_path / "nowhere"), "nowhere")
+    assert_one_line_error(run_sample(tmp_path), str(tmp_path.name))
+    assert_one_line_error(run_sample(folder, "--forever", "--num_samples=2"), "--forever")
+    assert_one_line_error(run_sample(folder, "--forever", "--interactive"), "--forever")
+    assert_one_line_error(run_sample(folder, "--temperature=-1"), "temperature")
+    assert_one_line_error(run_sample(folder, "--num_samples=1000000000"), "from 1 to 1000")
+    assert_one_line_error(run_sample(folder, "--num_samples=0"), "num_samples")
+    assert_one_line_error(run_sample(folder, "--compile=False"), "compile")
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(run_sample, tmp_path):
+    run = save_run(tmp_path / "run", LETTERS)
+    save_tokenizer(CharTokenizer.from_text("abcdefghijklmn"), run, block_size=8)
+    assert_one_line_error(run_sample(run, "--start=a"), "14", "9")
+
+
+def test_nanogpts_name_for_the_weights_in_out_dir_is_accepted(run_sample, folder):
+    assert run_sample(folder, "--init_from=resume").returncode == 0
+
+
+# --- In a terminal ---
+
+
+def start_forever(folder) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "sample.py", f"--out_dir={folder}", "--forever"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
-def test_forever_ends_with_ctrl_c_and_no_traceback(folder):
-    process = writing_forever(folder)
-    assert len(process.stdout.read(2000)) == 2000
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert err == ""
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and pipes")
+def test_forever_ends_with_ctrl_c_or_a_closed_pipe_without_a_traceback(folder):
+    interrupted, closed = processes = [start_forever(folder) for _ in range(2)]
+    for process in processes:
+        assert len(process.stdout.read(2000)) == 2000
+    interrupted.send_signal(signal.SIGINT)
+    closed.stdout.close()
+    for process in processes:
+        error_lines = process.stderr.read().splitlines()
+        assert len(error_lines) == 1 and folder.name in error_lines[0]  # which weights are used
+        process.wait(timeout=30)
+    assert (interrupted.returncode, closed.returncode) == (130, 141)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a pipe of the shell")
-def test_a_reader_who_has_read_enough_hears_no_complaint(folder):
-    process = writing_forever(folder)
-    process.stdout.read(100)
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait(timeout=30) != 0
+def test_a_standard_output_that_is_closed_from_the_start_is_no_traceback(folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python does for `sample.py >&-`
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={folder}", "--max_new_tokens=9"])
+    run_main(sample.main)

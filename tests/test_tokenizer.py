@@ -1,19 +1,23 @@
-"""Text becomes integers, by character or by byte pair encoding, and comes back unharmed."""
+"""data/tokenizer.py: text to ids and back, and the file tokenizer.json."""
 
 import json
 import random
 
+import numpy as np
 import pytest
 import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
+import prepare_shakespeare
 from configurator import FolioError
-from data.tokenizer import (
-    BPETokenizer, CharTokenizer, byte_alphabet, load_tokenizer, tokenizer_text,
-)  # fmt: skip
-from tests.conftest import ROOT, assert_one_line_error, run_script
+from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
+from data.tokenizer_base import bytes_to_unicode
+from tests.conftest import assert_one_line_error
+from tests.fuzzing import Count, fuzz_settings, mutations
 
-AWKWARD = "Zoë said: don't!\r\n\tnaïve e\u0301 — 12,345 👩‍👩‍👧 日本\x00   <|endoftext|>  \n\n "
+AWKWARD_TEXT = "Zoë said: don't!\r\n\tnaïve e\u0301 — 12,345 👩‍👩‍👧 日本\x00   <|endoftext|>  \n\n "
 
 
 def toy_bpe() -> BPETokenizer:
@@ -21,120 +25,203 @@ def toy_bpe() -> BPETokenizer:
     merged = [b"lo", b"low", b" low", b"er", b"lower"]
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {token: 256 + i for i, token in enumerate(merged)}
-    return BPETokenizer(ranks, end_of_text=261)
+    return BPETokenizer(ranks, eos_token_id=261)
 
 
-def saved(tokenizer, folder):
-    (folder / "tokenizer.json").write_text(tokenizer_text(tokenizer), encoding="utf-8")
+def save(tokenizer, folder):
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     return folder
 
 
-def printable_files(tokenizer, folder):
-    """Write GPT-2's older pair of files, vocab.json and merges.txt."""
-    model = tokenizer.as_json()["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
-    merges = "\n".join(" ".join(pair) for pair in model["merges"])
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+both_tokenizers = pytest.mark.parametrize(
+    "tokenizer", [CharTokenizer.from_text(AWKWARD_TEXT), toy_bpe()], ids=["char", "bpe"]
+)
 
 
-def test_a_character_is_a_place_in_the_alphabet():
-    tokenizer = CharTokenizer.of("hello")
+# --- Characters ---
+
+
+def test_char_ids_are_indices_into_the_sorted_characters():
+    tokenizer = CharTokenizer.from_text("hello")
     assert tokenizer.vocab_size == 4  # e h l o
     assert tokenizer.encode("hole").tolist() == [1, 3, 2, 0]
     assert tokenizer.decode([1, 3, 2, 0]) == "hole"
-    assert tokenizer.end_of_text is None
+    assert tokenizer.eos_token_id is None
 
 
-@pytest.mark.parametrize("tokenizer", [CharTokenizer.of(AWKWARD), toy_bpe()], ids=["char", "bpe"])
-def test_what_is_encoded_comes_back_exactly(tokenizer):
-    for text in (AWKWARD, "", AWKWARD[::-1]):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert "".join(tokenizer.decode_stream(tokenizer.encode(text))) == text
+def test_add_eos_appends_an_end_of_text_token():
+    tokenizer = CharTokenizer.from_text("hello", add_eos=True)
+    assert (tokenizer.vocab_size, tokenizer.eos_token_id) == (5, 4)
+    assert tokenizer.decode([1, 4]) == "h<|endoftext|>"
+    assert tokenizer.byte_lengths.tolist() == [1, 1, 1, 1, 0]
 
 
-def test_an_unknown_character_is_named_with_its_position():
+def test_char_encode_names_an_unknown_character_and_its_position():
     with pytest.raises(FolioError, match="'z' at position 2"):
-        CharTokenizer.of("hello").encode("hez")
+        CharTokenizer.from_text("hello").encode("hez")
     with pytest.raises(FolioError, match="position 0"):
-        CharTokenizer.of("hello").encode("\udc80")  # what a terminal may hand on
+        CharTokenizer.from_text("hello").encode("\udc80")  # half a character, from a terminal
 
 
-def test_merges_apply_in_the_order_in_which_they_were_learned():
+def test_char_vocabulary_with_half_of_a_surrogate_pair_is_refused():
+    with pytest.raises(FolioError, match=r"'\\ud83d'"):
+        CharTokenizer.from_text("a\ud83d")
+
+
+def test_char_vocabulary_with_a_character_twice_is_refused():
+    with pytest.raises(ValueError, match="twice"):
+        CharTokenizer("aba")
+
+
+# --- BPE ---
+
+
+def test_bpe_merges_in_the_order_of_the_ids():
     tokenizer = toy_bpe()
-    assert [tokenizer.token_bytes(t) for t in tokenizer.encode("low lower")] == [
+    assert [tokenizer.token_bytes(i) for i in tokenizer.encode("low lower")] == [
         b"low", b" low", b"er",
     ]  # fmt: skip
-    assert tokenizer.merges == [
+
+
+def test_bpe_merges_are_recovered_from_the_ranks():
+    assert toy_bpe().merges == [
         (b"l", b"o"), (b"lo", b"w"), (b" ", b"low"), (b"e", b"r"), (b"low", b"er"),
     ]  # fmt: skip
 
 
-def test_a_text_that_spells_end_of_text_is_only_text():
+def test_encode_never_makes_an_end_of_text_token():
     tokenizer = toy_bpe()
-    assert tokenizer.end_of_text == 261
+    assert tokenizer.eos_token_id == 261
     assert 261 not in tokenizer.encode("<|endoftext|>")
 
 
-def test_a_character_split_over_tokens_appears_once_it_is_whole():
-    pieces = list(toy_bpe().decode_stream("é👍".encode()))  # byte tokens are bytes
+def test_gpt2_ids_equal_tiktoken_and_hugging_face(gpt2, tmp_path):
+    assert (gpt2.vocab_size, gpt2.eos_token_id) == (50257, 50256)
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+    reloaded = load_tokenizer(save(gpt2, tmp_path))
+    assert reloaded == gpt2
+    rng = random.Random(0)
+    random_text = "".join(chr(rng.randrange(rng.choice((128, 0xD800)))) for _ in range(999))
+    reference = tiktoken.Encoding(
+        "reference", pat_str=tiktoken.get_encoding("gpt2")._pat_str, special_tokens={},
+        mergeable_ranks=gpt2.mergeable_ranks,
+    )  # fmt: skip
+    hugging_face = HuggingFaceTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    hugging_face.encode_special_tokens = True
+    for text in (AWKWARD_TEXT, random_text):
+        assert reloaded.encode(text).tolist() == reference.encode_ordinary(text)
+        assert reloaded.encode(text).tolist() == hugging_face.encode(text).ids
+
+
+def test_gpt2_without_network_and_cache_names_the_variable_to_set(
+    tmp_path, data_folder, monkeypatch, call
+):
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be\n" * 9)
+    result = call(
+        prepare_shakespeare, f"--input_file={text}", "--tokenizer=gpt2", "--dataset=never_made"
+    )
+    assert_one_line_error(result, "TIKTOKEN_CACHE_DIR")
+    assert not (data_folder / "never_made").exists()
+
+
+# --- All tokenizers ---
+
+
+@both_tokenizers
+def test_decode_is_the_inverse_of_encode(tokenizer):
+    for text in (AWKWARD_TEXT, "", AWKWARD_TEXT[::-1]):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert "".join(tokenizer.decode_stream(tokenizer.encode(text))) == text
+
+
+def test_any_text_is_restored_from_its_ids(n_trials):
+    bpe = toy_bpe()
+
+    @fuzz_settings(n_trials)
+    @given(st.text())
+    def check(text):
+        assert bpe.decode(bpe.encode(text)) == text
+        assert "".join(bpe.decode_stream(bpe.encode(text))) == text
+        if text:
+            characters = CharTokenizer.from_text(text)
+            assert characters.decode(characters.encode(text)) == text
+
+    check()
+
+
+@both_tokenizers
+def test_encode_returns_int64(tokenizer):
+    assert tokenizer.encode("said").dtype == tokenizer.encode("").dtype == np.int64
+
+
+@both_tokenizers
+def test_ids_out_of_range_are_refused(tokenizer):
+    for token_id in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f"token id {token_id} is out of range"):
+            tokenizer.decode([token_id])
+        with pytest.raises(ValueError, match=f"token id {token_id} is out of range"):
+            tokenizer.token_bytes(token_id)
+
+
+def test_decode_stream_yields_a_character_when_it_is_complete():
+    pieces = list(toy_bpe().decode_stream("é👍".encode()))  # the ids of bytes are the bytes
     assert pieces == ["", "é", "", "", "", "👍"]
 
 
-@pytest.mark.parametrize("tokenizer", [CharTokenizer.of(AWKWARD), toy_bpe()], ids=["char", "bpe"])
-def test_hugging_faces_library_reads_our_file_and_gives_the_same_ids(tokenizer, tmp_path):
-    theirs = HuggingFaceTokenizer.from_file(str(saved(tokenizer, tmp_path) / "tokenizer.json"))
-    theirs.encode_special_tokens = True
-    for text in (AWKWARD, "low lower lowest", AWKWARD[::-1]):
+def test_decode_stream_shows_an_incomplete_last_character():
+    assert list(toy_bpe().decode_stream("é👍".encode()[:-1])) == ["", "é", "", "", "", "\ufffd"]
+
+
+def test_start_token_is_end_of_text_or_a_newline_or_token_0():
+    assert toy_bpe().start_token_id == 261
+    assert CharTokenizer("ab\n").start_token_id == 2
+    assert CharTokenizer("ab").start_token_id == 0
+
+
+def test_tokenizers_are_equal_if_they_give_the_same_ids(tmp_path):
+    assert CharTokenizer.from_text("abc") == CharTokenizer.from_text("cab")
+    assert CharTokenizer.from_text("abc") != CharTokenizer.from_text("abd")  # of the same size
+    assert CharTokenizer.from_text("abc") != toy_bpe()
+    for tokenizer in (CharTokenizer.from_text(AWKWARD_TEXT, add_eos=True), toy_bpe()):
+        assert load_tokenizer(save(tokenizer, tmp_path)) == tokenizer
+
+
+# --- The file tokenizer.json ---
+
+
+@both_tokenizers
+def test_hugging_face_opens_our_file_and_gives_the_same_ids(tokenizer, tmp_path):
+    path = save(tokenizer, tmp_path) / "tokenizer.json"
+    hugging_face = HuggingFaceTokenizer.from_file(str(path))
+    hugging_face.encode_special_tokens = True
+    for text in (AWKWARD_TEXT, "low lower lowest", AWKWARD_TEXT[::-1]):
         if isinstance(tokenizer, CharTokenizer):
             text = "".join(c for c in text if c in tokenizer.characters)
         ids = tokenizer.encode(text).tolist()
-        assert theirs.encode(text).ids == ids
-        assert theirs.decode(ids, skip_special_tokens=False) == text
+        assert hugging_face.encode(text).ids == ids
+        assert hugging_face.decode(ids, skip_special_tokens=False) == text
 
 
-def test_tokenizers_are_equal_when_their_ids_mean_the_same(tmp_path):
-    assert CharTokenizer.of("abc") == CharTokenizer.of("cab")
-    assert CharTokenizer.of("abc") != CharTokenizer.of("abd")  # of one size
-    assert CharTokenizer.of("abc") != toy_bpe()
-    for tokenizer in (CharTokenizer.of(AWKWARD), toy_bpe()):
-        assert load_tokenizer(saved(tokenizer, tmp_path)) == tokenizer
+def test_file_has_merges_as_pairs_and_end_of_text_as_added_token():
+    contents = json.loads(toy_bpe().to_json())
+    assert contents["model"]["merges"][0] == ["l", "o"]
+    assert contents["added_tokens"][0]["content"] == "<|endoftext|>"
 
 
-def test_gpt2s_vocabulary_is_tiktokens_and_survives_the_disk(gpt2, tmp_path):
-    assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, 50256)
-    assert gpt2.encode("Hello world").tolist() == [15496, 995]
-    again = load_tokenizer(saved(gpt2, tmp_path))
-    assert again == gpt2
-    dice = random.Random(0)
-    letters = [dice.randrange(dice.choice((128, 0xD800))) for _ in range(999)]
-    anything = "".join(map(chr, letters))
-    reference = tiktoken.Encoding(
-        "reference", pat_str=tiktoken.get_encoding("gpt2")._pat_str, special_tokens={},
-        mergeable_ranks=gpt2.ranks,
-    )  # fmt: skip
-    theirs = HuggingFaceTokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    theirs.encode_special_tokens = True
-    for text in (AWKWARD, anything):
-        assert again.encode(text).tolist() == reference.encode_ordinary(text)
-        assert again.encode(text).tolist() == theirs.encode(text).ids
+def test_gpt2_spells_a_space_as_a_printable_letter():
+    assert bytes_to_unicode()[ord(" ")] == "Ġ"
+    assert bytes_to_unicode()[ord("\n")] == "Ċ"
+    assert len(set(bytes_to_unicode())) == 256
 
 
-def test_gpt2_spells_a_space_as_a_letter_that_prints():
-    assert byte_alphabet()[ord(" ")] == "Ġ"
-    assert byte_alphabet()[ord("\n")] == "Ċ"
-    assert len(set(byte_alphabet())) == 256
-
-
-def test_without_network_and_cache_gpt2s_vocabulary_names_the_variable_to_set(tmp_path):
-    nobody = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    text = tmp_path / "text.txt"
-    text.write_text("to be or not to be\n" * 9)
-    result = run_script(
-        "prepare_shakespeare.py", f"--input={text}", "--tokenizer=gpt2", "--dataset=never_made",
-        TIKTOKEN_CACHE_DIR=str(tmp_path), **nobody,
-    )  # fmt: skip
-    assert_one_line_error(result, "TIKTOKEN_CACHE_DIR")
-    assert not (ROOT / "data" / "never_made").exists()
+def test_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(FolioError, match="tokenizer not found"):
+        load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -146,15 +233,38 @@ def test_without_network_and_cache_gpt2s_vocabulary_names_the_variable_to_set(tm
         '{"model": {"type": "WordLevel", "vocab": {"a": 0, "bc": 1}}}',
         '{"model": {"type": "BPE", "vocab": {"a": 0}}}',
         '{"model": {"type": "BPE", "vocab": [1]}}',
+        "[" * 100_000, '{"model":' * 100_000, b"\xff\xfe", '{"model": "\\ud800"}',
     ],
 )  # fmt: skip
-def test_a_damaged_tokenizer_is_refused_by_name(contents, tmp_path):
-    (tmp_path / "tokenizer.json").write_text(contents)
+def test_damaged_file_is_refused_by_name(contents, tmp_path):
+    contents = contents if isinstance(contents, bytes) else contents.encode()
+    (tmp_path / "tokenizer.json").write_bytes(contents)
     with pytest.raises(FolioError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 
-def test_the_file_says_what_hugging_face_expects(tmp_path):
-    contents = json.loads(tokenizer_text(toy_bpe()))
-    assert contents["model"]["merges"][0] == ["l", "o"]
-    assert contents["added_tokens"][0]["content"] == "<|endoftext|>"
+def test_unreadable_file_is_not_called_missing(tmp_path):
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(FolioError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+@both_tokenizers
+def test_any_mutated_file_is_understood_or_refused(tokenizer, tmp_path, n_trials):
+    count = Count()
+
+    @fuzz_settings(n_trials)
+    @given(mutations(json.loads(tokenizer.to_json())))
+    def check(contents):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(contents), encoding="utf-8")
+        count.inputs += 1
+        try:
+            found = load_tokenizer(tmp_path)
+        except FolioError as error:
+            assert "tokenizer.json" in str(error)
+        else:
+            count.accepted += 1
+            assert isinstance(found.decode(range(min(found.vocab_size, 50))), str)
+
+    check()
+    assert count.fraction_accepted() > 0.1

@@ -1,104 +1,109 @@
-"""What one GPU makes of training GPT-2 (124M): tokens per second, utilisation, memory.
+"""Training GPT-2 (124M) on one GPU: tokens per second, MFU, memory.
 
     python -m tests.benchmarks.gpu                          # micro-batches of 16, 32 and 64
-    python -m tests.benchmarks.gpu --profile=traces         # where the time goes, for a browser
-    python -m tests.benchmarks.gpu --tiny                   # on any machine, to see that it runs
+    python -m tests.benchmarks.gpu --profile=traces         # where the time goes
+    python -m tests.benchmarks.gpu --tiny                   # a small model, on any machine
 
-The step is train.py's own update(), compiled, in bfloat16, on random tokens; the first steps, in
-which things are compiled and memory is laid out, are not counted. MFU is 6 N + 12 L C T operations
-per token over the GPU's peak (training/report.py). A trace opens in chrome://tracing or Perfetto.
+The step is train.py's train_step(), compiled, in bfloat16, on random tokens. The first steps, which
+compile and allocate memory, are not counted. MFU is explained in engine/metrics.py. A trace opens
+in chrome://tracing or https://ui.perfetto.dev.
 """
 
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
-from configurator import Count, FolioError, Whole, configure, run_main
-from model import GPT, GPTConfig
-from tests.benchmarks.measuring import names_in, report, synchronise
-from tests.benchmarks.train_speed import RandomDataset
-from train import TrainConfig, training_batches, update
-from training.optimizer import make_optimizer
-from training.report import tokens_per_second_at_peak
-from training.run import Run
-from training.world import World
+from configurator import FolioError, NonNegativeInt, PositiveInt, configure, run_main
+from data.dataset import ShardedTokens
+from engine.device import choose_device
+from engine.metrics import peak_tokens_per_second
+from engine.train_config import TrainConfig
+from model import GPTConfig
+from tests.benchmarks.measuring import report_results, split_csv, synchronize
+from tests.benchmarks.train_speed import make_step, write_random_tokens
 
 
 @dataclass
 class GpuConfig:
     # --- Work ---
-    batch_sizes: str = "16,32,64"  # sequences per micro-batch, parted by commas
-    optimizers: str = "adamw,muon"  # parted by commas
+    batch_sizes: str = "16,32,64"  # sequences per micro-batch, separated by commas
+    optimizers: str = "adamw,muon"  # separated by commas
     tiny: bool = False  # a small model, for a machine without a GPU
     # --- Measurement ---
-    steps: Count = 20  # that are counted
-    warmup: Whole = 5  # steps before them
-    json: str = ""  # a file to write the figures to
-    profile: str = ""  # a folder for traces of three steps, one of each row
+    steps: PositiveInt = 20  # counted steps
+    warmup: NonNegativeInt = 5  # steps before them
+    json: str = ""  # a file for the results
+    profile: str = ""  # a folder for traces of three steps, one for each row
 
 
 def main() -> None:
     config = configure(GpuConfig)
     if not (config.tiny or torch.cuda.is_available()):
-        raise FolioError("there is no GPU: --tiny runs a small model on any machine")
-    optimizers, sizes = names_in(config.optimizers), names_in(config.batch_sizes)
+        raise FolioError("no GPU found; --tiny measures a small model on any machine")
+    optimizers, sizes = split_csv(config.optimizers), split_csv(config.batch_sizes)
     if not set(optimizers) <= {"adamw", "muon"}:
-        raise FolioError(f"--optimizers={config.optimizers}: there are adamw and muon")
+        raise FolioError(f"--optimizers={config.optimizers}: give adamw, muon or adamw,muon")
     if not all(size.isdecimal() and int(size) for size in sizes):
-        raise FolioError(f"--batch_sizes={config.batch_sizes}: numbers, parted by commas")
-    rows = [measure(int(size), optimizer, config) for optimizer in optimizers for size in sizes]
-    report("One step of GPT-2 (124M)" if not config.tiny else "Tiny", rows, config.json)
+        raise FolioError(f"--batch_sizes={config.batch_sizes}: give numbers, separated by commas")
+    vocab_size = 65 if config.tiny else GPTConfig().vocab_size
+    # A memory-mapped file cannot be deleted on Windows.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        tokens = write_random_tokens(Path(folder), vocab_size)
+        rows = [
+            measure(int(size), optimizer, tokens, config)
+            for optimizer in optimizers
+            for size in sizes
+        ]
+    report_results("Tiny" if config.tiny else "One step of GPT-2 (124M)", rows, config.json)
 
 
-def measure(batch_size: int, optimizer: str, config: GpuConfig) -> dict:
-    world = World().settle()
-    torch.compiler.reset()  # or shapes seen before would make this one's code more general, slower
+def measure(
+    batch_size: int, optimizer: str, tokens: ShardedTokens, config: GpuConfig
+) -> dict[str, Any]:
+    device = choose_device()
+    on_cuda = device.torch_device.type == "cuda"
+    torch.compiler.reset()  # code compiled for several shapes would be more general, and slower
     shape = GPTConfig(pad_vocab_to=64)
     if config.tiny:
-        shape = GPTConfig(16, 65, 2, 2, 32, pad_vocab_to=64)
+        shape = GPTConfig(16, tokens.vocab_size, 2, 2, 32, pad_vocab_to=64)
     settings = TrainConfig(
         batch_size=batch_size, block_size=shape.block_size, optimizer=optimizer,
         n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, max_iters=10**9,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = GPT(shape).to(world.device, world.weights_dtype)
-    made = make_optimizer(model, settings, world.dtype)
-    run = Run(
-        settings, Path(), RandomDataset(shape.vocab_size), world, model, world.runner_for(model),
-        made, world.scaler(),
-    )  # fmt: skip
-    batches = training_batches(run)
+    step = make_step(settings, shape, tokens, device)
 
-    def step() -> float:
-        begun = time.perf_counter()
-        update(run, batches)
-        synchronise()
-        run.step += 1
-        return time.perf_counter() - begun
+    def timed_step() -> float:
+        start = time.perf_counter()
+        step()
+        synchronize()
+        return time.perf_counter() - start
 
-    if world.device.type == "cuda":
+    if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    seconds = [step() for _ in range(config.warmup + config.steps)][config.warmup :]
+    seconds = [timed_step() for _ in range(config.warmup + config.steps)][config.warmup :]
     if config.profile:
-        profile(step, Path(config.profile) / f"{optimizer}_{batch_size}.json")
+        profile(timed_step, Path(config.profile) / f"{optimizer}_{batch_size}.json")
     speeds = [settings.tokens_per_step / s for s in seconds]
-    peak = tokens_per_second_at_peak(run)
-    memory = torch.cuda.max_memory_allocated() / 1e9 if world.device.type == "cuda" else None
+    peak = peak_tokens_per_second(shape, device, world_size=1)
     return {
         "optimizer": optimizer,
         "micro-batch": str(batch_size),
         "ms per step": 1e3 * median(seconds),
         "tokens/s": speeds,
-        "MFU": f"{median(speeds) / peak:.1%}" if peak else "not known",
-        "peak memory, GB": memory,
-        "machine": world.why,
+        "MFU": f"{median(speeds) / peak:.1%}" if peak else "unknown",
+        "peak memory, GiB": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None,
+        "device": device.description,
     }
 
 
-def profile(step, path: Path) -> None:
+def profile(step: Callable[[], float], path: Path) -> None:
+    """Write a trace of three steps to `path`, and print the operations that take longest."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile() as recording:
         for _ in range(3):

@@ -1,7 +1,7 @@
-"""What the benchmarks share: fair turns, medians, the machine's own limits, a peer's code.
+"""Shared by the benchmarks: interleaved runs, medians, tables, and nanoGPT's code.
 
-Contestants take turns, A B C A B C, so that whatever else the machine does hits all of them alike;
-what is reported is the median over the rounds and the spread between them.
+Candidates run interleaved, A B C A B C, so that other programs on the machine slow all of them
+down alike. A result is the median over the rounds, with its minimum and maximum.
 """
 
 import contextlib
@@ -15,132 +15,139 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from configurator import FolioError
 
+Candidate = Callable[[], float]  # measures once
 
-def interleaved(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Let each contestant measure itself once per round; its figures, in the order of rounds.
 
-    A first round warms everything up and is not counted.
+def run_interleaved(candidates: dict[str, Candidate], rounds: int) -> dict[str, list[float]]:
+    """Run each candidate once per round; return its results, in the order of the rounds.
+
+    A first round for warming up is not counted.
     """
-    figures = {name: [] for name in contestants}
+    results = {name: [] for name in candidates}
     for number in range(rounds + 1):
         print(f"round {number} of {rounds}" if number else "warming up", file=sys.stderr)
-        for name, measure in contestants.items():
-            figure = measure()
+        for name, measure in candidates.items():
+            result = measure()
             if number:
-                figures[name].append(figure)
-    return figures
+                results[name].append(result)
+    return results
 
 
-def rate(work: Callable[[], None], amount: float, seconds: float) -> Callable[[], float]:
-    """A contestant that repeats `work` for about so many seconds: its amounts per second."""
+def throughput(work: Callable[[], None], amount: float, seconds: float) -> Candidate:
+    """A candidate that repeats `work` for about that many seconds: amounts of work per second."""
 
     def measure() -> float:
         start, done = time.perf_counter(), 0
         while not done or time.perf_counter() - start < seconds:
             work()
             done += 1
-        synchronise()
+        synchronize()
         return done * amount / (time.perf_counter() - start)
 
     return measure
 
 
-def in_its_own_process(make: Callable[..., Callable[[], float]], *given) -> Callable[[], float]:
-    """The contestant that make(*given) returns, where it shares nothing with the others.
+def in_subprocess(make: Callable[..., Candidate], *args: Any) -> Candidate:
+    """The candidate that make(*args) returns, in a process of its own.
 
-    make: a function of a module, given: what can be pickled.
+    make: a function at the top level of a module; args: picklable.
     """
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    spawn.Process(target=take_turns, args=(there, make, given), daemon=True).start()
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=worker_loop, args=(theirs, make, args), daemon=True).start()
 
     def measure() -> float:
-        here.send("your turn")
-        return here.recv()
+        ours.send(True)
+        return ours.recv()
 
     return measure
 
 
-def take_turns(pipe: Connection, make: Callable[..., Callable[[], float]], given: tuple) -> None:
-    measure = make(*given)
-    with contextlib.suppress(EOFError):  # the others have gone home
+def worker_loop(pipe: Connection, make: Callable[..., Candidate], args: tuple) -> None:
+    measure = make(*args)
+    with contextlib.suppress(EOFError):  # the parent process has ended
         while pipe.recv():
             pipe.send(measure())
 
 
-def names_in(setting: str) -> list[str]:
+def split_csv(setting: str) -> list[str]:
     """'a, b' -> ['a', 'b']"""
     return [name.strip() for name in setting.split(",")]
 
 
-def synchronise() -> None:
+def synchronize() -> None:
+    """Wait until the GPU, if there is one, has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def matrix_product(size: int) -> tuple[Callable[[], None], float]:
-    """A float32 product of two square matrices, and the floating point operations in it."""
+    """A float32 product of two square matrices, and its number of floating point operations."""
     left, right = torch.randn(size, size), torch.randn(size, size)
     return lambda: torch.mm(left, right), 2 * size**3
 
 
-def load_peer(path: str) -> ModuleType:
+def load_peer(path: str | Path) -> ModuleType:
     """The module model.py of a nanoGPT checkout."""
     file = Path(path).expanduser() / "model.py"
     if not file.exists():
-        raise FolioError(f"--peer={path}: there is no {file}; it wants a checkout of nanoGPT")
+        raise FolioError(f"--peer={path}: {file} not found; give a checkout of nanoGPT")
     spec = importlib.util.spec_from_file_location("peer_model", file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["peer_model"] = module  # its dataclass looks itself up there
+    sys.modules["peer_model"] = module  # its dataclass looks up its own module
     spec.loader.exec_module(module)
     return module
 
 
-# --- Telling ---
+# --- Results ---
 
 
-def report(title: str, rows: list[dict], path: str, **more) -> None:
-    """Print rows of equal keys as a Markdown table, and write_figures() to path.
+def report_results(title: str, rows: list[dict[str, Any]], path: str, **more: Any) -> None:
+    """Print rows with equal keys as a Markdown table, and save them with save_results().
 
-    A list of figures is shown as its median, with the least and the greatest behind it.
+    A list of results is printed as its median, followed by minimum and maximum.
     """
     print(f"\n{title}\n")
-    head = list(rows[0])
-    print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
+    columns = list(rows[0])
+    print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
     for row in rows:
-        print("| " + " | ".join(shown(row.get(key)) for key in head) + " |")
-    write_figures(path, title, rows, **more)
+        print("| " + " | ".join(format_cell(row.get(key)) for key in columns) + " |")
+    save_results(path, title, rows, **more)
 
 
-def write_figures(path: str, title: str, rows: list[dict], **more) -> None:
-    """Write all figures, and on which machine they were measured, as JSON; nothing without path."""
+def save_results(path: str, title: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write all results, and the machine they were measured on, as JSON; nothing without path."""
     if not path:
         return
     machine = {
         "torch": torch.__version__, "threads": torch.get_num_threads(), "device": device_name(),
     }  # fmt: skip
-    figures = {"title": title, "machine": machine, "rows": rows, **more}
-    Path(path).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    results = {"title": title, "machine": machine, "rows": rows, **more}
+    Path(path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def shown(value) -> str:
+def format_cell(value: Any) -> str:
+    """[3.0, 1.0, 2.0] -> '2 (1 to 3)'; 1234.5 -> '1,234'; None -> ''."""
     if isinstance(value, list):
-        least, greatest = number(min(value)), number(max(value))
-        spread = f" ({least} to {greatest})" if len(value) > 1 else ""
-        return number(median(value)) + spread
-    return number(value) if isinstance(value, float) else "" if value is None else str(value)
+        low, high = format_number(min(value)), format_number(max(value))
+        return format_number(median(value)) + (f" ({low} to {high})" if len(value) > 1 else "")
+    if isinstance(value, float):
+        return format_number(value)
+    return "" if value is None else str(value)
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def device_name() -> str:
+    """The name of the GPU, else of the processor."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:

@@ -1,37 +1,38 @@
-"""How fast text is written, beside the machine's own limit and beside a peer.
+"""How fast text is generated, compared with the limit of the machine and with nanoGPT.
 
     python -m tests.benchmarks.sample_speed --sizes=small,medium
     python -m tests.benchmarks.sample_speed --peer=../nanoGPT --json=sampling.json
 
-Each writes the same number of tokens with random weights of the same shape. The limit is one
-matrix-vector product for each weight of the model, by the same kernels and in the same rounds: what
-is left of the time goes into attention and into calling small operations. The last columns are
-Folio's alone: ten texts written as one batch, in tokens per second of all ten together, and how
-many times the rate of one that is.
+All candidates generate the same number of tokens with random weights of the same shape. The limit
+is one matrix-vector product per weight of the model, by the same kernels and in the same rounds;
+the remaining time of a token goes into attention and the overhead of many small operations. The
+last two columns are of Folio only: ten samples in one batch, in tokens per second of all ten
+together, and this rate divided by the rate of one sample.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from configurator import Count, FolioError, configure, run_main
+from configurator import FolioError, PositiveInt, configure, run_main
+from engine.device import DTypeName, choose_device
+from engine.inference import InferenceModel
 from model import GPT, GPTConfig
 from tests.benchmarks.measuring import (
-    in_its_own_process,
-    interleaved,
+    Candidate,
+    in_subprocess,
     load_peer,
-    names_in,
-    rate,
-    report,
+    report_results,
+    run_interleaved,
+    split_csv,
+    throughput,
 )
-from training.kernels import packed_linear, ready_to_write
-from training.machine import Precision
-from training.world import World
 
-# name -> layers, heads, channels, context, vocabulary, tokens to write, tokens of the prompt
+# name: layers, heads, channels, context, vocabulary, tokens to generate, tokens of the prompt
 SIZES = {
     "tiny": (1, 2, 16, 16, 65, 8, 1),
     "small": (4, 4, 128, 64, 65, 500, 1),
@@ -43,82 +44,79 @@ SIZES = {
 
 @dataclass
 class SampleSpeedConfig:
-    # --- What to write ---
-    sizes: str = "small,medium,124M,124M 900 tokens in"  # names, parted by commas
-    dtype: Precision = "float32"  # of the weights; auto is what sample.py would take
+    # --- Models ---
+    sizes: str = "small,medium,124M,124M 900 tokens in"  # names, separated by commas
+    dtype: DTypeName = "float32"  # precision of the weights; auto: as in sample.py
     # --- Measurement ---
-    rounds: Count = 3  # turns of each contestant
-    peer: str = ""  # a checkout of nanoGPT, to write as much with its generate()
-    json: str = ""  # a file to write the figures to
+    rounds: PositiveInt = 3  # measurements per candidate
+    peer: str = ""  # a checkout of nanoGPT, whose generate() is measured, too
+    json: str = ""  # file for all results
 
 
 def main() -> None:
     config = configure(SampleSpeedConfig)
     names = {name.replace(",", ""): name for name in SIZES}
-    wanted = names_in(config.sizes)
-    for size in wanted:
+    sizes = split_csv(config.sizes)
+    for size in sizes:
         if size not in names:
-            raise FolioError(f"--sizes={size}: there are {', '.join(names)}")
+            raise FolioError(f"--sizes={size}: must be one or several of {', '.join(names)}")
     if config.peer:
-        load_peer(config.peer)  # complains here, if at all
-    rows = [measure(names[size], config) for size in wanted]
-    report(f"Sampling, {config.dtype}, tokens per second", rows, config.json)
+        load_peer(config.peer)  # raises its errors here, before anything is measured
+    rows = [measure(names[size], config) for size in sizes]
+    report_results(f"Sampling, {config.dtype}, tokens per second", rows, config.json)
 
 
-def measure(name: str, config: SampleSpeedConfig) -> dict:
-    layers, heads, channels, context, vocabulary, tokens, prompt = SIZES[name]
-    shape = GPTConfig(context, vocabulary, layers, heads, channels, bias=True)
-    device = World().settle("cpu").device
-    # Laid out for one text and for ten.
-    one, ten = (ready_to_write(GPT(shape), device, config.dtype, texts) for texts in (1, 10))
-    dtype = one.transformer.wte.weight.dtype
-    start = torch.randint(vocabulary, (1, prompt))
+def measure(name: str, config: SampleSpeedConfig) -> dict[str, Any]:
+    layers, heads, channels, context, vocabulary, n_tokens, prompt_length = SIZES[name]
+    choose_device("cpu")  # as sample.py: freed memory stays with the process
+    model = GPT(GPTConfig(context, vocabulary, layers, heads, channels))
+    one, ten = (InferenceModel(model, "cpu", config.dtype, batch_size=n) for n in (1, 10))
+    prompt = torch.randint(vocabulary, (1, prompt_length))
 
-    def write(model, texts):
-        for _ in model.generate(start.expand(texts, -1), tokens):
+    def generate(inference: InferenceModel, n_samples: int) -> None:
+        for _ in inference.generate(prompt.expand(n_samples, -1), n_tokens):
             pass
 
-    contestants = {
-        "Folio": rate(lambda: write(one, 1), tokens, 0),
-        "limit": rate(vector_products(one, dtype), 1, 0.5),
-        "ten at once": rate(lambda: write(ten, 10), 10 * tokens, 0),
+    candidates = {
+        "Folio": throughput(lambda: generate(one, 1), n_tokens, 0),
+        "limit": throughput(matrix_vector_products(one), 1, 0.5),
+        "ten samples": throughput(lambda: generate(ten, 10), 10 * n_tokens, 0),
     }
     if config.peer:
-        # Memory that is freed is kept in our process, but not in nanoGPT's.
-        contestants["nanoGPT"] = in_its_own_process(peer_rate, config.peer, name, dtype)
-    figures = interleaved(contestants, config.rounds)
-    row = {"size": name, "Folio": figures["Folio"]}
+        # In our process freed memory stays with the process, which nanoGPT does not arrange.
+        candidates["nanoGPT"] = in_subprocess(peer_candidate, config.peer, name, one.dtype)
+    results = run_interleaved(candidates, config.rounds)
+    row = {"size": name, "Folio": results["Folio"]}
     if config.peer:
-        row["nanoGPT"] = figures["nanoGPT"]
-        row["ratio"] = median(figures["Folio"]) / median(figures["nanoGPT"])
+        row["nanoGPT"] = results["nanoGPT"]
+        row["ratio"] = median(results["Folio"]) / median(results["nanoGPT"])
     return row | {
-        "limit": figures["limit"],
-        "share of the limit": f"{median(figures['Folio']) / median(figures['limit']):.0%}",
-        "ten at once": figures["ten at once"],
-        "ten times": median(figures["ten at once"]) / median(figures["Folio"]),
+        "limit": results["limit"],
+        "of the limit": f"{median(results['Folio']) / median(results['limit']):.0%}",
+        "ten samples": results["ten samples"],
+        "ten / one": median(results["ten samples"]) / median(results["Folio"]),
     }
 
 
-def vector_products(model: GPT, dtype: torch.dtype):
-    """One product of each weight matrix with one vector, made as the model makes it."""
-    plain = GPT(model.config).to(dtype)
-    matrices = [p for n, p in plain.named_parameters() if p.dim() == 2 and "wpe" not in n]
-    vectors = [torch.randn(1, p.size(1), dtype=dtype) for p in matrices]
-    if isinstance(model.transformer.h[0].mlp.c_fc, torch.nn.Linear):
-        products = [partial(F.linear, weight=matrix) for matrix in matrices]
-    else:
-        products = [packed_linear(matrix) for matrix in matrices]
+def matrix_vector_products(inference: InferenceModel) -> Callable[[], None]:
+    """Multiplies each weight matrix of a model by one vector, with the model's own layers."""
+    C, weights = inference.config.n_embd, inference.weights
+    narrow, wide = (torch.randn(1, n, dtype=inference.dtype) for n in (C, 4 * C))
+    products = [partial(weights.lm_head, narrow)]
+    for block in weights.blocks:
+        products += [partial(block.c_attn, narrow), partial(block.attn_c_proj, narrow)]
+        products += [partial(block.c_fc, narrow), partial(block.mlp_c_proj, wide)]
 
     @torch.inference_mode()
-    def multiply():
-        for product, vector in zip(products, vectors, strict=True):
-            product(vector)
+    def multiply() -> None:
+        for product in products:
+            product()
 
     return multiply
 
 
-def peer_rate(path: str, name: str, dtype: torch.dtype):
-    layers, heads, channels, context, vocabulary, tokens, prompt = SIZES[name]
+def peer_candidate(path: str, name: str, dtype: torch.dtype) -> Candidate:
+    layers, heads, channels, context, vocabulary, n_tokens, prompt_length = SIZES[name]
     peer = load_peer(path)
     model = peer.GPT(
         peer.GPTConfig(
@@ -127,8 +125,8 @@ def peer_rate(path: str, name: str, dtype: torch.dtype):
         )
     )  # fmt: skip
     model.to(dtype).eval()
-    start = torch.randint(vocabulary, (1, prompt))
-    return rate(lambda: model.generate(start, tokens), tokens, 0)
+    prompt = torch.randint(vocabulary, (1, prompt_length))
+    return throughput(lambda: model.generate(prompt, n_tokens), n_tokens, 0)
 
 
 if __name__ == "__main__":

@@ -1,152 +1,168 @@
-"""How fast a step of training is, beside the machine's own limit and beside a peer.
+"""How fast a training step is, compared with the machine's limit and with nanoGPT.
 
     python -m tests.benchmarks.train_speed
     python -m tests.benchmarks.train_speed --peer=../nanoGPT --json=speed.json
 
-All train the same shape on the same random text, a whole step each time: batch, forward, backward,
-clipping, update. The limit is what one large float32 matrix product reaches, measured in
-the same rounds; a model's share of it is its tokens per second times 6 N + 12 L C T (see
-training/report.py) over that.
+All candidates train a model of the same size on the same random tokens, and make complete steps:
+batch, forward, backward, clipping, optimizer. The limit is the speed of one large float32 matrix
+product, measured in the same rounds. A candidate reaches the fraction of it that is its tokens per
+second times its FLOPs per token (flops_per_token() in engine/metrics.py), divided by the limit.
 """
 
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 
-from configurator import Count, NonNegative, configure, run_main
-from data.dataset import DATA, TokenStream
+from configurator import NonNegativeFloat, PositiveInt, configure, run_main
+from data.dataset import ShardedTokens, prefetch
+from engine.device import ComputeDevice, choose_device
+from engine.distributed import Distributed
+from engine.metrics import flops_per_token
+from engine.optimizer import make_optimizer
+from engine.run import wrap_model
+from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 from tests.benchmarks.measuring import (
-    in_its_own_process, interleaved, load_peer, matrix_product, rate, report,
+    Candidate, in_subprocess, load_peer, matrix_product, report_results, run_interleaved,
+    throughput,
 )  # fmt: skip
-from train import TrainConfig, training_batches, update
-from training.kernels import attend_as_suits
-from training.optimizer import make_optimizer
-from training.report import flops_per_token
-from training.run import Run
-from training.world import World
+from train import train_step, training_batches
 
-VOCABULARY = 65
+VOCAB_SIZE = 65
+NANOGPT = "nanoGPT, adamw, float32"
 
 
 @dataclass
-class SpeedConfig:
-    # --- Shape ---
-    n_layer: Count = 4  # blocks
-    n_head: Count = 4  # attention heads per block
-    n_embd: Count = 128  # channels
-    block_size: Count = 64  # tokens of context
-    batch_size: Count = 12  # sequences per step
+class TrainSpeedConfig:
+    # --- Model ---
+    n_layer: PositiveInt = 4  # blocks
+    n_head: PositiveInt = 4  # attention heads per block
+    n_embd: PositiveInt = 128  # channels
+    block_size: PositiveInt = 64  # context length in tokens
+    batch_size: PositiveInt = 12  # sequences per step
     # --- Measurement ---
-    rounds: Count = 7  # turns of each contestant
-    seconds: NonNegative = 3.0  # of each turn
-    matrix: Count = 1024  # rows of the matrices whose product is the machine's limit
-    peer: str = ""  # a checkout of nanoGPT, to run the same work with its model and optimizer
-    json: str = ""  # a file to write the figures to
+    rounds: PositiveInt = 7  # measurements of each candidate
+    seconds: NonNegativeFloat = 3.0  # per measurement
+    matrix: PositiveInt = 1024  # rows of the matrices whose product is the limit
+    peer: str = ""  # a checkout of nanoGPT, to measure its model and optimizer, too
+    json: str = ""  # a file for the results
 
 
 def main() -> None:
-    config = configure(SpeedConfig)
-    tokens = config.batch_size * config.block_size
-    contestants = {
-        f"Folio, {optimizer}, {dtype}": rate(
-            folio_step(config, optimizer, dtype), tokens, config.seconds
-        )
-        for optimizer, dtype in (("adamw", "float32"), ("muon", "float32"), ("muon", "bfloat16"))
-    }
+    config = configure(TrainSpeedConfig)
     if config.peer:
-        load_peer(config.peer)  # complains here, if at all
-        # Memory that is freed is kept in our process, but not in nanoGPT's.
-        contestants["nanoGPT, adamw, float32"] = in_its_own_process(peer_rate, config)
-    product, operations = matrix_product(config.matrix)
-    contestants["limit"] = rate(product, operations, config.seconds / 3)
-    figures = interleaved(contestants, config.rounds)
-    limit = figures.pop("limit")
-    base = figures.get("nanoGPT, adamw, float32") or figures["Folio, adamw, float32"]
-    per_token = flops_per_token(GPT(shape_of(config)))
+        load_peer(config.peer)  # raises its error, if any, before anything is measured
+    # A memory-mapped file cannot be deleted on Windows.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        results = run_interleaved(make_candidates(config, Path(folder)), config.rounds)
+    limit = median(results.pop("limit"))
+    base = median(results.get(NANOGPT) or results["Folio, adamw, float32"])
+    flops = flops_per_token(model_config(config))
     rows = [
         {
             "step": name,
             "tokens/s": speeds,
-            "ratio": median(speeds) / median(base),
-            "share of the limit": f"{median(speeds) * per_token / median(limit):.0%}",
+            "ratio": median(speeds) / base,
+            "of the limit": f"{median(speeds) * flops / limit:.0%}",
         }
-        for name, speeds in figures.items()
+        for name, speeds in results.items()
     ]
     title = (
         f"Training, {config.n_layer} layers, {config.n_embd} channels, context "
-        f"{config.block_size}, batch {config.batch_size}; limit: {median(limit) / 1e9:.0f} GFLOP/s "
+        f"{config.block_size}, batch {config.batch_size}; limit: {limit / 1e9:.0f} GFLOP/s "
         f"in float32"
     )
-    report(title, rows, config.json)
+    report_results(title, rows, config.json)
 
 
-def shape_of(config: SpeedConfig) -> GPTConfig:
+def make_candidates(config: TrainSpeedConfig, folder: Path) -> dict[str, Candidate]:
+    tokens = write_random_tokens(folder, VOCAB_SIZE)
+    candidates = {}
+    for optimizer, dtype in (("adamw", "float32"), ("muon", "float32"), ("muon", "bfloat16")):
+        settings = TrainConfig(
+            batch_size=config.batch_size, block_size=config.block_size, optimizer=optimizer,
+            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, max_iters=10**9,
+        )  # fmt: skip
+        device = choose_device("cpu", dtype, compile=False)
+        step = make_step(settings, model_config(config), tokens, device)
+        candidates[f"Folio, {optimizer}, {dtype}"] = throughput(
+            step, settings.tokens_per_step, config.seconds
+        )
+    if config.peer:
+        # In its own process: Folio's process keeps freed memory, nanoGPT's does not.
+        candidates[NANOGPT] = in_subprocess(peer_throughput, config)
+    product, n_flops = matrix_product(config.matrix)
+    candidates["limit"] = throughput(product, n_flops, config.seconds / 3)
+    return candidates
+
+
+def model_config(config: TrainSpeedConfig) -> GPTConfig:
     return GPTConfig(
-        config.block_size, VOCABULARY, config.n_layer, config.n_head, config.n_embd, bias=False
+        config.block_size, VOCAB_SIZE, config.n_layer, config.n_head, config.n_embd, bias=False
     )
 
 
-def random_text(vocabulary: int = VOCABULARY) -> np.ndarray:
-    return np.random.default_rng(0).integers(vocabulary, size=2**20, dtype=np.uint16)
+# --- Folio's step; the benchmark gpu.py uses it, too ---
 
 
-def folio_step(config: SpeedConfig, optimizer: str, dtype: str):
-    """train.py's own update(), on a text that is in memory."""
-    world = World().settle("cpu", dtype, False)
-    settings = TrainConfig(
-        batch_size=config.batch_size, block_size=config.block_size, optimizer=optimizer,
-        max_iters=10**9, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
-    )  # fmt: skip
-    model = GPT(shape_of(config))
-    attend_as_suits(model, world.device, world.dtype)
-    dataset = RandomDataset()
-    made = make_optimizer(model, settings, world.dtype)
-    run = Run(settings, DATA, dataset, world, model, model, made, world.scaler())
-    batches = training_batches(run)
+def random_tokens(vocab_size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(vocab_size, size=2**20, dtype=np.uint16)
 
-    def step():
-        update(run, batches)
-        run.step += 1
+
+def write_random_tokens(folder: Path, vocab_size: int) -> ShardedTokens:
+    random_tokens(vocab_size).tofile(folder / "train.bin")
+    return ShardedTokens(folder, "train", {}, vocab_size)
+
+
+def make_step(
+    config: TrainConfig, shape: GPTConfig, tokens: ShardedTokens, device: ComputeDevice
+) -> Callable[[], None]:
+    """A function that makes one training step as train.py does, with a new model."""
+    dist = Distributed()  # one process
+    torch.manual_seed(0)
+    shape.float32_attention = device.use_float32_attention(shape.block_size)
+    model = GPT(shape).to(device.torch_device, device.param_dtype)
+    wrapped_model = wrap_model(model, config, device, dist)
+    optimizer, scaler = make_optimizer(model, config, device.dtype), device.grad_scaler()
+    batches = prefetch(training_batches(tokens, config, 0, device, dist))
+
+    def step() -> None:
+        train_step(wrapped_model, optimizer, scaler, batches, config, 0, device, dist)
 
     return step
 
 
-class RandomDataset:
-    """As much of a Dataset as a step asks for."""
-
-    def __init__(self, vocabulary: int = VOCABULARY):
-        self.train = TokenStream.__new__(TokenStream)
-        self.train.name, self.train.vocab_size = "random text", vocabulary
-        self.train.shards = [random_text(vocabulary)]
-        self.train.lengths = np.array([len(self.train.shards[0])])
+# --- nanoGPT's step ---
 
 
-def peer_rate(config: SpeedConfig):
-    return rate(peer_step(config), config.batch_size * config.block_size, config.seconds)
+def peer_throughput(config: TrainSpeedConfig) -> Candidate:
+    return throughput(peer_step(config), config.batch_size * config.block_size, config.seconds)
 
 
-def peer_step(config: SpeedConfig):
+def peer_step(config: TrainSpeedConfig) -> Callable[[], None]:
     """One iteration as nanoGPT's train.py makes it, with nanoGPT's model and optimizer."""
     peer = load_peer(config.peer)
     model = peer.GPT(
         peer.GPTConfig(
-            block_size=config.block_size, vocab_size=VOCABULARY, n_layer=config.n_layer,
+            block_size=config.block_size, vocab_size=VOCAB_SIZE, n_layer=config.n_layer,
             n_head=config.n_head, n_embd=config.n_embd, dropout=0.0, bias=False,
         )
     )  # fmt: skip
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-    text, T = random_text(), config.block_size
+    tokens, T = random_tokens(VOCAB_SIZE), config.block_size
 
-    def batch():
-        starts = torch.randint(len(text) - T, (config.batch_size,))
-        windows = [torch.from_numpy(text[i : i + T + 1].astype(np.int64)) for i in starts]
-        whole = torch.stack(windows)
-        return whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        starts = torch.randint(len(tokens) - T, (config.batch_size,))
+        windows = [torch.from_numpy(tokens[i : i + T + 1].astype(np.int64)) for i in starts]
+        stacked = torch.stack(windows)
+        return stacked[:, :-1].contiguous(), stacked[:, 1:].contiguous()
 
-    def step():
+    def step() -> None:
         _, loss = model(*batch())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

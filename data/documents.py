@@ -1,0 +1,212 @@
+"""Read documents from text files, folders, .jsonl files and pipes.
+
+    for document in read_documents(find_files(["novels/", "chat.jsonl"], tmp_dir)):
+        for piece in document:             # strings of about a megabyte
+            ...
+
+A text file is one document, or several with a separator between them. Each line of a .jsonl file is
+a JSON object that holds one document. Files are read in pieces, however large they are.
+"""
+
+import codecs
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from configurator import FolioError
+from data.files import explain_os_error, shell_command, user_path
+
+PIECE_BYTES = 2**20  # read at a time
+MAX_NAMES = 10  # of skipped files in one message
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+# Formats that are not text, and the Python code that prints a file of each as .jsonl lines.
+ROWS = "import csv, json, sys; [print(json.dumps(row)) for row in {}]"
+TO_JSONL = {
+    ".json": "import json, sys; [print(json.dumps({'text': x} if isinstance(x, str) else x)) "
+    "for x in json.load(open(sys.argv[1], encoding='utf-8'))]",
+    ".csv": ROWS.format("csv.DictReader(open(sys.argv[1], encoding='utf-8', newline=''))"),
+    ".tsv": ROWS.format(
+        r"csv.DictReader(open(sys.argv[1], encoding='utf-8', newline=''), delimiter='\t')"
+    ),
+    ".parquet": "import json, sys, pyarrow.parquet as p; "
+    "[print(json.dumps(row, default=str)) for row in p.read_table(sys.argv[1]).to_pylist()]",
+}
+# Archives, and the arguments of the Python module that unpacks them.
+UNPACK = {
+    ".gz": ("gzip", "-d"),
+    ".zip": ("zipfile", "-e"),
+    ".tar": ("tarfile", "-e"),
+    ".tgz": ("tarfile", "-e"),
+}
+
+
+# --- Which files ---
+
+
+def find_files(inputs: Iterable[str | Path], tmp_dir: str | Path) -> list[Path]:
+    """The text files among the inputs and inside their folders, each file once.
+
+    Hidden files in folders are ignored; binary files and other formats are skipped and named.
+    tmp_dir: for copies of pipes, because a pipe can be read only once.
+    Raises FolioError if an input does not exist, cannot be read, or is not a text file.
+    """
+    found: dict[tuple[int, int], Path] = {}
+    for path in map(user_path, inputs):
+        with explain_os_error(path, "cannot read"):
+            for file in files_of_input(path, Path(tmp_dir)):
+                known = found.setdefault(file_id(file), file)
+                if known is not file:
+                    print(f"skipped {file}: the same file as {known}")
+    if not found:
+        raise FolioError(f"{', '.join(map(str, inputs))}: no text files found")
+    return list(found.values())
+
+
+def files_of_input(path: Path, tmp_dir: Path) -> list[Path]:
+    if path.is_dir():
+        return text_files_in(path)
+    if path.is_file():
+        if command := conversion_command(path):
+            raise FolioError(f"{path}: not a text file; convert it first: {command}")
+        return [path]
+    if not path.exists():
+        raise FolioError(f"{path}: no such file or folder")
+    copy = tmp_dir / f"{len(list(tmp_dir.iterdir()))}{path.suffix}"
+    with open(path, "rb") as pipe, open(copy, "wb") as file:
+        shutil.copyfileobj(pipe, file)
+    return [copy]
+
+
+def text_files_in(folder: Path) -> list[Path]:
+    """The text files in a folder and its subfolders, sorted. Prints the names of skipped files."""
+    paths = []
+    for parent, subfolders, names in os.walk(folder, onerror=raise_error):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        paths += [Path(parent, name) for name in names if not name.startswith(".")]
+    paths = sorted(path for path in paths if path.is_file())
+    skipped = [path for path in paths if conversion_command(path) or is_binary(path)]
+    if skipped:
+        names = [str(path.relative_to(folder)) for path in skipped[:MAX_NAMES]]
+        more = f" and {len(skipped) - MAX_NAMES:,} more" if len(skipped) > MAX_NAMES else ""
+        noun = "file that is" if len(skipped) == 1 else "files that are"
+        print(f"{folder}: skipped {len(skipped):,} {noun} not text: {', '.join(names)}{more}")
+    return [path for path in paths if path not in set(skipped)]
+
+
+def raise_error(error: OSError) -> NoReturn:
+    raise FolioError(f"{error.filename}: cannot read this folder ({error.strerror})")
+
+
+def is_binary(path: Path) -> bool:
+    with explain_os_error(path, "cannot read"), open(path, "rb") as file:
+        return b"\0" in file.read(8192)
+
+
+def file_id(path: Path) -> tuple[int, int]:
+    """Equal for two paths of the same file, such as a file and a link to it."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def conversion_command(path: Path) -> str:
+    """The command that turns a file of another format into text; "" if none is needed."""
+    suffix = path.suffix.lower()
+    if suffix in TO_JSONL:
+        output = shell_command(str(path.with_suffix(".jsonl")))
+        return f'python -c "{TO_JSONL[suffix]}" {shell_command(str(path))} > {output}'
+    if suffix not in UNPACK:
+        return ""
+    target = [] if suffix == ".gz" else [str(path.with_suffix(""))]
+    return shell_command("python", "-m", *UNPACK[suffix], str(path), *target)
+
+
+# --- Which documents ---
+
+
+def read_documents(
+    files: Iterable[str | Path], json_key: str = "text", separator: str = ""
+) -> Iterator[Iterator[str]]:
+    """Yields each document as an iterator of pieces; consume it before the next document.
+
+    json_key: the key of the text in each line of a .jsonl file.
+    separator: what stands between the documents of a text file; "": each file is one document.
+    """
+    for path in map(Path, files):
+        if path.suffix.lower() in JSONL_SUFFIXES:
+            for text in read_jsonl(path, json_key):
+                yield iter([text])
+        elif separator:
+            for text in split_documents(read_pieces(path), separator):
+                yield iter([text])
+        else:
+            yield read_pieces(path)
+
+
+def read_jsonl(path: Path, json_key: str) -> Iterator[str]:
+    """The text of each line. FolioError names a line that has none."""
+    with explain_os_error(path, "cannot read"), open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[json_key]
+                text.encode()  # rejects half of a surrogate pair, "\\ud83d"
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                text = None
+            if not isinstance(text, str):
+                raise FolioError(
+                    f'{path}:{number}: not a line like {{"{json_key}": "..."}}; '
+                    "--json_key=KEY names the key of the text"
+                )
+            yield text
+
+
+def split_documents(pieces: Iterable[str], separator: str) -> Iterator[str]:
+    """The documents between the separators, without those that are only white space."""
+    rest = ""
+    for piece in pieces:
+        *complete, rest = (rest + piece).split(separator)
+        yield from (document for document in complete if document.strip())
+    if rest.strip():
+        yield rest
+
+
+def read_pieces(path: Path) -> Iterator[str]:
+    """A file's text in pieces of about a megabyte. FolioError if it is not UTF-8.
+
+    A piece ends before white space. GPT-2's split pattern never joins a word and the white space
+    after it, so the pieces have the same token ids as the whole text.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    rest, position = "", 0
+    with explain_os_error(path, "cannot read"), open(path, "rb") as file:
+        while True:
+            raw = file.read(PIECE_BYTES)
+            try:
+                text = rest + decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                offset = position + len(raw) - len(error.object) + error.start
+                raise FolioError(
+                    f"{path}: not UTF-8 text (invalid byte at offset {offset:,}); "
+                    "convert or exclude this file"
+                ) from None
+            position += len(raw)
+            if not raw:
+                break
+            cut = last_safe_cut(text)
+            rest = text[cut:]
+            if cut:
+                yield text[:cut]
+    if text:
+        yield text
+
+
+def last_safe_cut(text: str) -> int:
+    """The last index where white space follows another character; len(text) if there is none."""
+    for i in range(len(text) - 1, 0, -1):
+        if text[i].isspace() and not text[i - 1].isspace():
+            return i
+    return len(text)

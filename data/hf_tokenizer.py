@@ -1,0 +1,299 @@
+"""Tokenizers of models from elsewhere, run by Hugging Face's `tokenizers`: WordPiece, Unigram, ...
+
+load_tokenizer() in data/tokenizer.py uses this class for every folder whose tokenizer is neither
+our characters nor GPT-2's kind of BPE. The ids are those of transformers:
+
+    AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+
+So, unlike in our own tokenizers, an added token such as <|user|> is recognized in a text. Some
+tokenizers put tokens around each text, for example [CLS] text [SEP]. encode() leaves them out,
+because the text may be one of many pieces; encode_prompt() puts [CLS] before the text.
+
+The ids depend on two files, tokenizer.json and tokenizer_config.json. If they contradict each
+other, the versions of transformers do not agree on the ids, and the folder is refused.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from configurator import FolioError
+from data.tokenizer_base import BYTE_DECODER, END_OF_TEXT, Tokenizer, decode_bytes
+
+NAMED_TOKENS = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+# These classes of transformers take the tokenizer from tokenizer.json.
+GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
+# These classes take only the vocabulary from there. The rest follows from their own settings; these
+# are the defaults.
+CLASS_DEFAULTS = {
+    "GPT2Tokenizer": {
+        "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT,
+        "add_prefix_space": False,
+    },
+    "BertTokenizer": {
+        "unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
+        "mask_token": "[MASK]", "do_lower_case": True, "tokenize_chinese_chars": True,
+        "strip_accents": None,
+    },
+}  # fmt: skip
+ADVICE = (
+    "if tokenizer.json is right, set tokenizer_class to PreTrainedTokenizerFast in "
+    "tokenizer_config.json"
+)
+
+
+class HFTokenizer(Tokenizer):
+    """A tokenizer that `tokenizers` runs.
+
+    contents: of tokenizer.json. config: of tokenizer_config.json.
+    Raises ValueError (or KeyError, TypeError, ...) if they are damaged or contradict each other.
+    """
+
+    can_encode_in_pieces = False
+
+    def __init__(self, contents: dict[str, Any], config: dict[str, Any]):
+        config = with_class_defaults(config)
+        with tokenizers_errors_as(ValueError):
+            self._backend = tokenizers.Tokenizer.from_str(json.dumps(contents))
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        vocab = self._backend.get_vocab()
+        if not 0 <= max(vocab.values(), default=-1) < 2 * len(vocab):
+            raise ValueError(f"{len(vocab):,} tokens with ids up to {max(vocab.values()):,}")
+        check_consistency(self.to_dict(), config)
+        add_missing_tokens(self._backend, config)
+        self._backend.encode_special_tokens = bool(config.get("split_special_tokens"))
+        self.vocab_size = max(self._backend.get_vocab().values()) + 1
+        self.special_tokens = named_tokens(config)
+        added_tokens = self._backend.get_added_tokens_decoder()  # id -> AddedToken
+        self._added = {token.content: i for i, token in added_tokens.items()}
+        with tokenizers_errors_as(ValueError):
+            self._prefix = prompt_prefix(self._backend)
+        self.eos_token_id = self._added.get(self.special_tokens.get("eos_token", END_OF_TEXT))
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of the text alone, int64. Raises FolioError if the text cannot be encoded."""
+        with tokenizers_errors_as(FolioError, "the text cannot be encoded: "):
+            ids = self._backend.encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=np.int64)
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        ids = self.encode(text)
+        if not len(ids):
+            return np.array([self.start_token_id])
+        return np.concatenate([self._prefix, ids])
+
+    @property
+    def start_token_id(self) -> int:
+        if len(self._prefix):
+            return int(self._prefix[0])
+        if "bos_token" in self.special_tokens:
+            return self._backend.token_to_id(self.special_tokens["bos_token"])
+        return super().start_token_id
+
+    def decode(self, ids: Iterable[int]) -> str:
+        ids = [int(i) for i in ids]
+        for i in ids:
+            self.check_id(i)
+        with tokenizers_errors_as(FolioError, "tokenizer.json has a damaged decoder: "):
+            return self._backend.decode(ids, skip_special_tokens=False)
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        # The text of a token depends on its neighbors: "##ing" follows without a space. So the
+        # last tokens are decoded together, and what is new is yielded.
+        window, shown = [], ""
+        for i in ids:
+            window.append(i)
+            text = self.decode(window)
+            if text.endswith("\ufffd"):  # probably an incomplete character
+                yield ""
+                continue
+            yield text[len(shown) :] if text.startswith(shown) else self.decode([i])
+            shown = text
+            if len(window) > 100 and text.endswith(recent := self.decode(window[-20:])):
+                window, shown = window[-20:], recent
+        if window and (incomplete := self.decode(window)[len(shown) :]):
+            yield incomplete
+
+    def token_bytes(self, token_id: int) -> bytes:
+        self.check_id(token_id)
+        token = self._backend.id_to_token(token_id)
+        if token is None:  # no token has this id
+            return b""
+        if token in self._added:
+            return token.encode()
+        if "ByteLevel" in self._decoder_types and set(token) <= BYTE_DECODER.keys():
+            return decode_bytes(token)
+        if "ByteFallback" in self._decoder_types and (byte := re.fullmatch("<0x(..)>", token)):
+            return bytes.fromhex(byte[1])
+        # As in the middle of a text, after another token: with the space before a word.
+        return self.decode([self._anchor, token_id])[len(self.decode([self._anchor])) :].encode()
+
+    @cached_property
+    def _anchor(self) -> int:
+        """A token that is a word."""
+        ids = range(self.vocab_size)
+        return next((i for i in ids if self.decode([i]).strip().isalnum()), 0)
+
+    @cached_property
+    def _decoder_types(self) -> set[str]:
+        return set(re.findall(r'"type": "(\w+)"', json.dumps(self.to_dict()["decoder"])))
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(self._backend.to_str())
+
+    def config_dict(self) -> dict[str, Any]:
+        settings = super().config_dict()
+        settings["split_special_tokens"] = self._backend.encode_special_tokens
+        if (self.to_dict()["pre_tokenizer"] or {}).get("add_prefix_space"):
+            settings["add_prefix_space"] = True
+        return {**settings, **self.special_tokens}
+
+    @property
+    def _key(self) -> tuple[str, int | None, bool]:
+        return self._backend.to_str(), self.eos_token_id, self._backend.encode_special_tokens
+
+
+def prompt_prefix(backend: tokenizers.Tokenizer) -> np.ndarray:
+    """The tokens that tokenizer.json puts before each text, such as [CLS]."""
+    for text in ("a", *backend.get_vocab()):
+        with contextlib.suppress(Exception):  # not every text can be encoded
+            encoding = backend.encode(text)
+            # 1: a token around the text; 0: a token of the text.
+            first_of_text = encoding.special_tokens_mask.index(0)
+            return np.array(encoding.ids[:first_of_text], np.int64)
+    return np.array([], np.int64)
+
+
+@contextlib.contextmanager
+def tokenizers_errors_as(error_class: type[Exception], message: str = "") -> Iterator[None]:
+    """Turn each error of `tokenizers` in the block into an error_class.
+
+    They are plain Exceptions, or BaseExceptions if its Rust code panics.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise error_class(f"{message}{error}") from None
+
+
+# --- tokenizer_config.json ---
+
+
+def class_name(config: dict[str, Any]) -> str:
+    """The class of transformers that opens the tokenizer, without "Fast"."""
+    return (config.get("tokenizer_class") or "TokenizersBackend").removesuffix("Fast")
+
+
+def with_class_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    return {**CLASS_DEFAULTS.get(class_name(config), {}), **config}
+
+
+def named_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """{"eos_token": "</s>", ...}; in the file, a token is a string or a dict with its flags."""
+    names = [*NAMED_TOKENS, *(key for key in config if key.endswith("_token"))]
+    tokens = {name: config[name] for name in names if isinstance(config.get(name), str | dict)}
+    return {name: as_dict(token)["content"] for name, token in tokens.items()}
+
+
+def listed_tokens(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """All tokens that tokenizer_config.json names, with their flags, in transformers' order."""
+    decoder = config.get("added_tokens_decoder") or {}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra = extra.values() if isinstance(extra, dict) else extra
+    return [
+        *(decoder[i] for i in sorted(decoder, key=int)),
+        *({"content": token} for token in config.get("added_tokens") or []),
+        *({"content": token, "special": True} for token in named_tokens(config).values()),
+        *({"special": True, **as_dict(token)} for token in extra),
+    ]
+
+
+def as_dict(token: str | dict[str, Any]) -> dict[str, Any]:
+    """A token with its flags; a string has none."""
+    if isinstance(token, str):
+        return {"content": token}
+    return {key: value for key, value in token.items() if key != "__type"}
+
+
+def add_missing_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+    """Add the tokens that tokenizer_config.json names and tokenizer.json does not have."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token in listed_tokens(config):
+        if token["content"] not in known:
+            backend.add_tokens([tokenizers.AddedToken(**token)])
+            known.add(token["content"])
+
+
+def check_consistency(contents: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raise ValueError if transformers does not take the tokenizer from `contents` as it is.
+
+    contents: of tokenizer.json, in full form. config: with the defaults of the class.
+    """
+    name, model = class_name(config), contents["model"]
+    if name not in (*GENERIC_CLASSES, *CLASS_DEFAULTS):
+        raise ValueError(f"Folio does not know tokenizer_class {name}; {ADVICE}")
+    if model.get("dropout"):
+        raise ValueError("with BPE dropout, the ids of a text are random")
+    added = {token["content"]: token for token in contents["added_tokens"]}
+    decoder = {t["content"]: t for t in (config.get("added_tokens_decoder") or {}).values()}
+    for token in decoder.keys() & added.keys():
+        if not decoder[token].items() <= added[token].items():
+            raise ValueError(f"tokenizer_config.json has other flags for the token {token!r}")
+    splitter = dict(contents["pre_tokenizer"] or {})
+    splitter.pop("trim_offsets", None)  # does not change the ids
+    prefix_space = splitter.get("add_prefix_space", False)
+    if config.get("add_prefix_space", prefix_space) != prefix_space:
+        raise ValueError("tokenizer.json and tokenizer_config.json differ in add_prefix_space")
+    found = {**contents, **model, "pre_tokenizer": splitter, "model": model["type"]}
+    expected = expected_parts(name, config)
+    wrong = [key for key, value in expected.items() if (found.get(key) or None) != (value or None)]
+    if decoder and name in CLASS_DEFAULTS:
+        wrong += added.keys() - decoder.keys()
+    if wrong:
+        raise ValueError(
+            f"transformers opens this folder with {name}, which ignores {', '.join(wrong)} in "
+            f"tokenizer.json; {ADVICE}"
+        )
+
+
+def expected_parts(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The parts of tokenizer.json that decide about the ids, as the class builds them."""
+    if name == "GPT2Tokenizer":
+        options = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+        return {
+            "normalizer": None,
+            "pre_tokenizer": {
+                "type": "ByteLevel",
+                "add_prefix_space": config["add_prefix_space"],
+                "use_regex": True,
+            },
+            "model": "BPE",
+            **dict.fromkeys((*options, "byte_fallback", "ignore_merges"), None),
+        }
+    if name == "BertTokenizer":
+        return {
+            "normalizer": {
+                "type": "BertNormalizer",
+                "clean_text": True,
+                "handle_chinese_chars": config["tokenize_chinese_chars"],
+                "strip_accents": config["strip_accents"],
+                "lowercase": config["do_lower_case"],
+            },
+            "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "model": "WordPiece",
+            "unk_token": named_tokens(config)["unk_token"],
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+        }
+    return {}

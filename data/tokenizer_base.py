@@ -1,0 +1,148 @@
+"""What all tokenizers have in common. The tokenizers themselves are in data/tokenizer.py."""
+
+import codecs
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from configurator import FolioError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(ABC):
+    """Base class of the tokenizers.
+
+    Two tokenizers are equal if they turn every text into the same ids.
+    """
+
+    vocab_size: int
+    eos_token_id: int | None  # the end-of-text token, which separates documents
+    # Whether a text that is cut before white space can be encoded piece by piece.
+    can_encode_in_pieces = True
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """The token ids of a text: 'hole' -> array([1, 3, 2, 0]), int64."""
+
+    @abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes of a token; they may be only a part of a character.
+
+        Raises ValueError if the id is out of range.
+        """
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of tokenizer.json."""
+
+    @property
+    @abstractmethod
+    def _key(self) -> Any:
+        """What makes two tokenizers equal."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids: [1, 3, 2, 0] -> 'hole'. Invalid UTF-8 becomes U+FFFD (�).
+
+        Raises ValueError if an id is out of range.
+        """
+        return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", errors="replace")
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the text of each token as the token arrives.
+
+        A character may be spread over several tokens: until its last token arrives, yields ''. If
+        the last character stays incomplete, yields U+FFFD (�) after the last token.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            yield decoder.decode(self.token_bytes(int(i)))
+        if incomplete := decoder.decode(b"", final=True):
+            yield incomplete
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """(vocab_size,) number of UTF-8 bytes of each token, int64; 0 for end-of-text."""
+        lengths = [len(self.token_bytes(i)) for i in range(self.vocab_size)]
+        if self.eos_token_id is not None:
+            lengths[self.eos_token_id] = 0
+        return np.array(lengths, dtype=np.int64)
+
+    @property
+    def start_token_id(self) -> int:
+        """The token to start a text without a prompt: end-of-text, else a newline, else token 0."""
+        if self.eos_token_id is not None:
+            return self.eos_token_id
+        try:
+            newline = self.encode("\n")
+        except FolioError:  # a character vocabulary without the newline
+            return 0
+        return int(newline[0]) if len(newline) else 0
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """The ids from which to generate a continuation, int64: at least one."""
+        ids = self.encode(text)
+        return ids if len(ids) else np.array([self.start_token_id])
+
+    def config_dict(self) -> dict[str, Any]:
+        """The contents of tokenizer_config.json, for transformers."""
+        settings = {
+            # Without the class, AutoTokenizer builds GPT-2's tokenizer, even for characters.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,  # special tokens in a text are encoded like other text
+        }
+        if self.eos_token_id is not None:
+            eos_token = self.decode([self.eos_token_id])
+            settings |= {"bos_token": eos_token, "eos_token": eos_token, "pad_token": eos_token}
+        return settings
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n"
+
+    def check_id(self, token_id: int) -> None:
+        """Raise ValueError if the vocabulary has no such id."""
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(
+                f"token id {token_id} is out of range (vocabulary size {self.vocab_size:,})"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self.vocab_size)
+
+
+# --- How GPT-2's vocabulary file spells bytes ---
+
+
+def bytes_to_unicode() -> list[str]:
+    """One printable character for each of the 256 bytes.
+
+    JSON cannot store arbitrary bytes. So GPT-2's vocabulary file spells each byte as a character:
+    printable Latin-1 bytes as themselves; the others (space, control characters, ...) as the
+    characters from U+0100 on, in order. A space becomes 'Ġ'. Source: OpenAI's encoder.py.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+BYTE_ENCODER = bytes_to_unicode()
+BYTE_DECODER = {character: byte for byte, character in enumerate(BYTE_ENCODER)}
+
+
+def encode_bytes(token: bytes) -> str:
+    """b' the' -> 'Ġthe'"""
+    return "".join(BYTE_ENCODER[byte] for byte in token)
+
+
+def decode_bytes(token: str) -> bytes:
+    """'Ġthe' -> b' the'"""
+    return bytes(BYTE_DECODER[character] for character in token)

@@ -1,0 +1,399 @@
+"""Choose the device, the dtype and whether to compile; move tensors to the device.
+
+    device = choose_device("auto")            # cuda, else mps, else cpu
+    inputs, targets = device.to_device(inputs, targets)
+    with device.autocast():                   # matrix products in device.dtype
+        loss = model(inputs, targets)
+
+No process group is needed. "auto" picks the best that this machine supports; requests for anything
+that it does not support raise FolioError.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import math
+import os
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from configurator import FolioError
+
+DeviceName = Literal["auto", "cuda", "mps", "cpu"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+AutoBool = Literal["auto", True, False]
+
+# torch's attention in bfloat16 is made for long contexts. On CPUs, below this many tokens, it takes
+# 1.5 to 4 times as long as attention in float32 (torch 2.13; AMD EPYC and Intel Xeon).
+MIN_BFLOAT16_ATTENTION = 192
+
+
+@dataclass(frozen=True)
+class ComputeDevice:
+    """Where and how to compute.
+
+    dtype: of matrix products under autocast(). description: one line for the banner, for example
+    "cpu (2 threads), float32, torch.compile off (little gain on a CPU)".
+    """
+
+    torch_device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    description: str
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """The dtype of weights and gradients in training: float32, or float64 if dtype is."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def name(self) -> str:
+        """The name of the GPU, such as "NVIDIA H100 80GB HBM3"; "" without CUDA."""
+        if self.torch_device.type != "cuda":
+            return ""
+        return torch.cuda.get_device_name(self.torch_device)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Inside, matrix products run in `dtype`; sums that need more precision stay float32."""
+        if self.dtype == self.param_dtype:
+            return contextlib.nullcontext()
+        return torch.autocast(self.torch_device.type, self.dtype)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss so that small gradients do not become 0 in float16; else does nothing."""
+        return torch.amp.GradScaler(self.torch_device.type, enabled=self.dtype == torch.float16)
+
+    def to_device(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Copies on the device. On CUDA the copy runs in the background; any thread may call."""
+        if self.torch_device.type != "cuda":
+            # Never non_blocking: the copy to an Apple GPU could read memory that is already freed.
+            return tuple(tensor.to(self.torch_device) for tensor in tensors)
+        # A new thread's current GPU is number 0, and pin_memory() would claim memory there.
+        with torch.cuda.device(self.torch_device):
+            # Only from pinned memory can the GPU copy without the CPU.
+            return tuple(
+                tensor.pin_memory().to(self.torch_device, non_blocking=True) for tensor in tensors
+            )
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A random generator for sampling, apart from the global one, so training is not changed.
+
+        It is on the device, but for MPS on the CPU: torch sampled wrongly on some Apple GPUs.
+        """
+        on_cpu = self.torch_device.type == "mps"
+        return torch.Generator("cpu" if on_cpu else self.torch_device).manual_seed(seed)
+
+    def use_float32_attention(self, block_size: int) -> bool:
+        """True if attention in float32 is faster here: on CPUs, for a short context."""
+        is_bfloat16_cpu = self.torch_device.type == "cpu" and self.dtype == torch.bfloat16
+        return is_bfloat16_cpu and block_size < MIN_BFLOAT16_ATTENTION
+
+
+def choose_device(
+    device: DeviceName = "auto",
+    dtype: DTypeName = "auto",
+    compile: AutoBool = "auto",
+    local_rank: int = 0,
+    world_size: int = 1,
+    num_threads: int = 0,
+) -> ComputeDevice:
+    """Choose device, dtype and compile, and prepare this process for them.
+
+    With CUDA, this process's GPU becomes the current one, and float32 matrix products use TF32.
+    On a Linux CPU, freed memory stays with the process.
+    local_rank, world_size: of the process among those of the job; each takes its own GPU.
+    num_threads: CPU threads; 0: torch's default (OMP_NUM_THREADS, or the number of cores).
+    Raises FolioError if this machine does not support a request.
+    """
+    torch_device = find_device(device, local_rank, world_size)
+    chosen_dtype, dtype_note = choose_dtype(dtype, torch_device), ""
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
+        if chosen_dtype == torch.float16 and dtype == "auto":
+            dtype_note = " (this GPU has no fast bfloat16)"
+        elif chosen_dtype == torch.float32:
+            torch.set_float32_matmul_precision("high")  # up to 8 times as fast since Ampere
+            dtype_note = " (TF32 in matrix products)"
+    elif torch_device.type == "cpu":
+        keep_freed_memory()
+        if num_threads:
+            torch.set_num_threads(num_threads)
+    chosen_compile, compile_note = choose_compile(compile, torch_device)
+
+    result = ComputeDevice(torch_device, chosen_dtype, chosen_compile, "")
+    threads = torch.get_num_threads()
+    cpu_name = "1 thread" if threads == 1 else f"{threads} threads"
+    name = {"cuda": result.name, "mps": "Apple GPU"}.get(torch_device.type, cpu_name)
+    processes = f"{world_size} processes, each on " if world_size > 1 else ""
+    dtype_name = str(chosen_dtype).removeprefix("torch.")
+    on_or_off = "on" if chosen_compile else "off"
+    description = (
+        f"{processes}{torch_device.type} ({name}), {dtype_name}{dtype_note}, "
+        f"torch.compile {on_or_off}{compile_note}"
+    )
+    return ComputeDevice(torch_device, chosen_dtype, chosen_compile, description)
+
+
+def find_device(requested: DeviceName, local_rank: int = 0, world_size: int = 1) -> torch.device:
+    """The device of this process. Raises FolioError if it is not available."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available() and world_size == 1,
+        "cpu": True,
+    }
+    if requested == "mps" and world_size > 1:  # torch has no collectives for MPS
+        raise FolioError("--device=mps does not work with several processes; use --device=cpu")
+    if requested == "auto":
+        requested = next(name for name, is_available in available.items() if is_available)
+    if not available[requested]:
+        raise FolioError(
+            f"--device={requested}: not available (torch {torch.__version__}); use --device=cpu"
+        )
+    if requested != "cuda":
+        return torch.device(requested)
+    n_gpus = torch.cuda.device_count()
+    if n_gpus == 1:  # the only one on the node, or the only one that SLURM shows to each process
+        return torch.device("cuda", 0)
+    if local_rank >= n_gpus:
+        raise FolioError(f"only {n_gpus} GPUs on this node; use --nproc_per_node={n_gpus}")
+    return torch.device("cuda", local_rank)
+
+
+# --- dtype ---
+
+
+def choose_dtype(requested: DTypeName, torch_device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where it is fast, else float16 on CUDA, else float32.
+
+    Raises FolioError if the device does not support the requested dtype.
+    """
+    has_bf16, device_type = has_bfloat16(torch_device), torch_device.type
+    if requested == "auto":
+        if has_bf16:
+            return torch.bfloat16
+        return torch.float16 if device_type == "cuda" else torch.float32
+    if (requested == "bfloat16" and device_type == "cuda" and not has_bf16) or (
+        requested == "float64" and device_type == "mps"
+    ):
+        raise FolioError(f"--dtype={requested}: not supported on this device; use --dtype=auto")
+    return getattr(torch, requested)
+
+
+def has_bfloat16(torch_device: torch.device) -> bool:
+    """True if the device has instructions for matrix products in bfloat16.
+
+    bfloat16 has the exponent range of float32, so the loss need not be scaled.
+    """
+    if torch_device.type == "cuda":
+        return torch.cuda.get_device_capability(torch_device) >= (8, 0)  # Ampere or newer
+    if torch_device.type != "cpu":
+        return False
+    # x86 processors have them since about 2020 (AVX512_BF16) and 2023 (AMX).
+    return cpu_supports("avx512_bf16") or cpu_supports("amx_tile")
+
+
+def cpu_supports(instructions: str) -> bool:
+    """True if the CPU has these instructions; False where torch cannot say."""
+    function = getattr(torch.cpu, f"_is_{instructions}_supported", None)  # private torch API
+    return function is not None and function()
+
+
+def is_intel_cpu() -> bool:
+    """True on Intel CPUs; False where torch cannot say."""
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch
+    return "Intel" in get_capabilities().get("cpu_name", "")
+
+
+# --- torch.compile ---
+
+
+def choose_compile(requested: AutoBool, torch_device: torch.device) -> tuple[bool, str]:
+    """(compile, note): auto compiles on CUDA if everything needed for it is installed.
+
+    The note, such as " (no C compiler found (gcc))", explains a decision of auto; it may be "".
+    Raises FolioError if compiling is requested and something for it is missing.
+    """
+    missing = missing_for_compile(torch_device)
+    if requested is True and missing:
+        raise FolioError(f"--compile: {missing}; use --compile=auto")
+    if requested != "auto":
+        return requested, ""
+    if torch_device.type != "cuda":
+        return False, " (little gain on a CPU)" if torch_device.type == "cpu" else ""
+    return not missing, f" ({missing})" if missing else ""
+
+
+def missing_for_compile(torch_device: torch.device) -> str:
+    """What torch.compile needs for this device and does not find, or ""."""
+    if torch_device.type == "cpu":
+        compilers = (os.environ.get("CXX", "g++"), "c++", "clang++", "cl")
+        return "" if any(map(shutil.which, compilers)) else "no C++ compiler found (g++)"
+    if torch_device.type != "cuda":
+        return ""
+    if not has_triton():
+        return "Triton is missing or does not support this GPU"
+    if sys.platform == "win32":  # Triton for Windows includes a compiler
+        return ""
+    # Triton starts its kernels by a module in C, which it compiles.
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
+        return "no C compiler found (gcc)"
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    return "" if header.exists() else "Python.h not found (install python3-dev)"
+
+
+def has_triton() -> bool:
+    try:
+        from torch.utils._triton import has_triton as check  # private torch API
+    except ImportError:
+        return importlib.util.find_spec("triton") is not None
+    return check()
+
+
+# --- Memory and threads of a CPU ---
+
+
+def keep_freed_memory() -> None:
+    """Let freed memory stay with this process, on Linux with glibc.
+
+    Each training step allocates what the step before has freed. By default, glibc returns large
+    blocks to Linux, and Linux clears every page that it hands out again: 10% of a step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # other C libraries, such as musl, do not have it
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes of free memory above which it is returned
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes of a block that is returned at once: the maximum
+
+
+class ThreadAdapter:
+    """Uses fewer CPU threads while other programs compete for the cores.
+
+    Call after_step() after each training step, and print the line that it returns, if any.
+
+    torch's threads wait for one another after each operation, and keep their cores busy while
+    they wait. If one thread shares its core with another program, all threads wait for it, in every
+    operation: training becomes many times slower, and one thread fewer much faster.
+
+    The number of threads changes the order of sums, and so the last digits of all numbers. Runs
+    are equal bit by bit only if nothing was adapted. Nothing is if num_threads is not 0, if
+    OMP_NUM_THREADS or MKL_NUM_THREADS is set, with several processes, on GPUs, and on Windows.
+    """
+
+    WINDOW_SECONDS = 0.5  # the CPU usage is measured in windows of at least this length
+    REDUCE_AFTER, RESTORE_AFTER = 2, 20  # so many windows in a row must agree
+
+    def __init__(self, device: ComputeDevice, num_threads: int = 0, world_size: int = 1):
+        self.max_threads = torch.get_num_threads()
+        is_fixed = num_threads or {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys()
+        is_cpu = device.torch_device.type == "cpu" and not device.compile
+        self.enabled = is_cpu and not is_fixed and world_size == 1 and self.max_threads > 1
+        self.n_windows = 0  # windows in a row that call for another number of threads
+        self.first = self.start = CpuUsage.now()
+
+    def after_step(self) -> str:
+        """Change the number of threads if needed; then returns a line that says so, else ""."""
+        if not self.enabled or time.monotonic() - self.start.wall < self.WINDOW_SECONDS:
+            return ""
+        now = CpuUsage.now()
+        wall = now.wall - self.start.wall
+        own = (now.own - self.start.own) / wall  # cores in use, such as 1.9 of 2
+        if now.total is None:
+            other = min(now.load, self.first.load)
+        else:
+            other = (now.total - self.start.total) / wall - own
+        self.start = now
+        threads = torch.get_num_threads()
+        new = fitting_num_threads(threads, self.max_threads, len(own_cpus()), own, other)
+        self.n_windows = self.n_windows + 1 if new != threads else 0
+        if self.n_windows < (self.REDUCE_AFTER if new < threads else self.RESTORE_AFTER):
+            return ""
+        torch.set_num_threads(new)
+        if new == self.max_threads:
+            return f"threads  {new} again: other programs leave the CPU free"
+        return (
+            f"threads  {new} instead of {self.max_threads}: other programs use the CPU "
+            f"(--num_threads={self.max_threads} keeps {self.max_threads})"
+        )
+
+
+def fitting_num_threads(
+    threads: int, max_threads: int, cores: int, own: float, other: float
+) -> int:
+    """How many threads torch should use, given what it and other programs get from the CPU.
+
+    own, other: cores that this process and all others have used on average. For example, on two
+    cores, two threads beside one busy program get 1.3 cores, the other program 0.7.
+    """
+    if other < 0.25:  # an idle desktop
+        return max_threads
+    if own > 0.9 * threads:  # all threads get their cores
+        return threads
+    return max(1, min(threads, cores - math.ceil(other - 0.25)))
+
+
+@dataclass(frozen=True)
+class CpuUsage:
+    """CPU seconds at one moment; the difference of two moments is what was used between them."""
+
+    wall: float  # of a clock
+    own: float  # used by all threads of this process
+    total: float | None  # used by all programs on the cores of this process; only Linux tells
+    load: float  # programs that want to run, an average over a minute; 0 if unknown (Windows)
+
+    @staticmethod
+    def now() -> "CpuUsage":
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        return CpuUsage(time.monotonic(), time.process_time(), total_cpu_seconds(), load)
+
+
+def own_cpus() -> set[int]:
+    """The CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def total_cpu_seconds() -> float | None:
+    """CPU seconds that all programs have used on own_cpus() since the start of Linux, or None.
+
+    Reads lines such as "cpu0 user nice system idle iowait irq softirq ..." of /proc/stat (proc(5)).
+    """
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+    except OSError:
+        return None
+    names = {f"cpu{number}" for number in own_cpus()}
+    fields = [line.split() for line in lines]
+    ticks = sum(int(f[1]) + int(f[3]) + int(f[6]) + int(f[7]) for f in fields if f[0] in names)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(hint: str) -> Iterator[None]:
+    """Inside, running out of memory raises FolioError("out of memory; HINT")."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise FolioError(f"out of memory; {hint}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    messages = (  # the allocators of the CPU and of Apple GPUs raise a plain RuntimeError
+        "DefaultCPUAllocator: can't allocate memory",
+        "DefaultCPUAllocator: not enough memory",
+        "MPS backend out of memory",
+        "Storage size calculation overflowed",
+    )
+    return any(message in str(error) for message in messages)

@@ -1,0 +1,363 @@
+"""The processes of a training job: ranks, collectives, DDP, and stopping together.
+
+    with Distributed() as dist:                       # one process: world size 1, nothing to set up
+        config = dist.broadcast_from_main(read_config)
+        for micro_batch in dist.shard(range(8)): ...  # rank 1 of 4: micro-batches 1 and 5
+
+torchrun starts one process per GPU (or per group of CPU cores) and tells each its rank. The same
+code serves one process and many: with one process, every method here is trivial.
+
+Several nodes: gloo connects the CPUs, also in a job on GPUs (for settings and for stopping). It
+listens at the address that the node's host name stands for, which on some clusters is 127.0.0.1.
+There, set GLOO_SOCKET_IFNAME to the network interface between the nodes, for example eth0 or ib0
+(and NCCL_SOCKET_IFNAME, if NCCL picks a wrong one).
+"""
+
+import contextlib
+import datetime
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import FolioError
+
+T = TypeVar("T")
+
+SETUP_TIMEOUT = datetime.timedelta(hours=1)  # rank 0 may download and prepare a dataset
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=15)  # for sums of tensors, such as gradients
+
+
+class Distributed:
+    """The process group of the job, as a context manager.
+
+    rank: number of this process, from 0 to world_size - 1. local_rank: its number on this node.
+    Raises FolioError if the processes cannot connect, or when one of the others has died.
+    """
+
+    def __init__(self):
+        self.rank, self.world_size, self.local_rank = 0, 1, 0
+        self._launcher_pid: int | None = None  # torchrun, the parent of this process
+        self._tensor_groups: dict[torch.device, torch_dist.ProcessGroup] = {}
+
+    def __enter__(self) -> "Distributed":
+        if {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # set by torchrun
+            if torch_dist.is_torchelastic_launched():
+                self._launcher_pid = os.getppid()
+            store, self.rank, self.world_size = rendezvous()
+            self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            try:
+                torch_dist.init_process_group(
+                    "gloo",
+                    store=store,
+                    rank=self.rank,
+                    world_size=self.world_size,
+                    timeout=SETUP_TIMEOUT,
+                )
+            except RuntimeError as error:
+                raise FolioError(
+                    f"process {self.rank} of {self.world_size} cannot connect to the others "
+                    f"({first_line(error)}); with several nodes, set GLOO_SOCKET_IFNAME to the "
+                    "network interface between them, for example eth0"
+                ) from error
+        return self
+
+    def __exit__(self, kind, error, _) -> None:
+        if not torch_dist.is_initialized():
+            return
+        if error is None or isinstance(error, SystemExit):
+            torch_dist.destroy_process_group()
+        elif is_peer_failure(error):
+            raise FolioError(
+                f"process {self.rank} of {self.world_size}: another process died (its own error "
+                "is further up); continue from the latest checkpoint with --init_from=resume"
+            ) from error
+
+    @property
+    def is_main(self) -> bool:
+        """True for rank 0, the process that prepares data, writes files and prints."""
+        return self.rank == 0
+
+    def launcher_died(self) -> bool:
+        """True if torchrun started this process and does not run any more (after kill -9)."""
+        return self._launcher_pid is not None and os.getppid() != self._launcher_pid
+
+    # --- Collectives: each must be called by all processes, in the same order ---
+
+    def broadcast_from_main(self, fn: Callable[[], T]) -> T:
+        """fn(), run by the main process, which sends the result to all. One process: just fn().
+
+        If fn raises, or exits, in the main process, the other processes exit silently.
+        """
+        if self.world_size == 1:
+            return fn()
+        result, failed = None, True
+        try:
+            if self.is_main:
+                result, failed = fn(), False
+        finally:
+            payload = [result, failed]
+            torch_dist.broadcast_object_list(payload)  # the payload of rank 0 arrives in all
+        result, failed = payload
+        if failed:
+            raise SystemExit(0)  # the job's exit status is the main process's
+        return result
+
+    def main_process_first(self, fn: Callable[[], T]) -> T:
+        """fn(), run by the main process, then by all others. One process: just fn().
+
+        So data is downloaded once, and an error is printed once.
+        """
+        results = []
+        self.broadcast_from_main(lambda: results.append(fn()))
+        return results[0] if self.is_main else fn()
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        if self.world_size > 1:
+            torch_dist.barrier()
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace `tensor`, in place, by the sum of all processes' tensors; returns it."""
+        if self.world_size > 1:
+            torch_dist.all_reduce(tensor, group=self._tensor_group(tensor.device))
+        return tensor
+
+    def all_reduce_max(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor([number])
+        torch_dist.all_reduce(tensor, torch_dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
+        """The items of this process: items[rank::world_size]. No communication."""
+        return items[self.rank :: self.world_size]
+
+    def _tensor_group(self, device: torch.device) -> torch_dist.ProcessGroup:
+        """The processes, connected by NCCL if `device` is a GPU, else by gloo.
+
+        Created when first needed, because only then it is known which device computes.
+        """
+        if device not in self._tensor_groups:
+            self.barrier()  # with the long timeout: some may still load what others have loaded
+            is_cuda = device.type == "cuda"
+            if is_cuda:
+                check_one_process_per_gpu(device)
+            nccl = is_cuda and torch_dist.is_nccl_available()
+            self._tensor_groups[device] = torch_dist.new_group(
+                backend="nccl" if nccl else "gloo",
+                timeout=COLLECTIVE_TIMEOUT,
+                device_id=device if nccl else None,  # connects at once, so that errors come now
+            )
+        return self._tensor_groups[device]
+
+    # --- DDP: every process has the whole model, and gradients are averaged ---
+
+    def wrap_ddp(self, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        """The model in DistributedDataParallel; with one process, the model itself.
+
+        After loss.backward(), each process has the mean of all processes' gradients. Compile the
+        model before, not after: the methods below need the DDP module itself.
+        """
+        if self.world_size == 1:
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            process_group=self._tensor_group(device),
+            gradient_as_bucket_view=True,  # gradients live in the buffers that are sent
+        )
+
+    def set_grad_sync(self, model: torch.nn.Module, enabled: bool) -> None:
+        """Let the next forward and backward pass average gradients, or not (DDP's no_sync).
+
+        model: what wrap_ddp returned. With one process there is nothing to do.
+        """
+        if self.world_size > 1:
+            as_ddp(model).require_backward_grad_sync = enabled
+
+    def warm_up_ddp(self, model: torch.nn.Module, loss_fn: Callable[[], torch.Tensor]) -> None:
+        """Run one forward and backward pass, and clear the gradients.
+
+        DDP decides after its first backward pass in which order it sums gradients, so the first
+        step would be rounded differently from all others. Without a warm-up, a resumed run would
+        differ from an uninterrupted one in the last digit. With one process: nothing to do.
+        """
+        if self.world_size > 1:
+            loss_fn().backward()
+            as_ddp(model).zero_grad(set_to_none=True)
+
+
+def as_ddp(model: torch.nn.Module) -> DistributedDataParallel:
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(f"expected the module that wrap_ddp returned, not {type(model).__name__}")
+    return model
+
+
+def check_one_process_per_gpu(device: torch.device) -> None:
+    """FolioError if two processes have chosen one GPU. Called by all processes."""
+    gpus: list[str] = [""] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(gpus, str(torch.cuda.get_device_properties(device).uuid))
+    n_gpus = len(set(gpus))
+    if n_gpus < len(gpus):
+        raise FolioError(
+            f"{len(gpus)} processes, but only {n_gpus} GPU{'' if n_gpus == 1 else 's'}; start one "
+            f"process per GPU (--nproc_per_node={torch.cuda.device_count()}), or use --device=cpu"
+        )
+
+
+# --- Rendezvous and restarts ---
+
+
+def rendezvous() -> tuple[torch_dist.Store, int, int]:
+    """(store, rank, world_size), from the environment variables that torchrun sets.
+
+    The store is where the processes exchange their addresses.
+    """
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store, rank, world_size = next(torch_dist.rendezvous("env://", timeout=SETUP_TIMEOUT))
+        # When torchrun restarts processes, the store still has the addresses of those that died,
+        # and a new process would connect to them. So each attempt has its own part of the store.
+        store = torch_dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
+        return store, rank, world_size
+    except (ValueError, torch_dist.DistError) as error:
+        if "EADDRINUSE" in str(error):
+            raise FolioError(
+                f"MASTER_PORT={os.environ['MASTER_PORT']}: another program uses this port; "
+                "set MASTER_PORT to another number"
+            ) from error
+        raise FolioError(
+            f"RANK and WORLD_SIZE are set, but connecting to {address} failed "
+            f"({first_line(error)}); start with torchrun, or unset RANK and WORLD_SIZE"
+        ) from error
+
+
+def agree_on_attempt(store: torch_dist.Store, rank: int, world_size: int) -> str:
+    """A name for this start of the job: the same in all processes, new after each restart.
+
+    The counts of restarts cannot serve as a name: with several nodes they may differ. Each process
+    waits for an answer to its own random id, so an answer to an earlier process is never mistaken
+    for it.
+    """
+    own_id = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"waiting {rank}", own_id)  # replaces the id of an earlier process
+        name = store.get(own_id).decode()  # waits for the answer of rank 0
+        store.add(name, 1)
+        return name
+    while store.add(own_id, 0) < world_size - 1:  # until all have received the name
+        for other in range(1, world_size):
+            if store.check([f"waiting {other}"]):
+                store.set(store.get(f"waiting {other}").decode(), own_id)
+        time.sleep(0.02)
+    return own_id
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """True if this is the error of a collective in which another process is missing."""
+    if not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch_dist.DistError) or "gloo" in str(error)
+
+
+def is_restarted() -> bool:
+    """True if torchrun or SLURM has started this job before.
+
+    With several nodes, perhaps only the node that lost a process knows: take the maximum of all.
+    """
+    counts = (os.environ.get(f"{name}_RESTART_COUNT", "") for name in ("TORCHELASTIC", "SLURM"))
+    return any(count.isdecimal() and int(count) > 0 for count in counts)
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+# --- Signals ---
+
+
+class GracefulShutdown:
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a request that the training loop can see.
+
+    with GracefulShutdown() as shutdown:
+        while not shutdown.requested(dist): ...
+    sys.exit(shutdown.exit_status)
+
+    exit_status: 130, 143 or 129 (128 + the signal's number, as in a shell); 0 without a signal.
+    A second SIGINT or SIGTERM raises KeyboardInterrupt at once. Signals that this process ignores,
+    because it was started by nohup or in the background, stay ignored.
+    """
+
+    def __init__(self):
+        self.exit_status = 0
+
+    def requested(self, dist: Distributed) -> bool:
+        """True if any process has received a signal; the answer is the same in all processes."""
+        agreed = dist.all_reduce_max(self.local_status(dist))
+        # A signal that arrived during the all-reduce is not in `agreed`: the next call sees it.
+        self.exit_status = agreed or self.exit_status
+        return agreed != 0
+
+    def local_status(self, dist: Distributed) -> int:
+        """The exit status that this process alone asks for; 0: none. No communication.
+
+        A process whose torchrun was killed asks for 143: nobody would collect its result, and its
+        lock would keep a restarted job out of the run folder.
+        """
+        if not self.exit_status and dist.launcher_died():
+            self.exit_status = 128 + signal.SIGTERM
+            if dist.is_main:
+                print_stderr("torchrun has died: finishing this step, then saving")
+        return self.exit_status
+
+    def __enter__(self) -> "GracefulShutdown":
+        names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+        signums = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        handlers = {signum: signal.getsignal(signum) for signum in signums}
+        self._previous_handlers = {
+            signum: handler for signum, handler in handlers.items() if handler != signal.SIG_IGN
+        }
+        for signum in self._previous_handlers:
+            signal.signal(signum, self._handle)
+        return self
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        # A terminal that closes may send SIGHUP twice, and torchrun forwards the signals that its
+        # processes have received already. (torchrun kills processes that need over 30 seconds.)
+        can_force = (
+            signum in (signal.SIGINT, signal.SIGTERM) and not torch_dist.is_torchelastic_launched()
+        )
+        if self.exit_status and can_force:
+            raise KeyboardInterrupt
+        if not self.exit_status and signum == signal.SIGINT and is_main_process():
+            again = "; press Ctrl-C again to exit at once" if can_force else ""
+            print_stderr(f"finishing this step, then saving{again}")
+        self.exit_status = self.exit_status or 128 + signum
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._previous_handlers.items():
+            signal.signal(signum, handler)
+
+
+def is_main_process() -> bool:
+    return not torch_dist.is_initialized() or torch_dist.get_rank() == 0
+
+
+def print_stderr(message: str) -> None:
+    """Print a line on stderr, from a signal handler too.
+
+    The handler may interrupt a print in the middle, and Python's streams cannot be entered twice.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is closed, or None
+        os.write(sys.stderr.fileno(), f"\n{message}\n".encode())

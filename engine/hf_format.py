@@ -1,0 +1,310 @@
+"""Hugging Face's format of GPT-2: config.json and weights, converted to and from model.py's GPT.
+
+    config = read_config(folder)                                # config.json -> GPTConfig
+    state_dict = from_hf_state_dict(read_weights(folder), config, folder)   # -> for GPT(config)
+
+The parameter names are the same in both. Three things differ: Hugging Face stores the matrices of
+linear layers as (in, out), torch as (out, in); its GPT-2 always has biases; and its table of
+embeddings has no rows of padding.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from configurator import FolioError
+from data.files import shell_command
+from model import GPT, GPTConfig
+
+WEIGHTS_FILE = "model.safetensors"
+TORCH_WEIGHTS_FILE = "pytorch_model.bin"  # what transformers wrote before safetensors existed
+SHA256_KEY = "folio_sha256"  # in the metadata of model.safetensors
+
+
+# --- config.json ---
+
+
+def to_hf_config(config: GPTConfig) -> dict[str, Any]:
+    """The architecture in the keys of transformers' GPT2Config."""
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,  # for other programs, such as llama.cpp's converter
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        "bias": config.bias,  # Folio's own key: GPT2Config always has biases; ours are saved as 0
+    }
+
+
+# The values that make a model GPT-2. A config.json may leave these keys out, but not differ.
+# The first value of each is the default of transformers' GPT2Config.
+REQUIRED_GPT2_VALUES = {
+    "model_type": ("gpt2",),
+    "activation_function": (  # all names of the tanh approximation of GELU
+        "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate",
+    ),
+    "layer_norm_epsilon": (1e-5,),
+    "tie_word_embeddings": (True,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}  # fmt: skip
+
+
+def read_config(folder: str | Path) -> GPTConfig:
+    """Read and check config.json. Raises FolioError if it does not describe a GPT-2."""
+    path = Path(folder) / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {
+            "block_size": found["n_positions"],
+            **{key: found[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
+        }
+        dropout, bias = found.get("resid_pdrop", 0.1), found.get("bias", True)
+        required = {**REQUIRED_GPT2_VALUES, "n_inner": (None, 4 * found["n_embd"])}
+        mismatched = [
+            key for key, allowed in required.items() if found.get(key, allowed[0]) not in allowed
+        ]
+    except FileNotFoundError:
+        raise FolioError(
+            f"{path}: no model found; train one: python train.py config/shakespeare_char.py"
+        ) from None
+    except OSError as error:
+        raise FolioError(f"{path}: cannot be read ({error.strerror})") from None
+    except KeyError as error:
+        raise FolioError(f"{path}: invalid GPT-2 config ({error} is missing)") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise FolioError(f"{path}: invalid GPT-2 config ({error})") from None
+    if mismatched:
+        values = ", ".join(f"{key}={found[key]!r}" for key in mismatched)
+        raise FolioError(f"{path}: unsupported architecture ({values}); Folio runs GPT-2 only")
+    if not all(type(size) is int and size < 2**24 for size in sizes.values()):
+        raise FolioError(f"{path}: implausible sizes: {sizes}")
+    if sizes["n_layer"] > 1000:  # building so many blocks would take minutes
+        raise FolioError(f"{path}: implausible n_layer={sizes['n_layer']}")
+    if type(bias) is not bool or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise FolioError(f"{path}: invalid GPT-2 config ({bias=}, resid_pdrop={dropout!r})")
+    try:
+        return GPTConfig(**sizes, dropout=float(dropout), bias=bias)
+    except ValueError as error:
+        raise FolioError(f"{path}: {error}") from None
+
+
+# --- Names and layout of the weights ---
+
+BIASES = ("c_attn.bias", "c_proj.bias", "c_fc.bias", "ln_1.bias", "ln_2.bias", "ln_f.bias")
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which old files store: no weight
+WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DDP add to every name
+
+
+def to_hf_state_dict(model: GPT) -> dict[str, torch.Tensor]:
+    """The model's weights as Hugging Face's GPT-2 stores them, on the CPU."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        if name == "transformer.wte.weight":
+            tensor = tensor[: model.config.vocab_size]  # without the rows of padding
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.t()
+        tensors[name] = tensor.cpu().contiguous()
+        if not model.config.bias and ".wte." not in name and ".wpe." not in name:
+            bias = name.replace("weight", "bias")
+            tensors[bias] = torch.zeros(tensor.size(-1), dtype=tensor.dtype)
+    return tensors
+
+
+def from_hf_state_dict(
+    tensors: dict[str, torch.Tensor], config: GPTConfig, folder: str | Path
+) -> dict[str, torch.Tensor]:
+    """Weights as Hugging Face's GPT-2 stores them, as the state_dict of GPT(config).
+
+    float64 stays, all other precisions become float32. `folder` is named in error messages.
+    Raises FolioError that lists the weights that are missing, unknown, or of a wrong shape.
+    """
+    state_dict = {}
+    for stored_name, tensor in tensors.items():
+        name = stored_name
+        while name.startswith(WRAPPERS):
+            name = name.partition(".")[2]
+        if name.endswith(MASKS):
+            continue
+        if not name.startswith(("transformer.", "lm_head.")):  # saved from a bare GPT2Model
+            name = f"transformer.{name}"
+        if name in state_dict:
+            raise FolioError(f"{folder}: two weights are called {name} (one is {stored_name})")
+        if name.endswith(TRANSPOSED) and tensor.dim() == 2:
+            tensor = tensor.t().contiguous()
+        state_dict[name] = tensor if tensor.dtype == torch.float64 else tensor.float()
+    lm_head = state_dict.pop("lm_head.weight", None)
+    if lm_head is not None:  # a file may store the tied matrix under either name, or both
+        embedding = state_dict.setdefault("transformer.wte.weight", lm_head)
+        if not torch.equal(lm_head, embedding):
+            raise FolioError(
+                f"{folder}: lm_head.weight differs from transformer.wte.weight; in GPT-2 they are "
+                "one matrix (tied), and Folio has no untied lm_head"
+            )
+    if not config.bias:
+        for name in [name for name in state_dict if name.endswith(BIASES)]:
+            if not state_dict[name].any():
+                del state_dict[name]
+    check_names_and_shapes(state_dict, config, folder)
+    return state_dict
+
+
+def check_names_and_shapes(
+    state_dict: dict[str, torch.Tensor], config: GPTConfig, folder: str | Path
+) -> None:
+    """Raises FolioError that lists the first 20 differences from GPT(config)."""
+    expected = parameter_shapes(config)
+    problems = [f"{name} is missing" for name in expected if name not in state_dict]
+    problems += [f"{name} is unknown" for name in state_dict if name not in expected]
+    problems += [
+        f"{name} is {list(state_dict[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in state_dict and state_dict[name].shape != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise FolioError(
+            f"{folder}: the weights do not match config.json: {'; '.join(problems[:20])}{more}"
+        )
+
+
+def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
+    """The names and shapes of the parameters of GPT(config). All blocks have the same ones."""
+    with torch.device("meta"):  # no memory
+        model = GPT(dataclasses.replace(config, n_layer=1))
+    return {
+        name.replace(".h.0.", f".h.{layer}."): parameter.shape
+        for layer in range(config.n_layer)
+        for name, parameter in model.named_parameters()
+    }
+
+
+# --- Files of weights ---
+
+
+def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of model.safetensors or pytorch_model.bin, in one file or in shards.
+
+    Nothing in a file is executed. Raises FolioError with the cause if the weights cannot be read.
+    """
+    folder = Path(folder)
+    for name, load in ((WEIGHTS_FILE, load_safetensors), (TORCH_WEIGHTS_FILE, load_torch_file)):
+        if (folder / name).exists():
+            return load(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            tensors = {}
+            for shard in shards_of(index):
+                tensors |= load(shard)
+            return tensors
+    others = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".h5", ".msgpack")]
+    others += [path.name for path in folder.glob("*.safetensors")]
+    found = f"; it holds {', '.join(sorted(others))}" if others else ""
+    raise FolioError(f"{folder}: there are no weights ({WEIGHTS_FILE}) here{found}")
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that model.safetensors.index.json names; FolioError if one is missing."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = [index.parent / Path(name).name for name in sorted(set(weight_map.values()))]
+    except OSError as error:
+        raise FolioError(f"{index}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise FolioError(f"{index}: damaged, or not an index of weights ({reason})") from None
+    if missing := [shard.name for shard in shards if not shard.exists()]:
+        raise FolioError(
+            f"{index.parent}: {', '.join(missing)} is missing; {index.name} names {len(shards)} "
+            "files, and all of them are needed"
+        )
+    return shards
+
+
+def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Load one file, and check the SHA-256 in its metadata if Folio wrote it."""
+    check_readable(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            expected_sha256 = (file.metadata() or {}).get(SHA256_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise FolioError(f"{path}: damaged weights ({error})") from None
+    if expected_sha256 is not None and sha256_of(tensors) != expected_sha256:
+        code = (
+            "import sys; from safetensors.torch import load_file, save_file; "
+            "save_file(load_file(sys.argv[1]), sys.argv[1], {'format': 'pt'})"
+        )
+        raise FolioError(
+            f"{path}: damaged weights, or changed by another program (they do not match the "
+            f'{SHA256_KEY} in the file). To accept a change: python -c "{code}" '
+            + shell_command(str(path))
+        )
+    return tensors
+
+
+def sha256_of(tensors: dict[str, torch.Tensor]) -> str:
+    """The SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().contiguous().flatten()
+        sha256.update(flat.view(torch.uint8).numpy())
+    return sha256.hexdigest()
+
+
+def load_torch_file(path: Path) -> dict[str, Any]:
+    """Load a dict that torch.save() wrote, on the CPU. Nothing in the file is executed.
+
+    Raises FolioError if the file cannot be read, is damaged, or holds anything but plain data.
+    """
+    check_readable(path)
+    try:
+        if zipfile.is_zipfile(path):  # torch.load does not verify the checksums of a zip file
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"the checksum of {damaged} is wrong")
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("\n")[0]
+        raise FolioError(f"{path}: damaged, or not only weights and numbers ({reason})") from None
+    except Exception as error:  # whatever the unpickler stumbles over, the file is at fault
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise FolioError(f"{path}: damaged ({reason})") from None
+    if not isinstance(loaded, dict):
+        raise FolioError(f"{path}: damaged (it holds a {type(loaded).__name__}, not a dict)")
+    return loaded
+
+
+def check_readable(path: Path) -> None:
+    """Raises FolioError if the file cannot be opened, or is only a pointer to the real one."""
+    try:
+        with open(path, "rb") as file:
+            beginning = file.read(64)
+    except OSError as error:
+        raise FolioError(f"{path}: cannot be read ({error.strerror})") from None
+    if beginning.startswith(b"version https://git-lfs"):
+        raise FolioError(
+            f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}"
+        )

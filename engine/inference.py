@@ -1,0 +1,426 @@
+"""Fast generation: the tokens of model.generate, many times faster.
+
+    inference = InferenceModel(model, device="cpu")   # the model itself is not changed
+    for ids in inference.generate(idx, 500):          # idx (B, T) -> (B,) ids, one step at a time
+        ...
+
+model.generate computes the whole context again for each new token. Here a cache keeps the keys and
+values of all earlier tokens, so each new token costs the computation of one token.
+
+Why the cache is right: in the first block, the key and the value of a token depend on this token
+and its position only. What attention adds to the token depends on earlier tokens, never on later
+ones, because of the causal mask. So the input of the second block, and with it the keys and values
+of the second block, depend on this token and earlier tokens only; and so on through all blocks.
+A later token never changes a key or a value that has been computed, in any block.
+
+Why the cache does not last forever: see crop_start().
+"""
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from engine.device import DTypeName, choose_dtype, has_bfloat16, is_intel_cpu
+from model import GPT, GPTConfig
+
+SMALL_MODEL_PARAMETERS = 2_000_000  # the weights of a smaller model stay in the CPU's caches
+FINISHED_CHECK_INTERVAL = 16  # steps between two questions to a GPU whether all rows are finished
+
+
+class InferenceModel:
+    """A model whose weights have been prepared for generation on one device.
+
+    dtype: precision of the weights; "auto" is the fastest for this model on this device.
+    batch_size: number of rows that generate() will get; the fastest way to store weights depends
+    on it, the tokens do not. After more training of the model, build a new InferenceModel: some of
+    the weights are copies.
+    Raises FolioError if the device does not support dtype.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        device: torch.device | str = "cpu",
+        dtype: DTypeName = "auto",
+        batch_size: int = 1,
+    ):
+        self.config = model.config
+        self.device = torch.device(device)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        small = self.device.type == "cpu" and num_parameters < SMALL_MODEL_PARAMETERS
+        self.dtype = choose_dtype("float32" if small and dtype == "auto" else dtype, self.device)
+        packed = not small and packing_is_faster(self.device, self.dtype, batch_size)
+        self.weights = prepare_weights(model, self.device, self.dtype, packed)
+
+    def generate(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        overlap: int | None = None,
+        stop_tokens: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Continue each row of idx (B, T), yielding the next token of each row (B,) step by step.
+
+        With overlap = block_size - 1 the tokens are those of model.generate.
+        max_new_tokens: number of steps; None does not end.
+        temperature, top_k, top_p: see sampling_probs().
+        overlap: tokens that are kept when the context is full; default block_size // 2.
+        stop_tokens: a row that samples one of these ids is finished and repeats this id until all
+        rows are finished. Then generation ends (on a GPU up to 15 steps later).
+        The ids are made in inference mode: clone them before using them for training.
+        Raises ValueError for invalid arguments, at this call.
+        """
+        vocab_size, block_size = self.config.vocab_size, self.config.block_size
+        overlap = block_size // 2 if overlap is None else overlap
+        if idx.dim() != 2 or idx.numel() == 0 or idx.is_floating_point():
+            raise ValueError(
+                "idx must be integers of shape (B, T), B and T at least 1, "
+                f"not {idx.dtype} of shape {tuple(idx.shape)}"
+            )
+        if idx.min() < 0 or idx.max() >= vocab_size:
+            raise ValueError(f"an id in idx is not in 0 ... {vocab_size - 1}")
+        if any(not 0 <= token < vocab_size for token in stop_tokens):
+            raise ValueError(f"stop_tokens={stop_tokens}: ids are in 0 ... {vocab_size - 1}")
+        if max_new_tokens is not None and max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
+        if not 0 <= overlap < block_size:
+            raise ValueError(
+                f"overlap={overlap} must be in 0 ... block_size - 1 = {block_size - 1}"
+            )
+        check_sampling_arguments(temperature, top_k, top_p)
+        sample = partial(
+            sample_next_token,
+            temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
+        )  # fmt: skip
+        stop = torch.tensor(stop_tokens, dtype=torch.long, device=self.device)
+        return self._generate(
+            idx.to(self.device, torch.long), max_new_tokens, overlap, stop, sample
+        )
+
+    @torch.inference_mode()
+    def _generate(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int | None,
+        overlap: int,
+        stop: torch.Tensor,
+        sample: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Iterator[torch.Tensor]:
+        B, block_size = len(idx), self.config.block_size
+        context = idx[:, -block_size:]  # (B, T): there are no more positions
+        max_length = block_size
+        if max_new_tokens is not None:
+            max_length = min(block_size, context.size(1) + max_new_tokens)
+        cache = KVCache(self.config, B, max_length, self.device, self.dtype)
+        new = context  # (B, T): tokens that are not in the cache yet
+        if (context == context[:1]).all():
+            new = context[:1]  # (1, T): all rows have the same prompt, which is computed once
+        finished = torch.zeros(B, dtype=torch.bool, device=self.device)
+        check_interval = 1 if self.device.type == "cpu" else FINISHED_CHECK_INTERVAL
+        for step in count(1) if max_new_tokens is None else range(1, max_new_tokens + 1):
+            logits = next_token_logits(self.weights, new, cache)  # (B, V), or (1, V)
+            ids = sample(logits.expand(B, -1))  # (B,)
+            if len(stop):
+                ids = torch.where(finished, context[:, -1], ids)  # repeat the stop token
+                finished |= torch.isin(ids, stop)
+            yield ids  # the loop continues when the caller asks for the next ids
+            if len(stop) and step % check_interval == 0 and finished.all():
+                return
+            context = torch.cat((context, ids[:, None]), dim=1)  # (B, T + 1)
+            new = ids[:, None]  # (B, 1)
+            start = crop_start(context.size(1), block_size, overlap)
+            if start > 0:
+                context = new = context[:, start:]  # (B, overlap + 1)
+                cache.length = 0
+
+
+def crop_start(length: int, block_size: int, overlap: int) -> int:
+    """Index of the first token that stays in a context of `length` tokens.
+
+    crop_start(8, block_size=8, overlap=4) -> 0    the context fits: all tokens stay
+    crop_start(9, block_size=8, overlap=4) -> 4    tokens 4 to 8 stay: four old ones and the new one
+    crop_start(9, block_size=8, overlap=7) -> 1    tokens 1 to 8: the longest context that fits
+    crop_start(9, block_size=8, overlap=0) -> 8    the new token alone
+
+    There is no position embedding after block_size. When earlier tokens are dropped, the tokens
+    that stay get new positions, so every cached key and value was computed for a wrong position
+    and the context has to be encoded again. overlap = block_size - 1 does so for every token, as
+    model.generate does. A smaller overlap does so once in block_size - overlap tokens; the price
+    is a shorter context after each time.
+    """
+    return 0 if length <= block_size else length - overlap - 1
+
+
+# --- One step: a function of weights, token ids and cache ---
+
+Layer = Callable[[torch.Tensor], torch.Tensor]
+
+
+class BlockWeights(NamedTuple):
+    """The layers of one block, under the names of model.py."""
+
+    ln_1: Layer
+    c_attn: Layer
+    attn_c_proj: Layer
+    ln_2: Layer
+    c_fc: Layer
+    mlp_c_proj: Layer
+
+
+class Weights(NamedTuple):
+    """The weights of a model. A layer is a function (..., in) -> (..., out) with its weights."""
+
+    wte: torch.Tensor  # (V, C) token embedding
+    wpe: torch.Tensor  # (block_size, C) position embedding
+    blocks: list[BlockWeights]
+    ln_f: Layer
+    lm_head: Layer
+
+
+class KVCache:
+    """The keys and values of all blocks for the tokens that have been computed.
+
+    kv: (n_layer, 2, B, n_head, max_length, head_dim); the 2 are keys and values.
+    length: number of tokens in the cache. Set it to 0 to empty the cache.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        head_dim = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, batch_size, config.n_head, max_length, head_dim)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+
+def next_token_logits(weights: Weights, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """(B, T) new tokens -> (B, V): logits of the token after the last one.
+
+    This is GPT.forward for the new tokens alone. Their keys and values are added to the cache.
+    Either the cache is empty, or T is 1. With an empty cache B may be 1: the cache then gets the
+    keys and values of this row in all its rows.
+    """
+    B, T = idx.shape
+    start, end = cache.length, cache.length + T
+    assert start == 0 or T == 1, "is_causal below is right for these cases only"
+    all_kv = cache.kv[..., :end, :].unbind(0)  # for each block (2, B, n_head, end, head_dim)
+    new_kv = cache.kv[..., start:end, :].unbind(0)  # the places of the new tokens in the cache
+    n_head, head_dim = cache.kv.size(3), cache.kv.size(5)
+
+    x = F.embedding(idx, weights.wte) + weights.wpe[start:end]  # (B, T, C)
+    for i, block in enumerate(weights.blocks):
+        # Attention: the T new tokens attend to themselves and to the tokens in the cache.
+        qkv = block.c_attn(block.ln_1(x)).view(B, T, 3, n_head, head_dim)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_dim)
+        new_kv[i].copy_(qkv[1:])
+        q, k, v = qkv.unbind(0)
+        if start > 0:
+            k, v = all_kv[i].unbind(0)  # (B, n_head, end, head_dim)
+        # A single new token attends to all tokens, so it needs no mask. (torch's causal mask
+        # would let it attend to the first token only.)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, n_head, T, head_dim)
+        x = x + block.attn_c_proj(y.transpose(1, 2).reshape(B, T, -1))
+        # MLP
+        x = x + block.mlp_c_proj(F.gelu(block.c_fc(block.ln_2(x)), approximate="tanh"))
+    cache.length = end
+    return weights.lm_head(weights.ln_f(x[:, -1]))  # (B, C) -> (B, V)
+
+
+# --- Sampling ---
+
+GREEDY_TEMPERATURE = 1e-6  # below this temperature the likeliest token is taken
+
+
+def sampling_probs(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> torch.Tensor:
+    """Logits (B, V) -> the probabilities (B, V) with which the next token is sampled.
+
+    For the logits 2, 1, 0, -1:
+        temperature=0.5            0.86 0.12 0.02 0.00    likely tokens become likelier
+        temperature=1              0.64 0.24 0.09 0.03
+        temperature=2              0.46 0.28 0.17 0.10    likely tokens become less likely
+        temperature=0              1    0    0    0       greedy: always the likeliest token
+        temperature=1, top_k=2     0.73 0.27 0    0       only the k likeliest tokens; 0: all tokens
+        temperature=1, top_p=0.8   0.73 0.27 0    0       only the likeliest tokens whose
+                                                          probabilities add up to 0.8; 1: all tokens
+
+    top_p is nucleus sampling (Holtzman et al. 2020). The likeliest token is always kept.
+    Raises ValueError if temperature or top_k is negative, or top_p is not in 0 ... 1.
+    """
+    check_sampling_arguments(temperature, top_k, top_p)
+    if temperature < GREEDY_TEMPERATURE:
+        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
+    probs, ids = candidates(logits, temperature, top_k, top_p)
+    return probs if ids is None else torch.zeros_like(logits).float().scatter(1, ids, probs)
+
+
+def sample_next_token(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Logits (B, V) -> one id per row (B,), sampled with the probabilities of sampling_probs().
+
+    Gives the id that torch.multinomial(probs, 1, generator=generator) gives, but without the checks
+    of torch.multinomial, for which the CPU has to wait for a GPU. NaN in the logits is not noticed.
+    """
+    check_sampling_arguments(temperature, top_k, top_p)
+    if temperature < GREEDY_TEMPERATURE:
+        return logits.argmax(dim=-1)
+    probs, ids = candidates(logits, temperature, top_k, top_p)
+    noise = exponential_noise(logits, ids, generator)
+    # If each E_i is random with exponential distribution, the largest of all p_i / E_i is the
+    # i-th one with probability p_i. torch.multinomial samples in this way, too.
+    choice = (probs / noise).argmax(dim=-1, keepdim=True)  # (B, 1)
+    return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
+
+
+def candidates(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits (B, V) -> probabilities and ids, (B, k) each, of the tokens that may be sampled.
+
+    Where all tokens may be sampled, k is V, and the ids are None.
+    """
+    logits, ids = logits.float() / temperature, None
+    if 0 < top_k < logits.size(-1):
+        logits, ids = logits.topk(top_k)  # (B, top_k), the likeliest token first
+    elif top_p < 1:
+        logits, ids = logits.sort(dim=-1, descending=True)
+    probs = logits.softmax(dim=-1)
+    if top_p < 1:
+        # Probabilities          0.64 0.24 0.09 0.03
+        # sum before each one    0    0.64 0.88 0.97    for top_p=0.8, the last two are removed
+        remove = probs.cumsum(dim=-1) - probs >= top_p
+        remove[:, 0] = False
+        probs = probs.masked_fill(remove, 0)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+    return probs, ids
+
+
+def exponential_noise(
+    logits: torch.Tensor, ids: torch.Tensor | None, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Random numbers (B, k), one for each candidate, on the device of the logits (B, V).
+
+    A random number is made for each token of the vocabulary, although those of the candidates would
+    be enough: torch.multinomial needs as many, so both give the same tokens after the same seed.
+    """
+    device = logits.device if generator is None else generator.device
+    if device.type == "cpu":
+        # -log(1 - u) of a uniform u in float64 is how exponential_() makes its numbers on a CPU.
+        # For 50,257 tokens this takes 0.3 to 0.5 ms, and exponential_() 1.1 ms.
+        uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator)
+        uniform = uniform if ids is None else uniform.gather(1, ids.cpu())
+        return uniform.neg_().log1p_().neg_().float().to(logits.device)
+    noise = torch.empty(logits.shape, device=device).exponential_(generator=generator)
+    return noise if ids is None else noise.gather(1, ids)
+
+
+def check_sampling_arguments(temperature: float, top_k: int, top_p: float) -> None:
+    if not 0 <= temperature < float("inf"):  # NaN fails this comparison, too
+        raise ValueError(f"temperature={temperature} must be a number of at least 0")
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k} must be at least 0 (0: all tokens)")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be in 0 ... 1")
+
+
+# --- Preparing the weights ---
+
+
+def prepare_weights(
+    model: GPT, device: torch.device, dtype: torch.dtype, packed: bool = False
+) -> Weights:
+    """The weights of a model on a device; the model is not changed.
+
+    packed: store the matrices in the order in which oneDNN reads them.
+    """
+
+    def prepare(parameter: torch.Tensor | None) -> torch.Tensor | None:
+        return None if parameter is None else parameter.detach().to(device, dtype)
+
+    def linear(layer: nn.Linear) -> Layer:
+        return make_linear(prepare(layer.weight), prepare(layer.bias))
+
+    def layer_norm(layer: nn.LayerNorm) -> Layer:
+        shape, eps = layer.normalized_shape, layer.eps
+        weight, bias = prepare(layer.weight), prepare(layer.bias)
+        return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+
+    make_linear = packed_linear if packed else plain_linear
+    wte = prepare(model.transformer.wte.weight)[: model.config.vocab_size]
+    return Weights(
+        wte=wte,
+        wpe=prepare(model.transformer.wpe.weight),
+        blocks=[
+            BlockWeights(
+                ln_1=layer_norm(block.ln_1),
+                c_attn=linear(block.attn.c_attn),
+                attn_c_proj=linear(block.attn.c_proj),
+                ln_2=layer_norm(block.ln_2),
+                c_fc=linear(block.mlp.c_fc),
+                mlp_c_proj=linear(block.mlp.c_proj),
+            )
+            for block in model.transformer.h
+        ],
+        ln_f=layer_norm(model.transformer.ln_f),
+        lm_head=make_linear(wte, None),
+    )
+
+
+def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
+    return lambda x: F.linear(x, weight, bias)
+
+
+def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
+    """A linear layer whose weight (out, in) is stored as oneDNN reads it; for CPUs.
+
+    torch packs weights like this when it compiles a model. It has no public name for it.
+    """
+    linear = torch.ops.mkldnn._linear_pointwise
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return lambda x: linear(x, weight, bias, "none", [], "")
+
+
+def packing_is_faster(device: torch.device, dtype: torch.dtype, batch_size: int) -> bool:
+    """Whether a model of more than SMALL_MODEL_PARAMETERS generates faster with packed weights.
+
+    For each token, all weights are read once. The weights of a large model come from memory, so
+    what counts is the number of bytes and the order in which they lie. The measurements behind
+    these rules, on an AMD EPYC and an Intel Xeon, are in tests/benchmarks/README.md: torch has two
+    libraries of matrix products, MKL for plain weights and oneDNN for packed ones. On Intel CPUs
+    MKL is faster in float32 for one or two rows; otherwise it takes up to twice as long as oneDNN.
+    """
+    if not packing_is_supported(device, dtype):
+        return False
+    return not (is_intel_cpu() and dtype == torch.float32 and batch_size <= 2)
+
+
+def packing_is_supported(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this is an x86 CPU, and this torch has oneDNN for it in this precision."""
+    if device.type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    if dtype != torch.float32 and not (dtype == torch.bfloat16 and has_bfloat16(device)):
+        return False
+    private_ops = ("_linear_pointwise", "_reorder_linear_weight")
+    return all(hasattr(torch.ops.mkldnn, name) for name in private_ops)

@@ -1,0 +1,86 @@
+"""log.csv: one row for every `log_interval` steps and for every evaluation.
+
+    step,tokens,seconds,train_loss,val_loss,learning_rate,grad_norm,tokens_per_second,bits_per_byte
+
+A row describes the state after `step` steps. Losses are in nats per token. train_loss is the loss
+of the latest step, averaged over its micro-batches. bits_per_byte is val_loss in bits per byte of
+text, so it can be compared between tokenizers. learning_rate is AdamW's. seconds count training
+only, not evaluation.
+"""
+
+import csv
+import math
+from pathlib import Path
+
+from data.files import atomic_write
+
+LOG_FILE = "log.csv"
+COLUMNS = (
+    "step", "tokens", "seconds", "train_loss", "val_loss",
+    "learning_rate", "grad_norm", "tokens_per_second", "bits_per_byte",
+)  # fmt: skip
+
+LogRow = dict[str, int | float | None]  # column -> value; None where the column is empty
+
+
+def read_log(path: str | Path, last_step: int | None = None) -> list[LogRow]:
+    """Return the rows of log.csv up to last_step; [] if there is no file.
+
+    Rows after last_step come from work that was lost: its checkpoint was never saved.
+    """
+    rows = parse_log(path)[0]
+    return [row for row in rows if last_step is None or row["step"] <= last_step]
+
+
+def parse_log(path: str | Path) -> tuple[list[LogRow], bool]:
+    """Return all rows of log.csv, and whether every line of it was a row.
+
+    A last line without a line end is ignored: a killed process may have written a part of it.
+    """
+    path = Path(path)
+    if not path.exists():
+        return [], True
+    text = path.read_bytes().decode("utf-8-sig", errors="replace")  # Excel puts a BOM in front
+    lines = text[: text.rfind("\n") + 1].splitlines() if "\n" in text else [text]
+    header, *lines = lines
+    if header.split(",") != list(COLUMNS):
+        return [], text == ""
+    # Fields are numbers, so splitting at commas is enough.
+    rows = [dict(zip(COLUMNS, map(_to_number, line.split(",")), strict=False)) for line in lines]
+    valid = [row for row in rows if len(row) == len(COLUMNS) and isinstance(row["step"], int)]
+    return valid, len(valid) == len(rows)
+
+
+def write_log(path: str | Path, rows: list[LogRow]) -> None:
+    """Replace log.csv by these rows."""
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def append_row(path: str | Path, row: LogRow) -> None:
+    with open(path, "a", encoding="utf-8", newline="") as file:
+        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+
+
+def evaluations(rows: list[LogRow]) -> list[LogRow]:
+    """The rows of evaluations whose loss is a finite number."""
+    return [row for row in rows if row["val_loss"] is not None and math.isfinite(row["val_loss"])]
+
+
+def best_row(rows: list[LogRow]) -> LogRow | None:
+    """The row with the lowest validation loss, the first one if several are equal."""
+    return min(evaluations(rows), key=lambda row: row["val_loss"], default=None)
+
+
+def _to_number(text: str) -> int | float | None:
+    for number_type in (int, float):
+        try:
+            return number_type(text)
+        except ValueError:
+            pass
+    return None

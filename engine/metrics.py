@@ -1,0 +1,482 @@
+"""What the user sees of a training run: progress, log.csv, loss.png, the banner and the summary."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from configurator import FolioError
+from data.dataset import Dataset
+from data.files import rename_to_backup, shell_command
+from data.shakespeare import replacement_warning
+from engine.checkpoint import REPO_ROOT, WEIGHTS_FILE, newest_run
+from engine.device import ComputeDevice
+from engine.log_file import (
+    COLUMNS, LOG_FILE, LogRow, append_row, evaluations, parse_log, read_log, write_log,
+)  # fmt: skip
+from engine.plot import plot_losses
+from engine.run import TrainState
+from engine.train_config import TrainConfig
+from model import GPT, GPTConfig
+
+PLOT_FILE = "loss.png"
+MIN_SECONDS = 5  # between two plots, and between two lines of progress where there is no bar
+
+
+@dataclass
+class StepMetrics:
+    """Metrics of one optimizer step."""
+
+    loss: float  # training loss before the step, in nats per token
+    grad_norm: float  # norm of the whole gradient before clipping
+    learning_rate: float  # AdamW's
+
+
+class MetricsLogger:
+    """Prints the progress of a run and writes log.csv and loss.png.
+
+    A context manager, so that the progress bar is removed at the end. With enabled=False (all
+    processes except the main one) it prints and writes nothing.
+
+    peak_tokens_per_second: the speed at 100% MFU, if known.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: TrainConfig,
+        state: TrainState,
+        enabled: bool = True,
+        peak_tokens_per_second: float | None = None,
+    ):
+        self.folder, self.config, self.state, self.enabled = Path(folder), config, state, enabled
+        self.peak_tokens_per_second = peak_tokens_per_second
+        self.rows: list[LogRow] = []
+        self.log_is_complete = False  # whether log.csv has all rows
+        self.metrics: StepMetrics | None = None  # of the latest step
+        self.last_logged: tuple[int, float] | None = None  # (tokens, seconds) of the last row
+        self.last_print = self.last_plot = time.monotonic()
+        self.bar: tqdm | None = None
+        self.warnings: set[str] = set()
+        self.trackers: list[Tracker] = []
+        self.exit_stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "MetricsLogger":
+        if self.enabled:
+            path = self.folder / LOG_FILE
+            rows, all_valid = parse_log(path)
+            if not all_valid:
+                backup = rename_to_backup(path)
+                self.print(f"WARNING  {LOG_FILE} has lines that are no rows; kept as {backup.name}")
+            self.rows = [row for row in rows if row["step"] <= self.state.step]
+            write_log(path, self.rows)
+            self.log_is_complete = True
+            trackers = open_trackers(self.folder, self.config, self.state.step)
+            self.trackers = self.exit_stack.enter_context(trackers)
+        return self
+
+    def __exit__(self, *exception_info: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.rows and not self.log_is_complete:
+            self._save_rows()
+        self.exit_stack.__exit__(*exception_info)
+
+    def print(self, text: str) -> None:
+        """Print above the progress bar. Output that nobody can receive is discarded."""
+        if not self.enabled:
+            return
+        if self.bar is not None:
+            self.bar.clear()
+        try:
+            print(text, flush=True)
+        except OSError:  # a closed terminal or pipe, or a full disk: go on, the run must be saved
+            discard_output()
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def warn_once(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.add(text)
+            self.print(f"WARNING  {text}")
+
+    def log_step(self, metrics: StepMetrics) -> None:
+        """Record an optimizer step; the state has been updated already."""
+        self.metrics = metrics
+        if self.last_logged is None:
+            # The first step includes warming up (and compiling), so speed is measured after it.
+            self.last_logged = (self.state.tokens, self.state.seconds)
+            if self.enabled and sys.stderr is not None and sys.stderr.isatty():
+                self.bar = tqdm(
+                    total=self.config.max_iters, initial=self.state.step - 1, dynamic_ncols=True,
+                    leave=False, bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, "
+                    "{remaining} left{postfix}",
+                )  # fmt: skip
+        if self.bar is not None:
+            self.bar.update()
+
+    # --- log.csv ---
+
+    def log_row(self, val_loss: float | None = None, bits_per_byte: float | None = None) -> None:
+        """Write a row of log.csv and show the progress."""
+        if not self.enabled:
+            return
+        row = self._new_row(val_loss, bits_per_byte)
+        if self.rows and self.rows[-1]["step"] == row["step"]:
+            # After a restart a step may be evaluated that was logged before: keep one row.
+            self.rows[-1] |= {name: value for name, value in row.items() if value is not None}
+            self.log_is_complete = False
+        else:
+            self.rows.append(row)
+        self._save_rows()
+        self._track(row)
+        if self.metrics is not None:
+            self.last_logged = (self.state.tokens, self.state.seconds)
+            self._show_progress(row["tokens_per_second"], is_evaluation=val_loss is not None)
+
+    def _new_row(self, val_loss: float | None, bits_per_byte: float | None) -> LogRow:
+        state, metrics = self.state, self.metrics
+        tokens_before, seconds_before = self.last_logged or (state.tokens, state.seconds)
+        elapsed = state.seconds - seconds_before
+        return {
+            "step": state.step,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 3),
+            "train_loss": metrics.loss if metrics else None,
+            "val_loss": val_loss,
+            "learning_rate": metrics.learning_rate if metrics else None,
+            "grad_norm": metrics.grad_norm if metrics else None,
+            "tokens_per_second": (
+                round((state.tokens - tokens_before) / elapsed) if elapsed > 0 else None
+            ),
+            "bits_per_byte": bits_per_byte,
+        }
+
+    def _save_rows(self) -> None:
+        """Append the last row to log.csv. If that fails, the next call writes all rows."""
+        path = self.folder / LOG_FILE
+        try:
+            if self.log_is_complete:
+                append_row(path, self.rows[-1])
+            else:
+                write_log(path, self.rows)
+            self.log_is_complete = True
+        except (OSError, FolioError) as error:  # for example a spreadsheet that locks the file
+            self.log_is_complete = False
+            self.warn_once(f"{first_line(error)}; training continues")
+
+    def _track(self, row: LogRow) -> None:
+        values = {name: row[name] for name in COLUMNS[1:] if row[name] is not None}
+        for tracker in self.trackers:
+            try:
+                tracker(values, self.state.step)
+            except Exception as error:  # such as a full disk: log.csv is enough to continue
+                self.warn_once(first_line(error))
+
+    # --- Progress ---
+
+    def _show_progress(self, speed: float | None, is_evaluation: bool) -> None:
+        state, max_iters = self.state, self.config.max_iters
+        status = f"loss {self.metrics.loss:.3f}"
+        if speed:
+            status += f", {speed:,.0f} tokens/s"
+            if self.peak_tokens_per_second:
+                status += f", {speed / self.peak_tokens_per_second:.0%} MFU"
+        if self.bar is not None:
+            self.bar.set_postfix_str(status)
+        elif not is_evaluation and time.monotonic() - self.last_print >= MIN_SECONDS:
+            self.last_print = time.monotonic()
+            left = format_duration((max_iters - state.step) * state.seconds / state.step)
+            self.print(f"step {state.step:,} of {max_iters:,}: {status}, {left} left")
+
+    def evaluation_line(self) -> str:
+        """Describe the evaluation that was logged last.
+
+        'step 1,000: training loss 0.931, validation loss 1.7712 (best 1.6321, step 750)'
+        """
+        row, state = self.rows[-1], self.state
+        text = f"step {row['step']:,}: "
+        if row["train_loss"] is not None:
+            text += f"training loss {row['train_loss']:.3f}, "
+        text += f"validation loss {row['val_loss']:.4f}"
+        if row["step"] == 0:
+            return f"{text} (before training)"
+        if row["step"] == state.best_step:
+            return f"{text} (best so far)"
+        if state.best_step < 0:  # no loss has been a number
+            return text
+        return f"{text} (best {state.best_val_loss:.4f}, step {state.best_step:,})"
+
+    # --- loss.png ---
+
+    def maybe_plot(self) -> None:
+        """plot(), unless the last plot is recent: plotting takes as long as many small steps."""
+        if time.monotonic() - self.last_plot >= MIN_SECONDS:
+            self.plot()
+
+    def plot(self) -> None:
+        """Write loss.png. If that fails, a warning is printed once and training continues."""
+        if not self.enabled:
+            return
+        self.last_plot = time.monotonic()
+        config, name, path = self.config, self.folder.name, self.folder / PLOT_FILE
+        title = (
+            f"{name}: dataset {config.dataset}, {plural(config.n_layer, 'layer')}, "
+            f"{config.n_embd} channels, context of {config.block_size}, {config.optimizer}"
+        )
+        try:
+            plot_losses({name: self.rows}, path, title, x_max=config.max_iters)
+        except Exception as error:  # matplotlib fails in many ways, and the picture is optional
+            self.warn_once(f"no {PLOT_FILE}: {type(error).__name__}: {first_line(error)}")
+
+
+def discard_output() -> None:
+    """Let everything printed to stdout from now on, and what is in its buffer, go to nowhere."""
+    with contextlib.suppress(OSError):  # a stream without a file, as in a notebook
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
+
+
+# --- Weights & Biases and TensorBoard ---
+
+
+Tracker = Callable[[LogRow, int], None]  # takes the values of a row of log.csv, and its step
+
+
+@contextlib.contextmanager
+def open_trackers(folder: Path, config: TrainConfig, first_step: int) -> Iterator[list[Tracker]]:
+    """Start the trackers that the settings name. Raises FolioError if wandb refuses."""
+    with contextlib.ExitStack() as stack:
+        trackers: list[Tracker] = []
+        if config.wandb_log:
+            import wandb
+
+            try:
+                run = wandb.init(
+                    project=config.wandb_project, name=config.wandb_run_name or folder.name,
+                    config=dataclasses.asdict(config), dir=folder,
+                    settings=wandb.Settings(console="off"),  # leave stdout alone
+                )  # fmt: skip
+            except wandb.Error as error:  # no account or no network
+                reason = first_line(error).rstrip(".")
+                raise FolioError(f"--wandb_log: {reason}; or set WANDB_MODE=offline") from None
+            stack.enter_context(run)
+            trackers.append(run.log)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step hides rows of a previous process that are repeated after resuming.
+            writer = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
+            stack.enter_context(writer)
+
+            def write_scalars(values: LogRow, step: int) -> None:
+                for name, value in values.items():
+                    writer.add_scalar(name, value, step)
+                writer.flush()
+
+            trackers.append(write_scalars)
+        yield trackers
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Raise FolioError if a package that the settings need is not installed."""
+    for setting, package in (("wandb_log", "wandb"), ("tensorboard", "tensorboard")):
+        if getattr(config, setting) and importlib.util.find_spec(package) is None:
+            raise FolioError(f"--{setting}: {package} is not installed; run: pip install {package}")
+
+
+# --- FLOPs and MFU ---
+
+# Dense bfloat16 TFLOPS without sparsity, from NVIDIA's data sheets (T4: float16, it has no
+# bfloat16). The first name found in the device's name counts, so longer names stand first.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312,
+    "L40S": 362, "RTX 4090 Laptop": None, "RTX 4090": 165, "L4": 121, "T4": 65,
+}  # fmt: skip
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak FLOPS of a GPU: 'NVIDIA H100 80GB HBM3' -> 989e12; None if it is not in the table."""
+    words = f"{device_name} ".replace("-", " ")
+    matches = (tflops for name, tflops in PEAK_TFLOPS.items() if f"{name} " in words)
+    tflops = next(matches, None)
+    return None if tflops is None else tflops * 1e12
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """Training FLOPs per token: 6 N + 12 L C T.
+
+    Each of the N weights of matrix products costs a multiplication and an addition, once in the
+    forward pass and twice in the backward pass. In each of L layers, a query is multiplied with T
+    keys and the attention weights with T values, each of C numbers. By convention the causal mask,
+    which makes half of these products superfluous, is not deducted.
+    Source: PaLM (Chowdhery et al. 2022), appendix B.
+    """
+    L, C, T = config.n_layer, config.n_embd, config.block_size
+    padded_vocab_size = math.ceil(config.vocab_size / config.pad_vocab_to) * config.pad_vocab_to
+    weights = L * 12 * C**2 + padded_vocab_size * C  # attention 4 C², MLP 8 C²; the output layer
+    return 6 * weights + 12 * L * C * T
+
+
+def peak_tokens_per_second(
+    model_config: GPTConfig, device: ComputeDevice, world_size: int
+) -> float | None:
+    """Training speed at the peak FLOPS of all GPUs together, or None if the peak is unknown.
+
+    The actual speed divided by it is the model FLOPs utilization, MFU.
+    """
+    peak = peak_flops(device.name) if device.torch_device.type == "cuda" else None
+    return None if peak is None else world_size * peak / flops_per_token(model_config)
+
+
+# --- Banner and summary ---
+
+
+def banner(
+    config: TrainConfig,
+    state: TrainState,
+    dataset: Dataset,
+    model: GPT,
+    device: ComputeDevice,
+    folder: str | Path,
+) -> str:
+    """What train.py is going to do: data, model, weights, steps, device, folder."""
+    train_tokens, vocab_size = len(dataset.train), dataset.tokenizer.vocab_size
+    lines = [
+        labeled(
+            "data",
+            f"{config.dataset}: {plural(train_tokens, 'training token')}, "
+            f"{plural(len(dataset.val), 'validation token')}, vocabulary of {vocab_size:,}",
+        ),
+        labeled(
+            "model",
+            f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters: "
+            f"{plural(config.n_layer, 'layer')}, {plural(config.n_head, 'head')}, "
+            f"{plural(config.n_embd, 'channel')}, context of {config.block_size}",
+        ),
+    ]
+    if config.init_from not in ("scratch", "resume"):
+        lines.append(f"weights  {config.init_from}")
+    elif config.eval_only:
+        resumed = config.init_from == "resume"
+        where = f"step {state.step:,} of {relative_path(folder)}" if resumed else "untrained"
+        lines.append(f"weights  {where}")
+    if not config.eval_only:
+        lines.append(labeled("steps", describe_steps(config, state, train_tokens)))
+    lines.append(labeled("device", device.description))
+    if not config.eval_only:
+        lines.append(f"folder   {relative_path(folder)}")
+    return "\n".join([*lines, *filter(None, [replacement_warning(dataset.meta)])])
+
+
+def describe_steps(config: TrainConfig, state: TrainState, train_tokens: int) -> str:
+    """'2,000, each of 8 x 128 = 1,024 tokens: 2.0 epochs'"""
+    steps = max(config.max_iters - state.step, 0)
+    if steps == 0 and state.step > 0:
+        return f"none left after step {state.step:,}; to train longer, raise --max_iters"
+    sizes = [config.batch_size, config.block_size]
+    if config.gradient_accumulation_steps > 1:
+        sizes.insert(0, config.gradient_accumulation_steps)
+    product = " x ".join(f"{size:,}" for size in sizes)
+    resumed = f" left after step {state.step:,} of {config.max_iters:,}" if state.step else ""
+    epochs = steps * config.tokens_per_step / train_tokens
+    return (
+        f"{steps:,}{resumed}, each of {product} = {plural(config.tokens_per_step, 'token')}: "
+        f"{epochs:,.1f} epochs"
+    )
+
+
+def summary(config: TrainConfig, state: TrainState, folder: str | Path) -> str:
+    """What train.py did, and the command to continue with."""
+    folder = Path(folder)
+    total = max(config.max_iters, state.step)
+    status = "done" if state.step == total else "stopped"
+    saved = "" if status == "done" else "; saved"
+    lines = [
+        f"\n{status:<9}{state.step:,} of {plural(total, 'step')} in "
+        f"{format_duration(state.seconds)}{saved}",
+        labeled("best", describe_best(read_log(folder / LOG_FILE, state.step), state)),
+    ]
+    if (folder / PLOT_FILE).exists():
+        lines.append(f"curve    {relative_path(folder / PLOT_FILE)}")
+    if (folder / WEIGHTS_FILE).exists():
+        lines.append(f"next     {sample_command(folder)}")
+    if state.step < config.max_iters:
+        lines.append("or       the same command with --init_from=resume, to continue")
+    return "\n".join(lines)
+
+
+def describe_best(rows: list[LogRow], state: TrainState) -> str:
+    """The best evaluation, and whether the model overfitted after it."""
+    if state.best_step < 0:
+        return "no evaluation of trained weights yet"
+    text = f"validation loss {state.best_val_loss:.4f}"
+    val_losses = {row["step"]: row for row in evaluations(rows)}
+    best = val_losses.get(state.best_step)  # None if log.csv was replaced
+    if best and best["bits_per_byte"] and best["val_loss"] == state.best_val_loss:
+        text += f" ({best['bits_per_byte']:.3f} bits per byte)"
+    text += f" at step {state.best_step:,}"
+    last = val_losses[max(val_losses)] if val_losses else None
+    # A difference below 1% may be chance.
+    if best and last["val_loss"] > 1.01 * state.best_val_loss:
+        text += f"; it rose to {last['val_loss']:.4f} at step {last['step']:,}"
+        train_losses = (best["train_loss"], last["train_loss"])
+        if None not in train_losses and train_losses[1] < train_losses[0]:
+            text += " while the training loss fell: overfitting"
+    return text
+
+
+def sample_command(folder: Path) -> str:
+    """The command that samples from this run, as it can be typed in the working directory."""
+    command = ["python", str(relative_path(REPO_ROOT / "sample.py"))]
+    out_dir = folder.relative_to(REPO_ROOT) if folder.is_relative_to(REPO_ROOT) else folder
+    is_default = out_dir.parent == Path("out") and newest_run().resolve() == folder.resolve()
+    if not is_default:  # sample.py uses the newest run by default
+        command.append(f"--out_dir={out_dir.as_posix()}")
+    return shell_command(*command)
+
+
+# --- Formatting ---
+
+
+def labeled(label: str, text: str) -> str:
+    """'data     text', wrapped at the width of the terminal."""
+    width = shutil.get_terminal_size((80, 24)).columns
+    return textwrap.fill(
+        f"{label:<9}{text}", width, subsequent_indent=" " * 9,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def plural(number: int, noun: str) -> str:
+    """1, 'layer' -> '1 layer'; 4, 'layer' -> '4 layers'."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def relative_path(path: str | Path) -> Path:
+    """The path relative to the working directory if it is inside it."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def format_duration(seconds: float) -> str:
+    """75.2 -> '1:15'; 3675 -> '1:01:15'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

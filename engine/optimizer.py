@@ -1,0 +1,209 @@
+"""Optimizers: Muon for the matrices of the blocks, AdamW for all other parameters.
+
+AdamW (Loshchilov and Hutter 2019) treats each weight w alone. With its gradient g:
+
+    m = beta1 * m + (1 - beta1) * g             running mean of gradients: averages out their noise
+    v = beta2 * v + (1 - beta2) * g^2           running mean of squares: how large g usually is
+    w = w - lr * (m / (sqrt(v) + eps) + weight_decay * w)
+
+(m and v are divided by 1 - beta^step, because they start at 0.) So each weight moves by about lr,
+however large its gradients are.
+
+But the weights of a matrix act together. The gradient of a matrix is often close to low rank: a few
+directions are large and the others are small. Muon (Jordan et al. 2024) orthogonalizes the running
+mean of gradients: of its singular value decomposition U S V^T it takes U V^T, in which all
+directions have length 1. For example, diag(10, 0.1) becomes diag(1, 1). So rare directions are
+learned as fast as common ones.
+
+lessons/optimizers.py has both in their simplest form.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from engine.train_config import TrainConfig
+from model import GPT
+
+
+def make_optimizer(
+    model: GPT, config: TrainConfig, dtype: torch.dtype = torch.float32
+) -> "torch.optim.Optimizer | CombinedOptimizer":
+    """The optimizer of all parameters of the model.
+
+    dtype: of the model's matrix products; with bfloat16, Muon multiplies in bfloat16, too.
+
+    | parameters               | optimizer="muon"           | optimizer="adamw"      | decay |
+    |--------------------------|----------------------------|------------------------|-------|
+    | matrices of the blocks   | Muon at muon_learning_rate | AdamW at learning_rate | yes   |
+    | embeddings               | AdamW at learning_rate     | AdamW at learning_rate | yes   |
+    | biases, layer norm gains | AdamW at learning_rate     | AdamW at learning_rate | no    |
+
+    Weight decay keeps the weights of a matrix small. Biases and gains have no need of it: they are
+    few, and a gain belongs near 1 rather than near 0.
+    """
+    block_matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    use_muon = config.optimizer == "muon"
+    groups = [
+        {
+            "params": embeddings if use_muon else embeddings + block_matrices,
+            "weight_decay": config.weight_decay,
+        },
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    # fused: one pass over all parameters instead of a dozen small operations for each.
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
+    )
+    if use_muon:
+        muon = Muon(block_matrices, config.muon_learning_rate, config.weight_decay, dtype=dtype)
+        optimizer = CombinedOptimizer(muon, optimizer)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def set_lr_multiplier(
+    optimizer: "torch.optim.Optimizer | CombinedOptimizer", multiplier: float
+) -> None:
+    """Set the learning rate of each group to multiplier (0 to 1) times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = multiplier * group["initial_lr"]
+
+
+class CombinedOptimizer:
+    """Several optimizers, each with its own parameters, used as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {type(o).__name__: o.state_dict() for o in self.optimizers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for optimizer in self.optimizers:
+            optimizer.load_state_dict(state[type(optimizer).__name__])
+
+
+# --- Muon ---
+
+
+class Muon(torch.optim.Optimizer):
+    """SGD with Nesterov momentum, whose updates are orthogonalized (Jordan et al. 2024).
+
+    lr: the size of an update in every direction (its singular values); for a matrix with n times
+    as many rows as columns, sqrt(n) times as much. weight_decay: per unit of lr.
+    Matrices of one shape are orthogonalized together, in batched products, where torch.optim.Muon
+    takes one at a time. With dtype=bfloat16 these products are computed in bfloat16: several times
+    faster where the hardware supports it, and a direction need not be exact.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.use_bfloat16 = dtype == torch.bfloat16
+
+    @torch.no_grad()
+    def step(self) -> None:
+        # The _foreach functions apply one operation to a list of tensors at once.
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in params]
+            buffers = [self.momentum_buffer(p) for p in params]
+            beta, lr = group["momentum"], group["lr"]
+            # buffer = beta * buffer + (1 - beta) * gradient
+            torch._foreach_lerp_(buffers, gradients, 1 - beta)
+            # Nesterov momentum: update = beta * buffer + (1 - beta) * gradient
+            updates = torch._foreach_lerp(gradients, buffers, beta)
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            for (rows, columns), pairs in group_by_shape(zip(params, updates, strict=True)):
+                stacked = torch.stack([update for _, update in pairs])
+                stacked = stacked.bfloat16() if self.use_bfloat16 else stacked
+                orthogonal = orthogonalize(stacked).to(pairs[0][0].dtype)
+                # The columns of a tall orthogonal matrix have length 1, spread over more rows:
+                # its entries are smaller, so it takes a larger step.
+                step_size = lr * max(1, rows / columns) ** 0.5
+                for (param, _), update in zip(pairs, orthogonal, strict=True):
+                    param.sub_(update, alpha=step_size)
+
+    def momentum_buffer(self, param: torch.Tensor) -> torch.Tensor:
+        """The running mean of the gradients of a parameter; zeros before the first step."""
+        state = self.state[param]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        return state["momentum_buffer"]
+
+
+def group_by_shape(
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+) -> Iterator[tuple[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """(weight, update) pairs -> (shape, [pairs of this shape]) for each shape.
+
+    The matrix of queries, keys and values (3C, C) is three matrices in one. They do different
+    things, so each is orthogonalized by itself.
+    """
+    parts = []
+    for weight, update in pairs:
+        rows, columns = weight.shape
+        n_chunks = 3 if rows == 3 * columns else 1
+        parts += zip(weight.chunk(n_chunks), update.chunk(n_chunks), strict=True)
+    parts.sort(key=lambda part: part[0].shape)
+    for shape, group in itertools.groupby(parts, key=lambda part: tuple(part[0].shape)):
+        yield shape, list(group)
+
+
+# Coefficients a, b, c of one polynomial a s + b s^3 + c s^5 after another. Each is the best one for
+# what the polynomials before it leave (Polar Express, Amsel et al. 2025, for singular values from
+# 0.001 to 1). Five of them bring each singular value close to 1; five times the polynomial of
+# Jordan et al. would leave values between about 0.7 and 1.2.
+POLAR_EXPRESS_COEFFICIENTS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+# The polynomials grow without limit for singular values above 1, and rounding can push a value
+# slightly above it: leave room for 1%.
+SAFETY_FACTOR = 1.01
+
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """(n, rows, columns) -> (n, rows, columns): of each matrix U S V^T, approximately U V^T.
+
+    A polynomial a X + b (X X^T) X + c (X X^T)^2 X changes the singular values alone: each s becomes
+    a s + b s^3 + c s^5. So a few matrix products replace a singular value decomposition.
+    """
+    is_wide = matrices.size(1) <= matrices.size(2)
+    X = matrices if is_wide else matrices.mT  # X X^T is then the smaller of the two products
+    # The Frobenius norm is at least as large as the largest singular value.
+    X = X / (X.norm(dim=(1, 2), keepdim=True) * SAFETY_FACTOR + 1e-7)
+    for a, b, c in POLAR_EXPRESS_COEFFICIENTS:
+        # The polynomial of X / SAFETY_FACTOR.
+        a, b, c = a / SAFETY_FACTOR, b / SAFETY_FACTOR**3, c / SAFETY_FACTOR**5
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
+    return X if is_wide else X.mT

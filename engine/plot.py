@@ -1,0 +1,178 @@
+"""Plot the loss curves of several runs in one picture, and compare the runs in a table.
+
+    python -m engine.plot out/a out/b                         # writes out/losses.png
+    python -m engine.plot out/a out/b --x=seconds --picture=seconds.png
+
+Training uses plot_losses() for loss.png. matplotlib is imported only where something is plotted.
+"""
+
+import itertools
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from configurator import FolioError, parse_inputs, read_settings, run_main
+from data.files import atomic_write
+from engine.checkpoint import SETTINGS_FILE
+from engine.log_file import LOG_FILE, LogRow, best_row, evaluations, read_log
+
+XAxis = Literal["step", "tokens", "seconds"]
+COLORS = ("#1f4e8c", "#d1822b", "#2c7a4b", "#8c8c8c", "#a8324a", "#7a5ba6")
+
+
+@dataclass
+class PlotConfig:
+    picture: str = "out/losses.png"  # the picture to write, a .png
+    x: XAxis = "step"  # horizontal axis
+
+
+@dataclass
+class LoggedRun:
+    """A run folder as far as it can be compared with others."""
+
+    settings: dict[str, Any]
+    rows: list[LogRow]
+
+
+def main() -> None:
+    folders, config = parse_inputs(PlotConfig)
+    if not folders:
+        raise FolioError("which runs? for example: python -m engine.plot out/shakespeare_char")
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
+    print(comparison_table(runs))
+    Path(config.picture).parent.mkdir(parents=True, exist_ok=True)
+    plot_losses({name: run.rows for name, run in runs.items()}, config.picture, x=config.x)
+    print(f"\nplotted {config.picture}")
+
+
+def read_run(folder: str | Path) -> LoggedRun:
+    """Read the settings and log.csv of a run. Raises FolioError if the folder has no log."""
+    folder = Path(folder)
+    rows = read_log(folder / LOG_FILE)
+    if not rows:
+        raise FolioError(f"{folder}: {LOG_FILE} is missing or has no rows; give folders of runs")
+    settings = folder / SETTINGS_FILE
+    return LoggedRun(read_settings(settings) if settings.exists() else {}, rows)
+
+
+# --- Table ---
+
+
+def comparison_table(runs: dict[str, LoggedRun]) -> str:
+    """A column for each run; a row for each setting that differs, then for each result."""
+    lines = [["", *runs]]
+    settings = [run.settings for run in runs.values()]
+    for name in dict.fromkeys(itertools.chain.from_iterable(settings)):
+        values = [str(values.get(name, "")) for values in settings]
+        if name != "out_dir" and len(set(values)) > 1:
+            lines.append([name, *values])
+    results = [run_results(run.rows) for run in runs.values()]
+    lines += [[name, *(result[name] for result in results)] for name in results[0]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def run_results(rows: list[LogRow]) -> dict[str, str]:
+    """The best evaluation of a run, and its length."""
+    best, last = best_row(rows) or {}, rows[-1]
+    bits_per_byte = best.get("bits_per_byte")
+    return {
+        "best validation loss": f"{best['val_loss']:.4f}" if best else "",
+        "its bits per byte": f"{bits_per_byte:.4f}" if bits_per_byte else "",
+        "its step": f"{best['step']:,}" if best else "",
+        "steps": f"{last['step']:,}",
+        "tokens": f"{last['tokens']:,}",
+        "seconds": f"{last['seconds']:,.1f}",
+    }
+
+
+# --- Picture ---
+
+
+def plot_losses(
+    runs: dict[str, list[LogRow]],
+    path: str | Path,
+    title: str = "",
+    x: XAxis = "step",
+    x_max: float | None = None,
+) -> None:
+    """Write a picture of the training loss (pale) and the validation loss of each run.
+
+    runs: name -> rows of log.csv. x_max: where the horizontal axis ends at least.
+    Raises FolioError if the picture cannot be written, and whatever matplotlib raises.
+    """
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    with warnings.catch_warnings(), matplotlib.style.context("default"):
+        warnings.simplefilter("ignore")  # for example about a letter that the font lacks
+        figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
+        axes = figure.subplots()
+        for (name, rows), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
+            plot_run(axes, printable(name) if len(runs) > 1 else "", rows, x, color)
+        ends = [row[x] for rows in runs.values() for row in rows]
+        end = max([*ends, x_max or 0, 1])
+        axes.set_xlim(-0.04 * end, 1.04 * end)  # a number at step 0 does not touch the axis
+        axes.set_ylim(*loss_range(list(runs.values())))
+        axes.set(xlabel=x, ylabel="loss (nats per token)")
+        axes.set_title(printable(title), fontsize=10, parse_math=False)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        for text in axes.legend(frameon=False).get_texts():
+            text.set_parse_math(False)  # "$" in a name is no formula
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format="png")
+
+
+def plot_run(axes: Any, name: str, rows: list[LogRow], x: XAxis, color: str) -> None:
+    """Both curves of a run, with its best validation loss as a number."""
+    train = [(row[x], row["train_loss"]) for row in rows if row["train_loss"] is not None]
+    val = [(row[x], row["val_loss"]) for row in evaluations(rows)]
+    if train:
+        label = None if name else "training batch"
+        axes.plot(*zip(*train, strict=True), color=color, alpha=0.4, lw=1.2, label=label)
+    if val:
+        label = name or "validation"
+        axes.plot(*zip(*val, strict=True), "o-", color=color, ms=4, label=label)
+        best = min(val, key=lambda point: point[1])
+        if best != val[-1]:  # overfitting begins here
+            axes.axvline(best[0], color=color, lw=0.8, ls=":")
+        axes.annotate(
+            f"{best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="center",
+            color=color, bbox={"color": "white", "alpha": 0.7, "pad": 1},
+        )  # fmt: skip
+
+
+def loss_range(logs: list[list[LogRow]]) -> tuple[float, float]:
+    """The range of the vertical axis: all losses from the first evaluation after step 0 on.
+
+    Earlier losses fall so fast that they would leave the others a narrow strip of the picture.
+    """
+    losses = []
+    for rows in logs:
+        steps = [row["step"] for row in evaluations(rows) if row["step"] > 0]
+        start = steps[0] if len(steps) > 1 else 1
+        if all(row["step"] == 0 for row in rows):
+            start = 0
+        late = [row for row in rows if row["step"] >= start]
+        losses += [row[name] for row in late for name in ("train_loss", "val_loss")]
+    losses = [loss for loss in losses if loss is not None and math.isfinite(loss)] or [0.0]
+    margin = 0.08 * (max(losses) - min(losses)) or 0.1
+    return min(losses) - margin, max(losses) + margin
+
+
+def printable(text: str) -> str:
+    """The text with "?" for bytes of a file name that are not UTF-8."""
+    return text.encode("utf-8", errors="replace").decode()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,281 @@
+"""How a run starts: from scratch, from the weights of a model, or resumed.
+
+config = resolve_config(overrides)                      # which settings, and where to start from
+model = build_model(config, tokenizer, device)          # new weights, or those of a model
+state = restore(load_checkpoint(folder), ...)           # if resuming: continue where it stopped
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configurator import FolioError, configure, format_value, read_settings, to_json
+from data.dataset import Dataset, open_dataset
+from data.files import write_text
+from data.shakespeare import DATASETS, ensure_shakespeare
+from data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from engine.checkpoint import (
+    CHECKPOINT_FILE,
+    SETTINGS_FILE,
+    check_architecture,
+    find_checkpoint,
+    load_model,
+    prepare_out_dir,
+    rarest_token,
+    resolve_model_dir,
+    resolve_out_dir,
+    save_tokenizer,
+)
+from engine.device import ComputeDevice
+from engine.distributed import Distributed
+from engine.hf_format import read_config
+from engine.optimizer import CombinedOptimizer
+from engine.train_config import TrainConfig
+from model import GPT, GPTConfig
+
+Optimizer = torch.optim.Optimizer | CombinedOptimizer
+
+OUT_OF_MEMORY_HINT = (
+    "halve --batch_size and double --gradient_accumulation_steps (the same number of tokens per "
+    "step), or reduce --block_size or the model"
+)
+
+
+@dataclass
+class TrainState:
+    """How far a run is: what resuming restores beside weights and optimizer."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # tokens trained on
+    seconds: float = 0.0  # time spent on training steps
+    best_val_loss: float = math.inf  # nats per token
+    best_step: int = -1  # the step of best_val_loss
+    best_eval_tokens: int = 0  # the eval_tokens with which best_val_loss was measured
+    last_eval_step: int = -1  # the step of the latest evaluation
+
+
+# --- Settings ---
+
+ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias")  # settings that the weights determine
+FROM_WEIGHTS = (*ARCHITECTURE, "block_size", "dropout")  # taken from a model that is finetuned
+# Changing one of these would make the weights unusable, or the losses incomparable.
+FIXED_ON_RESUME = (*ARCHITECTURE, "block_size", "pad_vocab_to", "optimizer", "dataset")
+
+
+def resolve_config(
+    overrides: dict[str, Any], restarted: bool = False, world_size: int = 1
+) -> TrainConfig:
+    """All settings of a run; `init_from` becomes "scratch", "resume", or the name of a model.
+
+    overrides: the settings given in config files and flags.
+    restarted: torchrun or SLURM has started this job before, so it continues if it can.
+    Raises FolioError for settings that do not fit the run to resume, the model to finetune, or
+    the number of processes.
+    """
+    folder = resolve_out_dir(overrides.get("out_dir", TrainConfig.out_dir))
+    source = overrides.get("init_from", TrainConfig.init_from)
+    can_resume = (folder / CHECKPOINT_FILE).exists()
+    if can_resume and (source == "auto" or (restarted and not overrides.get("eval_only"))):
+        source = "resume"
+    elif source == "auto":
+        source = "scratch"
+    if source == "scratch":
+        config = TrainConfig(**overrides)
+    elif source == "resume":
+        config = resume_config(folder, overrides)
+    else:
+        config = finetune_config(resolve_model_dir(source), overrides)
+    check_divisible(config, world_size)
+    if config.max_iters <= config.warmup_iters and not config.eval_only:
+        print(
+            f"WARNING  max_iters={config.max_iters} does not exceed warmup_iters="
+            f"{config.warmup_iters}:\n         the learning rate only rises"
+        )
+    return dataclasses.replace(config, init_from=source)
+
+
+def resume_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
+    """The saved settings of a run, with the given changes, which are printed."""
+    find_checkpoint(folder)
+    saved = read_settings(folder / SETTINGS_FILE)
+    for name, new in overrides.items():
+        old = saved.get(name, new)
+        if new == old or name in ("init_from", "out_dir", "eval_only"):
+            continue
+        if name in FIXED_ON_RESUME:
+            raise FolioError(
+                f"--{name}={new}: resuming cannot change {name}, which is {old} in {folder}; "
+                "use --init_from=scratch for a new run"
+            )
+        print(f"resuming with {name} = {new} (was {old})")
+    moved = {"out_dir": overrides.get("out_dir", TrainConfig.out_dir)}  # the folder may have moved
+    return configure(TrainConfig, [], defaults=saved | overrides | moved)
+
+
+def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
+    """The settings for finetuning the model in `folder`: the architecture comes from the model."""
+    model_config = read_config(folder)
+    for name in ARCHITECTURE:
+        given, actual = overrides.get(name), getattr(model_config, name)
+        if given is not None and given != actual:
+            raise FolioError(f"--{name}={given}: the model in {folder} has {name}={actual}")
+    return TrainConfig(**{name: getattr(model_config, name) for name in FROM_WEIGHTS} | overrides)
+
+
+def check_divisible(config: TrainConfig, world_size: int) -> None:
+    """FolioError unless every process gets the same number of micro-batches."""
+    steps = config.gradient_accumulation_steps
+    if config.eval_only or steps % world_size == 0:
+        return
+    below, above = steps // world_size * world_size, math.ceil(steps / world_size) * world_size
+    fitting = " or ".join(str(value) for value in (below, above) if value)
+    raise FolioError(
+        f"gradient_accumulation_steps={steps} must be divisible by the number of processes, "
+        f"{world_size}; try --gradient_accumulation_steps={fitting}"
+    )
+
+
+# --- Dataset and model ---
+
+
+def load_dataset(config: TrainConfig) -> Dataset:
+    """The dataset of a run; Shakespeare is prepared first if it is not there."""
+    if config.dataset in DATASETS:
+        ensure_shakespeare(config.dataset)
+    tokenizer = BPETokenizer.gpt2() if config.tokenizer == "gpt2" else None
+    return open_dataset(config.dataset, config.block_size, tokenizer)
+
+
+def build_model(config: TrainConfig, tokenizer: Tokenizer, device: ComputeDevice) -> GPT:
+    """The model on its device: with new weights, or with those of the model to finetune.
+
+    (When resuming, restore() puts the saved weights in the place of the new ones.)
+    Raises FolioError if the model to start from has another tokenizer.
+    """
+    torch.manual_seed(config.seed)
+    options = {
+        "block_size": config.block_size,
+        "dropout": config.dropout,
+        "pad_vocab_to": config.pad_vocab_to,
+        "float32_attention": device.use_float32_attention(config.block_size),
+    }
+    if config.init_from in ("scratch", "resume"):
+        architecture = {name: getattr(config, name) for name in ARCHITECTURE}
+        model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **architecture, **options))
+        folder = resolve_out_dir(config.out_dir)
+        if config.init_from == "resume":
+            check_architecture(folder, model.config)
+    else:
+        folder = resolve_model_dir(config.init_from)
+        model = load_model(folder, vocab_size=load_tokenizer(folder).vocab_size, **options)
+    if config.init_from != "scratch" and load_tokenizer(folder) != tokenizer:
+        raise FolioError(
+            f"--dataset={config.dataset}: its tokenizer is not the tokenizer of the model in "
+            f"{folder}; prepare the text with --tokenizer={folder}, or start with "
+            "--init_from=scratch"
+        )
+    return model.to(device.torch_device, device.param_dtype).train()
+
+
+def wrap_model(
+    model: GPT, config: TrainConfig, device: ComputeDevice, dist: Distributed
+) -> torch.nn.Module:
+    """The model, compiled if the device uses torch.compile, with gradients shared by processes."""
+    wrapped = torch.compile(model) if device.compile else model
+    if dist.world_size == 1:
+        return wrapped
+    wrapped = dist.wrap_ddp(wrapped, device.torch_device)
+    shape = (config.batch_size, config.block_size)
+
+    def dummy_loss() -> torch.Tensor:
+        inputs = torch.zeros(shape, dtype=torch.long, device=device.torch_device)
+        with device.autocast():  # a clone: torch.compile treats one tensor given twice specially
+            return wrapped(inputs, inputs.clone())
+
+    if not config.eval_only:
+        dist.warm_up_ddp(wrapped, dummy_loss)
+    return wrapped
+
+
+def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
+    """Create the run folder, or move the run that is there aside; save settings and tokenizer."""
+    prepare_out_dir(folder, resume=config.init_from == "resume")
+    write_text(folder / SETTINGS_FILE, to_json(config))
+    save_run_tokenizer(folder, config, dataset)
+
+
+def save_run_tokenizer(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
+    """Save the dataset's tokenizer in a run folder, or in one of its step_* folders."""
+    save_tokenizer(dataset.tokenizer, folder, config.block_size, rarest_token(dataset.train))
+
+
+# --- Checkpoints ---
+
+
+def checkpoint_state(
+    state: TrainState,
+    model: GPT,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    dataset: Dataset,
+) -> dict[str, Any]:
+    """Everything that restore() needs, in plain containers: the contents of resume.pt."""
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "train_state": dataclasses.asdict(state),
+        "dataset": fingerprint(dataset),
+    }
+
+
+def restore(
+    saved: dict[str, Any],
+    config: TrainConfig,
+    model: GPT,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    dataset: Dataset,
+) -> TrainState:
+    """Load a checkpoint into model, optimizer and scaler; return the state of the run.
+
+    Learning rates and weight decay come from the settings, which may have changed.
+    Raises FolioError if the dataset or the checkpoint is not that of this run.
+    """
+    folder = resolve_out_dir(config.out_dir)
+    before, now = saved.get("dataset"), fingerprint(dataset)
+    if before != now:
+        raise FolioError(
+            f"--dataset={config.dataset}: the dataset has changed since {folder} was started "
+            f"(SHA-256, training tokens, validation tokens: {before} before, {now} now); restore "
+            "it (shards that were added can be moved away), or use --init_from=scratch"
+        )
+    try:
+        model.load_state_dict(saved["model"])
+        current_groups = [dict(group) for group in optimizer.param_groups]
+        optimizer.load_state_dict(saved["optimizer"])
+        for group, current in zip(optimizer.param_groups, current_groups, strict=True):
+            group.update({key: value for key, value in current.items() if key != "params"})
+        if saved["scaler"]:  # empty unless the run was saved in float16
+            scaler.load_state_dict(saved["scaler"])
+        state = TrainState(**saved["train_state"])
+        for field in dataclasses.fields(state):
+            value = getattr(state, field.name)
+            if type(value) is not type(field.default):
+                raise TypeError(f"{field.name} is {format_value(value)}")
+        return state
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FolioError(
+            f"{folder / CHECKPOINT_FILE}: does not fit this run ({reason}); to start from its "
+            f"weights instead: --init_from={folder} and another --out_dir"
+        ) from None
+
+
+def fingerprint(dataset: Dataset) -> list[Any]:
+    """What identifies a dataset: the SHA-256 of its text, if known, and its sizes in tokens."""
+    return [dataset.meta.get("sha256"), len(dataset.train), len(dataset.val)]

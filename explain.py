@@ -1,0 +1,255 @@
+"""Write a web page that shows what a model attends to and what it predicts.
+
+    python explain.py                                    # the newest run under out/
+    python explain.py --out_dir=out/shakespeare_char --start="ROMEO: But soft, what light"
+    python explain.py --init_from=gpt2 --start="The quick brown fox" --output=fox.html
+
+The page is one file that needs no network. All its numbers come from the model: the scores are
+those of attention_weights() in model.py. The page itself computes softmax, temperature, top-k and
+top-p, nothing else. If the run has saved step_* folders (--snapshot_interval of train.py), a slider
+moves through training.
+"""
+
+import base64
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from configurator import FolioError, PositiveInt, configure, run_main
+from data.dataset import DATA_DIR, open_dataset
+from data.files import atomic_write, user_path
+from data.prepare import read_text
+from data.tokenizer import Tokenizer
+from engine.checkpoint import REPO_ROOT, describe_run, load_model_and_tokenizer, newest_run
+from engine.checkpoint import SETTINGS_FILE, resolve_model_dir
+from engine.inference import sampling_probs
+from model import GPT, attention_weights
+
+PAGE = REPO_ROOT / "engine" / "page"
+MAX_TOKENS = 256  # a page of this length is still readable
+MAX_SNAPSHOTS = 7  # steps of the slider, beside the final weights
+MAX_LOGITS = 1000  # of a larger vocabulary, the page gets the likeliest tokens one by one
+MAX_CHANNELS = 16  # of a value or a message, the page shows the first numbers
+TEMPERATURES = [round(0.1 * i, 1) for i in range(1, 21)]  # of the slider: 0.1, 0.2, ..., 2.0
+
+
+@dataclass
+class ExplainConfig:
+    # --- Model and text ---
+    out_dir: str = ""  # run folder; empty: the newest run under out/
+    init_from: str = ""  # instead of a run: gpt2, a name on the hub, or a folder
+    start: str = ""  # the text; FILE:path reads a file; empty: the first of the validation text
+    max_tokens: PositiveInt = 64  # longer texts are cut after so many tokens
+    # --- Output ---
+    output: str = ""  # the file to write; empty: explain.html in the run folder, or in out/
+
+
+def main() -> None:
+    config = configure(ExplainConfig)
+    source = config.init_from or config.out_dir
+    folder = resolve_model_dir(source) if source else newest_run()
+    model, tokenizer = load_model_and_tokenizer(folder)
+    ids = choose_tokens(config, folder, tokenizer, model.config.block_size)
+    title = describe_run(folder) if not config.init_from else config.init_from
+    checkpoints = []
+    for path in [*choose_snapshots(folder), folder]:
+        print(f"computing {path}")
+        model, _ = load_model_and_tokenizer(path)
+        label = f"step {int(path.name[5:]):,}" if path != folder else "final weights"
+        checkpoints.append({"label": label, **explain(model, ids)})
+    data = {
+        "title": title,
+        "n_layer": model.config.n_layer,
+        "n_head": model.config.n_head,
+        "head_dim": model.config.n_embd // model.config.n_head,
+        "ids": ids.tolist(),
+        "vocab": visible_vocab(tokenizer, ids, checkpoints),
+        "temperatures": TEMPERATURES,
+        "checkpoints": checkpoints,
+    }
+    output = output_path(config, folder)
+    write_page(data, output)
+    print(f"{output} ({output.stat().st_size / 1e6:.1f} MB): open it in a browser")
+    print(f"         {output.resolve().as_uri()}")
+
+
+def choose_tokens(
+    config: ExplainConfig, folder: Path, tokenizer: Tokenizer, block_size: int
+) -> torch.Tensor:
+    """The ids (T,) of --start, or of the beginning of the run's validation text."""
+    limit = min(block_size, config.max_tokens)
+    if config.max_tokens > MAX_TOKENS:
+        raise FolioError(f"--max_tokens={config.max_tokens}: the page shows at most {MAX_TOKENS}")
+    if config.start:
+        is_file = config.start.startswith("FILE:")
+        text = read_text(user_path(config.start[5:])) if is_file else config.start
+        try:
+            ids = tokenizer.encode_prompt(text)
+        except FolioError as error:
+            raise FolioError(f"--start: {error}") from None
+    else:
+        ids = validation_tokens(folder, limit)
+    if len(ids) < 2:
+        raise FolioError("--start: at least 2 tokens are needed, to predict one from the other")
+    if len(ids) > limit:
+        print(f"the page shows the first {limit} of {len(ids):,} tokens (--max_tokens, block_size)")
+    return torch.from_numpy(np.asarray(ids[:limit], dtype=np.int64))
+
+
+def validation_tokens(folder: Path, count: int) -> np.ndarray:
+    """The first tokens of the validation text of a run, or of prepared Shakespeare."""
+    path = folder / SETTINGS_FILE
+    if not path.exists():
+        raise FolioError("this model is not from a run of Folio: give a text with --start=...")
+    name = json.loads(path.read_text(encoding="utf-8")).get("dataset", "")
+    if not (DATA_DIR / name).is_dir():
+        raise FolioError(f"the dataset {name!r} of this run is not here: give a text with --start")
+    return np.asarray(open_dataset(name, block_size=1).val.shards[0][:count])
+
+
+def choose_snapshots(folder: Path) -> list[Path]:
+    """The step_* folders of a run; if there are many, some of them at equal distances."""
+    folders = sorted(path.parent for path in folder.glob("step_*/model.safetensors"))
+    if len(folders) <= MAX_SNAPSHOTS:
+        return folders
+    return [folders[round(i)] for i in np.linspace(0, len(folders) - 1, MAX_SNAPSHOTS)]
+
+
+def output_path(config: ExplainConfig, folder: Path) -> Path:
+    if config.output:
+        return user_path(config.output)
+    if config.init_from and not (folder / SETTINGS_FILE).exists():
+        name = config.init_from.replace("/", "_").strip("._") or "model"
+        return REPO_ROOT / "out" / f"explain_{name}.html"
+    return folder / "explain.html"
+
+
+# --- What the model computes ---
+
+
+@torch.no_grad()
+def explain(model: GPT, ids: torch.Tensor) -> dict[str, Any]:
+    """Everything that the page shows of one model on the tokens ids (T,).
+
+    scores: (n_layer, n_head, T, T) q k^T before scaling, below the diagonal and on it.
+    values, messages: (n_layer, n_head, T, channels) the first channels of v and of weights @ v.
+    """
+    idx = ids[None]  # (1, T)
+    transformer = model.transformer
+    x = transformer.wte(idx) + transformer.wpe(torch.arange(len(ids)))
+    streams, scores, values, messages = [x], [], [], []
+    for block in transformer.h:
+        q, k, v = block.attn.qkv(block.ln_1(x))  # each (1, n_head, T, head_dim)
+        scores.append(q[0] @ k[0].mT)
+        values.append(v[0, ..., :MAX_CHANNELS])
+        messages.append((attention_weights(q, k) @ v)[0, ..., :MAX_CHANNELS])
+        x = block(x)
+        streams.append(x)
+    logits = model(idx)[0].float()  # (T, V)
+    targets = torch.cat((ids[1:], ids.new_full((1,), -1)))
+    log_probs = logits.log_softmax(-1)
+    losses = [-log_probs[t, target].item() for t, target in enumerate(targets[:-1])]
+    lower = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    return {
+        "scores": encode(torch.stack(scores)[:, :, lower]),
+        "values": encode(torch.stack(values)),
+        "messages": encode(torch.stack(messages)),
+        "channels": values[0].size(-1),
+        "losses": [round(loss, 4) for loss in losses],
+        **likeliest_logits(logits, ids),
+        "layers": [layer_predictions(model, stream[0], targets) for stream in streams],
+    }
+
+
+def likeliest_logits(logits: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
+    """The logits of each position in descending order, and their ids.
+
+    Of a large vocabulary, the page gets MAX_LOGITS tokens. The others enter its softmax as one
+    number for each temperature: the logarithm of the sum of exp(logit / temperature).
+    """
+    top = logits.topk(min(MAX_LOGITS, logits.size(-1)))
+    rest = logits.scatter(1, top.indices, -math.inf)  # (T, V)
+    tails = torch.stack([(rest / t).logsumexp(-1) for t in TEMPERATURES], dim=-1)
+    return {
+        "logits": {"float32": to_base64(top.values.numpy().astype("<f4"))},
+        "logit_ids": top.indices.tolist(),
+        "tails": [[None if math.isinf(x) else round(x, 3) for x in row] for row in tails.tolist()],
+    }
+
+
+def layer_predictions(model: GPT, stream: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
+    """What the model would predict from a residual stream (T, C), if it ended here.
+
+    The final layer norm and the output layer are applied to it. For each position: the three
+    likeliest ids, their probabilities, and the probability of the actual next token.
+    """
+    probs = sampling_probs(model.lm_head(model.transformer.ln_f(stream)))  # (T, V)
+    top = probs.topk(min(3, probs.size(-1)))
+    actual = [probs[t, i].item() if i >= 0 else None for t, i in enumerate(targets.tolist())]
+    return {
+        "ids": top.indices.tolist(),
+        "probs": [[round(p, 4) for p in row] for row in top.values.tolist()],
+        "actual": [p if p is None else round(p, 5) for p in actual],
+    }
+
+
+def encode(numbers: torch.Tensor) -> dict[str, Any]:
+    """Numbers as 16-bit integers in base64, with the factor that restores them."""
+    numbers = numbers.double().numpy()
+    scale = float(np.abs(numbers).max(initial=0)) / 32767 or 1.0
+    return {"scale": scale, "int16": to_base64(np.round(numbers / scale).astype("<i2"))}
+
+
+def to_base64(numbers: np.ndarray) -> str:
+    return base64.b64encode(numbers.tobytes()).decode()
+
+
+# --- The page ---
+
+
+def visible_vocab(
+    tokenizer: Tokenizer, ids: torch.Tensor, checkpoints: list[dict[str, Any]]
+) -> dict[int, str]:
+    """How each token that the page mentions is shown."""
+    mentioned = set(ids.tolist())
+    for checkpoint in checkpoints:
+        mentioned.update(i for row in checkpoint["logit_ids"] for i in row)
+        mentioned.update(i for layer in checkpoint["layers"] for row in layer["ids"] for i in row)
+    return {i: visible(tokenizer.token_bytes(i)) for i in sorted(mentioned)}
+
+
+def visible(token: bytes) -> str:
+    """b' the\\n' -> '␣the↵'; bytes that are no complete character: b'\\xe2' -> '<E2>'."""
+    try:
+        text = token.decode("utf-8")
+    except UnicodeDecodeError:
+        return "".join(chr(b) if 0x20 < b < 0x7F else f"<{b:02X}>" for b in token)
+    names = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
+    return "".join(names.get(c) or (c if c.isprintable() else f"<U+{ord(c):04X}>") for c in text)
+
+
+def write_page(data: dict[str, Any], output: Path) -> None:
+    """Fill the page's data, style and program into its HTML, as one file."""
+    html = (PAGE / "explain.html").read_text(encoding="utf-8")
+    # "<" is written as \u003c, so that no text can end the script element that holds the data.
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {
+        "/*STYLE*/": (PAGE / "explain.css").read_text(encoding="utf-8"),
+        "/*PROGRAM*/": (PAGE / "explain.js").read_text(encoding="utf-8"),
+        "/*DATA*/": text,
+    }
+    for mark, part in parts.items():
+        before, _, after = html.partition(mark)
+        html = before + part + after
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(output) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""The lecture as small programs: see lessons/README.md."""

@@ -1,0 +1,162 @@
+"""What is each part of a GPT for? Remove one part at a time, train, and compare.
+
+    python lessons/ablations.py                 # two minutes on two CPU cores
+
+Each line of the table is a new tiny GPT, trained for 400 steps with the same batches.
+Shapes: B = 16 sequences, T = 32 tokens, C = 64 channels, V = 65 tokens; 3 blocks.
+"""
+
+import math
+import textwrap
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+B, T, C, N_HEAD, N_LAYER = 16, 32, 64, 4, 3
+STEPS, WARMUP, LEARNING_RATE = 400, 40, 1e-2
+
+PARTS = {  # each part, and what happens without it
+    "nothing": "",
+    "mask": "Each token sees the next token and copies it. So the loss is almost 0, even on the "
+    "validation text. But a new text has no next token yet: there is nothing to copy. A low loss "
+    "does not prove that a model can do its task.",
+    "positions": "Attention sees a set of tokens without an order. Only the mask still gives a "
+    "hint: the first token receives from one token, the last from 32.",
+    "residual": "Each sublayer replaces x. The gradient almost vanishes on its way through six "
+    "sublayers, and the model learns little more than how frequent each character is.",
+    "scale": "The scores are 4 times as large, because sqrt(16) = 4. This tiny model can learn "
+    "smaller weights. With longer queries it is worse: see attention.py, part 3.",
+    "layer norm": "The numbers in x grow from block to block. One learning rate does not fit all.",
+    "warmup": "The first steps are large, and they follow noise: see optimizers.py, part 1. The "
+    "model starts from a worse place.",
+    "3 heads": "One head of 64 channels replaces four of 16. At this size it makes no difference. "
+    'In "Attention Is All You Need", one head is 0.9 BLEU worse than eight.',
+    "MLP": "Tokens exchange information, but each token computes nothing from it.",
+}
+
+
+class Block(nn.Module):
+    def __init__(self, without: str):
+        super().__init__()
+        self.without = without
+        self.norm_1 = make_norm(without)
+        self.query_key_value = nn.Linear(C, 3 * C, bias=False)
+        self.attention_out = nn.Linear(C, C, bias=False)
+        self.norm_2 = make_norm(without)
+        self.mlp_in = nn.Linear(C, 4 * C, bias=False)
+        self.mlp_out = nn.Linear(4 * C, C, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention_out(self.attention(self.norm_1(x)))
+        x = y if self.without == "residual" else x + y
+        if self.without == "MLP":
+            return x
+        y = self.mlp_out(F.gelu(self.mlp_in(self.norm_2(x)), approximate="tanh"))
+        return y if self.without == "residual" else x + y
+
+    def attention(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape  # (16, 32, 64)
+        n_head = 1 if self.without == "3 heads" else N_HEAD
+        parts = self.query_key_value(x).split(C, dim=2)  # three times (16, 32, 64)
+        q, k, v = (part.view(B, T, n_head, C // n_head).transpose(1, 2) for part in parts)
+        scores = q @ k.mT  # (16, 4, 32, 32)
+        if self.without != "scale":
+            scores = scores / math.sqrt(C // n_head)
+        if self.without != "mask":
+            future = torch.ones(T, T, dtype=torch.bool).triu(diagonal=1)
+            scores = scores.masked_fill(future, -math.inf)
+        return (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(B, T, C)
+
+
+class GPT(nn.Module):
+    def __init__(self, vocab_size: int, without: str):
+        super().__init__()
+        self.without = without
+        self.token_embedding = nn.Embedding(vocab_size, C)
+        self.position_embedding = nn.Embedding(T, C)
+        self.blocks = nn.ModuleList(Block(without) for _ in range(N_LAYER))
+        self.final_norm = make_norm(without)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """(B, T) -> (B, T, V)."""
+        x = self.token_embedding(idx)
+        if self.without != "positions":
+            x = x + self.position_embedding.weight[: idx.size(1)]
+        for block in self.blocks:
+            x = block(x)
+        return self.final_norm(x) @ self.token_embedding.weight.T
+
+
+def make_norm(without: str) -> nn.Module:
+    return nn.Identity() if without == "layer norm" else nn.LayerNorm(C, bias=False)
+
+
+def train_and_test(ids: Tensor, without: str, steps: int) -> tuple[float, float, Tensor]:
+    """Returns training loss, validation loss, and the ids of a generated text (1, 45)."""
+    torch.manual_seed(1337)  # the same batches for each model
+    training_ids, validation_ids = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
+    model = GPT(int(ids.max()) + 1, without)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99))
+    warmup = 1 if without == "warmup" else WARMUP
+    recent_losses = []
+    for step in range(steps):
+        lr = LEARNING_RATE * min((step + 1) / warmup, 1 - step / steps)
+        optimizer.param_groups[0]["lr"] = lr
+        loss = loss_of_random_batch(model, training_ids)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+        optimizer.step()
+        recent_losses = [*recent_losses[-49:], loss.item()]
+    with torch.no_grad():
+        losses = [loss_of_random_batch(model, validation_ids).item() for _ in range(steps // 4)]
+        idx = torch.zeros(1, 1, dtype=torch.long)  # id 0 is the end of a line
+        for _ in range(44):
+            probs = model(idx[:, -T:])[:, -1].softmax(dim=-1)
+            idx = torch.cat((idx, torch.multinomial(probs, num_samples=1)), dim=1)
+    return sum(recent_losses) / len(recent_losses), sum(losses) / len(losses), idx
+
+
+def loss_of_random_batch(model: GPT, ids: Tensor) -> Tensor:
+    starts = torch.randint(len(ids) - T, (B,)).tolist()
+    windows = torch.stack([ids[start : start + T + 1] for start in starts])  # (16, 33)
+    return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+
+
+def read_text() -> str:
+    """Shakespeare if prepare_shakespeare.py has downloaded it, else a short play of our own."""
+    data = Path(__file__).resolve().parent.parent / "data"
+    shakespeare = data / "shakespeare" / "input.txt"
+    path = shakespeare if shakespeare.exists() else data / "replacement.txt"
+    return path.read_text(encoding="utf-8")
+
+
+def main(steps: int = STEPS, parts: tuple[str, ...] = tuple(PARTS)) -> dict[str, float]:
+    """Returns the validation loss without each part."""
+    text = read_text()
+    characters = sorted(set(text))
+    ids = torch.tensor([characters.index(character) for character in text])
+    print(f"{'without':11} {'training':>8} {'validation':>10}  generated (a line ends at /)")
+    results = {}
+    for without in parts:
+        training_loss, results[without], idx = train_and_test(ids, without, steps)
+        generated = "".join(characters[i] for i in idx[0, 1:].tolist()).replace("\n", "/")
+        row = f"{without:11} {training_loss:8.2f} {results[without]:10.2f}  {generated}"
+        print(row, flush=True)
+    print()
+    for without in parts:
+        if PARTS[without]:
+            explanation = f"{without + ':':11} {PARTS[without]}"
+            print(textwrap.fill(explanation, width=80, subsequent_indent=" " * 12))
+    print("\nThe strong form: model.py has all these parts.")
+    return results
+
+
+if __name__ == "__main__":
+    main()

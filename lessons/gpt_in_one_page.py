@@ -1,0 +1,160 @@
+"""GPT on one page: a text, a vocabulary, batches, the model, training, and a new play.
+
+    python lessons/gpt_in_one_page.py           # half a minute on two CPU cores
+
+Shapes: B = 16 sequences in a batch, T = 32 tokens in a sequence, C = 96 channels (the numbers that
+represent one token), V = 65 tokens in the vocabulary; 4 heads of 24 channels.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+B, T, C, N_HEAD, N_LAYER = 16, 32, 96, 4, 2
+Batches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets, (B, T) each
+
+# --- Data ---
+
+
+def read_text() -> str:
+    """Shakespeare if prepare_shakespeare.py has downloaded it, else a short play of our own."""
+    data = Path(__file__).resolve().parent.parent / "data"
+    shakespeare = data / "shakespeare" / "input.txt"
+    path = shakespeare if shakespeare.exists() else data / "replacement.txt"
+    return path.read_text(encoding="utf-8")
+
+
+def random_batches(ids: Tensor) -> Batches:
+    """Yields inputs (B, T) and targets (B, T). The target of a token is the token after it."""
+    while True:
+        starts = torch.randint(len(ids) - T, (B,)).tolist()
+        windows = torch.stack([ids[start : start + T + 1] for start in starts])  # (16, 33)
+        yield windows[:, :-1], windows[:, 1:]  # ids 5 9 2 -> inputs 5 9, targets 9 2
+
+
+# --- Model ---
+
+
+class Block(nn.Module):
+    """Attention: tokens exchange information. Then the MLP: each token is processed alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(C, bias=False)
+        self.query_key_value = nn.Linear(C, 3 * C, bias=False)
+        self.attention_out = nn.Linear(C, C, bias=False)
+        self.norm_2 = nn.LayerNorm(C, bias=False)
+        self.mlp_in = nn.Linear(C, 4 * C, bias=False)
+        self.mlp_out = nn.Linear(4 * C, C, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention_out(self.attention(self.norm_1(x)))
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_2(x)), approximate="tanh"))
+
+    def attention(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        parts = self.query_key_value(x).split(C, dim=2)  # three times (16, 32, 96)
+        # Cut the 96 channels into 4 heads of 24: (16, 4, 32, 24).
+        q, k, v = (part.view(B, T, N_HEAD, C // N_HEAD).transpose(1, 2) for part in parts)
+        scores = q @ k.mT / math.sqrt(C // N_HEAD)  # (16, 4, 32, 32)
+        future = torch.ones(T, T, dtype=torch.bool).triu(diagonal=1)  # above the diagonal
+        weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # each row sums to 1
+        return (weights @ v).transpose(1, 2).reshape(B, T, C)  # join the heads: (16, 32, 96)
+
+
+class GPT(nn.Module):
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, C)
+        self.position_embedding = nn.Embedding(T, C)
+        self.blocks = nn.ModuleList(Block() for _ in range(N_LAYER))
+        self.final_norm = nn.LayerNorm(C, bias=False)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:  # all but the gains of the layer norms, which stay 1
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V): for each token, a score for each next token."""
+        x = self.token_embedding(idx) + self.position_embedding.weight[: idx.size(1)]
+        for block in self.blocks:
+            x = block(x)  # (16, 32, 96) -> (16, 32, 96)
+        return self.final_norm(x) @ self.token_embedding.weight.T  # (16, 32, 65)
+
+
+# --- Training ---
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, steps: int, warmup: int
+) -> None:
+    peak = optimizer.param_groups[0]["lr"]
+    for step in range(steps):
+        # The learning rate rises during the warmup, then it falls to zero.
+        multiplier = min((step + 1) / warmup, 1, (steps - step) / (steps - warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = multiplier * peak
+        inputs, targets = next(batches)
+        loss = mean_loss(model(inputs), targets)  # forward: how wrong is the model?
+        loss.backward()  # backward: how does each parameter change the loss?
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+        optimizer.step()  # step: change each parameter a little, so that the loss falls
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step:4}: training loss {loss.item():.3f}")
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean of -ln p(target): 0 if every target was certain, ln 65 = 4.17 for pure guessing."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (512, 65) and (512,)
+
+
+# --- Generation ---
+
+
+@torch.no_grad()
+def generate(model: nn.Module, idx: Tensor, n_tokens: int) -> Tensor:
+    """(1, t) -> (1, t + n_tokens)."""
+    for _ in range(n_tokens):
+        logits = model(idx[:, -T:])  # crop: the model knows T positions
+        probs = logits[:, -1].softmax(dim=-1)  # (1, 65): the last position predicts what comes next
+        next_token = torch.multinomial(probs, num_samples=1)  # (1, 1)
+        idx = torch.cat((idx, next_token), dim=1)
+    return idx
+
+
+def main(steps: int = 1000) -> float:
+    """Train, print a new play, and return the validation loss."""
+    torch.manual_seed(1337)
+    text = read_text()
+    characters = sorted(set(text))  # the vocabulary
+    id_of = {character: i for i, character in enumerate(characters)}
+    ids = torch.tensor([id_of[character] for character in text])
+    print(f"{len(ids):,} tokens; the vocabulary has {len(characters)} characters:")
+    print(repr("".join(characters)))
+    training_ids, validation_ids = ids.split([len(ids) * 9 // 10, len(ids) - len(ids) * 9 // 10])
+
+    model = GPT(len(characters))
+    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    train(model, optimizer, random_batches(training_ids), steps, warmup=steps // 20)
+
+    with torch.no_grad():  # text that the model has not been trained on
+        batches = itertools.islice(random_batches(validation_ids), 100)
+        losses = [mean_loss(model(inputs), targets).item() for inputs, targets in batches]
+    print(f"validation loss {sum(losses) / len(losses):.3f}\n")
+
+    start = torch.tensor([[id_of["\n"]]])
+    print("".join(characters[i] for i in generate(model, start, 500)[0].tolist()))
+    print("\nThe strong forms: model.py, train.py, data/dataset.py, engine/inference.py.")
+    print("Everything else in this repository is speed, safety and scale.")
+    return sum(losses) / len(losses)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""SGD, AdamW and Muon: three ways to turn a gradient into a step.
+
+    python lessons/optimizers.py                # two seconds
+
+Each function takes the weights w, their gradient g and a state, and returns the new weights.
+Shapes: the example has one matrix of 7 rows and 5 columns.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# --- Three optimizers ---
+
+
+def sgd(w: Tensor, g: Tensor, state: dict, lr: float) -> Tensor:
+    """Stochastic gradient descent: a step against the gradient."""
+    return w - lr * g
+
+
+def adamw(
+    w: Tensor,
+    g: Tensor,
+    state: dict,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Tensor:
+    """AdamW (Loshchilov and Hutter 2019): each weight has a step size of its own."""
+    step = state["step"] = state.get("step", 0) + 1
+    # The gradient of one batch is noisy. The mean of about the last 10 is more reliable.
+    m = state["m"] = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * g
+    # The mean of the squares says how large the gradients of this weight usually are. Divided by
+    # its root, weights with small gradients take steps as large as weights with large gradients.
+    v = state["v"] = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * g**2
+    # m and v start at 0, so they are too small at first: after step 1, m is only 0.1 g.
+    # This division corrects it: m / (1 - 0.9) = g.
+    m, v = m / (1 - beta1**step), v / (1 - beta2**step)
+    # Weight decay pulls each weight towards 0, unless the gradients ask for it again and again.
+    # (Added to the gradient instead, it would be divided by the root of v, too: Adam without W.)
+    w = w - lr * weight_decay * w
+    return w - lr * m / (v.sqrt() + eps)  # eps: no division by 0
+
+
+def muon(
+    w: Tensor,
+    g: Tensor,
+    state: dict,
+    lr: float,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+) -> Tensor:
+    """Muon (Jordan et al. 2024), for matrices: each direction takes a step of the same size."""
+    # A running mean, as in AdamW.
+    m = state["m"] = momentum * state.get("m", torch.zeros_like(w)) + (1 - momentum) * g
+    # Nesterov momentum: the newest gradient counts a little more.
+    update = momentum * m + (1 - momentum) * g
+    # A tall matrix spreads each direction over more rows, so its numbers are smaller.
+    size = max(1, w.size(0) / w.size(1)) ** 0.5
+    return w - lr * weight_decay * w - lr * size * orthogonalize(update)
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """U S V^T -> U V^T. The same directions, but all of length 1."""
+    U, _, Vt = torch.linalg.svd(matrix, full_matrices=False)
+    return U @ Vt
+
+
+# --- One step ---
+
+
+def show_first_step() -> None:
+    g = torch.tensor([[1000.0, -0.001]])
+    step = -adamw(torch.zeros(1, 2), g, {}, lr=0.1)  # from w = 0
+    print("1. The first step of AdamW")
+    print("   gradients     1000   and  -0.001")
+    print("   steps          " + "   and  ".join(f"{number:.1f}" for number in step[0].tolist()))
+    print("""   Both steps have the size lr = 0.1. After one batch, m / sqrt(v) = g / |g|:
+   only the sign is left, even of a gradient that is mere noise. So the first
+   steps are the least reliable. This is why the learning rate starts small and
+   rises: the warmup.""")
+
+
+def show_orthogonalize() -> None:
+    g = torch.tensor([[3.0, 1.0], [2.0, 1.0]])
+    print("\n2. What Muon does to a gradient")
+    for name, matrix in (("gradient", g), ("orthogonalized", orthogonalize(g))):
+        lengths = ", ".join(f"{s:.2f}" for s in torch.linalg.svdvals(matrix).tolist())
+        rows = "   ".join(f"{a:5.2f} {b:5.2f}" for a, b in matrix.tolist())
+        print(f"   {name:14}  rows {rows}    singular values {lengths}")
+    print("""   Both rows of this gradient point to almost the same direction. A step along
+   the gradient learns this direction 15 times as fast as the other one. After
+   Muon has orthogonalized it, both are equally fast.""")
+
+
+# --- Many steps ---
+
+LENGTHS = [1.0, 0.3, 0.1, 0.03]  # of the directions of the inputs
+
+
+def problem() -> tuple[Tensor, Tensor, Tensor]:
+    """Learn w (7, 4) from w @ inputs. Returns the solution (7, 4), inputs and directions (4, 4).
+
+    The columns of `inputs` are four directions that are orthogonal to each other. The first is
+    long, the last is short: compare frequent and rare words. Each weight takes part in all four.
+    """
+    generator = torch.Generator().manual_seed(1337)
+    directions, _ = torch.linalg.qr(torch.randn(4, 4, generator=generator))
+    solution = torch.randn(7, 4, generator=generator)
+    return solution, directions * torch.tensor(LENGTHS), directions
+
+
+def solve(optimizer: Callable[..., Tensor], lr: float, steps: int = 100) -> tuple[float, Tensor]:
+    """Returns the loss at the end, and how much error is left in each direction (4,), 1 = all."""
+    solution, inputs, directions = problem()
+    w, state = torch.zeros(7, 4), {}
+    for step in range(steps):
+        error = (w - solution) @ inputs  # (7, 4)
+        gradient = error @ inputs.T  # of the loss: half the sum of the squared errors
+        w = optimizer(w, gradient, state, lr * (1 - step / steps))  # lr falls to 0
+    loss = ((w - solution) @ inputs).square().sum() / 2
+    left = ((w - solution) @ directions).norm(dim=0) / (solution @ directions).norm(dim=0)
+    return float(loss), left
+
+
+def compare() -> dict[str, Tensor]:
+    print("\n3. Learn a matrix in 100 steps: how much error is left in each direction?")
+    print(f"   {'length of the direction':28}" + "".join(f"{x:7}" for x in LENGTHS) + "    loss")
+    results = {}
+    for optimizer in (sgd, adamw, muon):
+        # The best of six learning rates for each optimizer.
+        lr = min([0.03, 0.1, 0.3, 1.0, 3.0, 10.0], key=lambda lr: solve(optimizer, lr)[0])
+        loss, left = solve(optimizer, lr)
+        name = f"{optimizer.__name__}, learning rate {lr}"
+        print(f"   {name:28}" + "".join(f"{x:7.0%}" for x in left.tolist()) + f"{loss:8.0e}")
+        results[optimizer.__name__] = left
+    print("""   SGD: the gradient of a short direction is tiny, and so is the step.
+   AdamW: better, but it sees single weights. Each is part of all directions.
+   Muon: it sees the matrix, so all directions are learned fast.""")
+    return results
+
+
+# --- The strong forms ---
+
+
+def equal_to_torch(steps: int = 20) -> bool:
+    """Whether torch.optim.AdamW makes the same steps from random gradients."""
+    ours, state = torch.randn(7, 4), {}
+    theirs = ours.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.99), weight_decay=0.2)
+    for _ in range(steps):
+        theirs.grad = torch.randn(7, 4)
+        ours = adamw(ours, theirs.grad, state, lr=0.1, weight_decay=0.2)
+        optimizer.step()
+    return torch.allclose(ours, theirs, atol=1e-6)
+
+
+def difference_to_muon() -> float:
+    """The largest difference to Muon in engine/optimizer.py, as a fraction of the largest step."""
+    from engine.optimizer import Muon
+
+    ours = torch.randn(7, 4)
+    theirs = ours.clone().requires_grad_()
+    optimizer = Muon([theirs], lr=0.1, weight_decay=0.2)
+    theirs.grad = torch.randn(7, 4)
+    after = muon(ours, theirs.grad, {}, lr=0.1, weight_decay=0.2)
+    optimizer.step()
+    return float((after - theirs.detach()).abs().max() / (after - ours).abs().max())
+
+
+def main() -> None:
+    torch.manual_seed(1337)
+    show_first_step()
+    show_orthogonalize()
+    compare()
+    print("\nThe strong forms: torch.optim.AdamW, and Muon in engine/optimizer.py, with a few")
+    print("matrix products in place of the slow singular value decomposition.")
+    print("AdamW is equal to torch's:", equal_to_torch())
+    print(f"Muon is equal to engine/optimizer.py, up to {difference_to_muon():.0%} of a step.")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the folder of engine/
+    main()

@@ -1,0 +1,199 @@
+"""Documents from text files, folders, .jsonl files and pipes."""
+
+import errno
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+
+from configurator import FolioError
+from data import documents
+from data.documents import find_files, last_safe_cut, read_documents, read_pieces
+from tests.conftest import SHAKESPEARE
+from tests.test_tokenizer import toy_bpe
+
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
+
+
+def texts_in(*paths, tmp_dir=None, **options) -> list[str]:
+    files = find_files(paths, tmp_dir or paths[0].parent)
+    return ["".join(document) for document in read_documents(files, **options)]
+
+
+# --- Which files ---
+
+
+def test_a_folder_gives_its_visible_text_files_sorted_and_names_the_others(tmp_path, capsys):
+    for name in ("b.txt", "a/z.md", "a/no_suffix", ".hidden", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
+    assert texts_in(tmp_path) == ["a/no_suffix", "a/z.md", "b.txt"]
+    assert capsys.readouterr().out == f"{tmp_path}: skipped 1 file that is not text: picture.png\n"
+    for i in range(11):
+        (tmp_path / f"table{i:02}.csv").write_text("a,b\n")
+    texts_in(tmp_path)
+    out = capsys.readouterr().out
+    assert "skipped 12 files that are not text: picture.png, table00.csv, " in out
+    assert out.endswith("table08.csv and 2 more\n")
+
+
+@posix_only
+def test_a_file_that_is_given_twice_or_linked_is_read_once(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    os.link(tmp_path / "a.txt", tmp_path / "c.txt")
+    assert texts_in(tmp_path / "a.txt", tmp_path, tmp_path / "a.txt", tmp_dir=tmp_path) == ["a"]
+    out = capsys.readouterr().out
+    for name in "abc":
+        assert f"skipped {tmp_path / name}.txt: the same file as {tmp_path / 'a.txt'}\n" in out
+
+
+@posix_only
+def test_a_pipe_is_read_once_into_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "copies").mkdir()
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("from a pipe",))
+    writer.start()
+    files = find_files([tmp_path / "pipe"], tmp_path / "copies")
+    writer.join()
+    for _ in range(2):
+        assert ["".join(document) for document in read_documents(files)] == ["from a pipe"]
+
+
+def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(FolioError, match=f"{tmp_path}: cannot read this folder .Permission denied"):
+        find_files([tmp_path], tmp_path)
+
+
+def test_a_missing_file_and_a_folder_without_texts_are_one_line(tmp_path):
+    with pytest.raises(FolioError, match="none: no such file or folder"):
+        texts_in(tmp_path / "none")
+    with pytest.raises(FolioError, match="no text files found"):
+        texts_in(tmp_path)
+
+
+# --- Other formats ---
+
+
+def run_printed_command(error: pytest.ExceptionInfo) -> None:
+    command = str(error.value).partition("convert it first: ")[2]
+    assert command.startswith("python ")
+    command = f'"{sys.executable}"{command.removeprefix("python")}'
+    subprocess.run(command, shell=True, check=True)
+
+
+@posix_only
+@pytest.mark.parametrize("name", ["my verse.txt.gz", "verse.zip", "verse.tar", "verse.TGZ"])
+def test_the_printed_command_unpacks_an_archive(tmp_path, name):
+    path, text = tmp_path / name, tmp_path / "verse.txt"
+    text.write_text("a verse")
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(text.read_bytes()))
+    elif name.endswith(".zip"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.write(text, "verse.txt")
+    else:
+        with tarfile.open(path, "w:gz" if name.endswith("TGZ") else "w") as archive:
+            archive.add(text, "verse.txt")
+    text.unlink()
+    with pytest.raises(FolioError, match="not a text file") as error:
+        texts_in(path)
+    run_printed_command(error)
+    assert texts_in(path.with_suffix("")) == ["a verse"]
+
+
+def parquet(rows: list[dict]) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    file = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue().to_pybytes()
+
+
+@posix_only
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".tsv", ".parquet"])
+def test_the_printed_command_converts_a_table_to_jsonl(tmp_path, suffix):
+    rows = [{"id": "1", "text": "one, 'two'\nthree"}, {"id": "2", "text": "é 🙂"}]
+    content = {
+        ".json": lambda: json.dumps(rows).encode(),
+        ".csv": lambda: "id,text\n1,\"one, 'two'\nthree\"\n2,é 🙂\n".encode(),
+        ".tsv": lambda: "id\ttext\n1\t\"one, 'two'\nthree\"\n2\té 🙂\n".encode(),
+        ".parquet": lambda: parquet(rows),
+    }[suffix]()
+    (tmp_path / f"my data{suffix}").write_bytes(content)
+    with pytest.raises(FolioError, match="not a text file") as error:
+        texts_in(tmp_path / f"my data{suffix}")
+    run_printed_command(error)
+    assert texts_in(tmp_path / "my data.jsonl") == [row["text"] for row in rows]
+
+
+# --- Documents ---
+
+
+@pytest.mark.parametrize("name", ["chat.jsonl", "chat.ndjson", "CHAT.JSONL"])
+def test_each_line_of_json_is_a_document(tmp_path, name):
+    texts = ["hi 🙂", "so long\nfarewell", "é"]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / name).write_text("\ufeff" + lines[0] + "\n\n" + "\n".join(lines[1:]))
+    assert texts_in(tmp_path / name) == texts
+
+
+def test_the_key_of_the_text_can_be_given(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "yes", "text": "no"}\n')
+    assert texts_in(tmp_path / "a.jsonl", json_key="content") == ["yes"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["plain text", '{"txet": "a"}', '["a"]', '{"text": 3}', '{"text": "\\ud83d"}', "[" * 9999],
+)
+def test_a_line_without_a_text_is_named(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(FolioError, match=r"a\.jsonl:2: not a line like .*--json_key=KEY"):
+        texts_in(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("piece_bytes", [2**20, 7])
+def test_a_separator_divides_a_file_into_documents(tmp_path, monkeypatch, piece_bytes):
+    monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
+    (tmp_path / "a.txt").write_text("one two<|end|>\n<|end|>three four\nfive<|end|>")
+    assert texts_in(tmp_path / "a.txt", separator="<|end|>") == ["one two", "three four\nfive"]
+    (tmp_path / "b.txt").write_text("one\ntwo\n\nthree\n\n\n\nfour")
+    assert texts_in(tmp_path / "b.txt", separator="\n\n") == ["one\ntwo", "three", "four"]
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="Shakespeare is not on this machine")
+def test_reading_in_pieces_changes_neither_the_text_nor_its_token_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 997)
+    play = SHAKESPEARE.read_text(encoding="utf-8")[:20_000]
+    text = play + "日本 🙂🙂\r\n" * 300 + "\t  \n" * 400
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    pieces = list(read_pieces(tmp_path / "text"))
+    assert len(pieces) > 10
+    assert "".join(pieces) == text
+    tokenizer = toy_bpe()
+    ids = np.concatenate([tokenizer.encode(piece) for piece in pieces])
+    assert ids.tolist() == tokenizer.encode(text).tolist()
+
+
+def test_a_cut_is_before_white_space():
+    assert last_safe_cut("a bc d") == 4
+    assert last_safe_cut("abc") == 3  # one very long word must be cut somewhere
+
+
+def test_invalid_utf8_is_named_with_its_offset_in_the_file(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"fine " * 300_000 + b"caf\xe9 au lait")
+    with pytest.raises(FolioError, match=r"bad.txt: not UTF-8 text .*offset 1,500,003"):
+        texts_in(tmp_path / "bad.txt")
