@@ -1,9 +1,25 @@
 """What is each part of a GPT for? Remove one part at a time, train, and compare.
 
-    python lessons/ablations.py                 # two minutes on two CPU cores
+    python lessons/ablations.py                 # about two minutes on two CPU cores
 
-Each line of the table is a new tiny GPT, trained for 400 steps with the same batches.
-Shapes: B = 16 sequences, T = 32 tokens, C = 64 channels, V = 65 tokens; 3 blocks.
+Each line of the table is a tiny GPT, trained for 400 steps with the same batches. On Shakespeare
+(another seed changes a loss by about 0.02):
+
+    without     training validation  generated (a line ends at /)
+    nothing         2.27       2.26  If there thesp, fut that minth astisell thin
+    mask            0.09       0.09  ///////////////////////////////S///AKTWASTAK
+    positions       2.38       2.37  I thare ald spllofor sto micthe stiseligh t
+    residual        3.32       3.35  mcttae/ealmthp,hfeo  r-o m/Gtht /tiseli h i
+    scale           2.31       2.29  I COUYVIND:/MERShet Proourththe stisell hein
+    layer norm      2.46       2.44  I torest thosp, fet that micurd stiseligh t
+    warmup          2.60       2.57  I tthese thosp, feor s- bothth astiselig lin
+    3 heads         2.28       2.26  matthest thowp, fut that minth astisell thin
+    MLP             2.57       2.54  Iatthese thos,, feor s-o miuth meriseligh t
+
+To compare: a guess has a loss of ln 65 = 4.17. If you know how frequent each character is, it is
+3.31. If you know the character before, too, it is 2.45.
+
+Shapes: B = 16 sequences, T = 32 tokens, C = 64 channels, V = 65 tokens; 3 blocks, 4 heads of 16.
 """
 
 import math
@@ -25,11 +41,13 @@ PARTS = {  # each part, and what happens without it
     "does not prove that a model can do its task.",
     "positions": "Attention sees a set of tokens without an order. Only the mask still gives a "
     "hint: the first token receives from one token, the last from 32.",
-    "residual": "Each sublayer replaces x. The gradient almost vanishes on its way through six "
-    "sublayers, and the model learns little more than how frequent each character is.",
+    "residual": "Each sublayer replaces x, so the gradient has no direct way to the first block: "
+    "soon it is 1,000 times as small there as in the last block. The model learns little more than "
+    "how frequent each character is.",
     "scale": "The scores are 4 times as large, because sqrt(16) = 4. This tiny model can learn "
     "smaller weights. With longer queries it is worse: see attention.py, part 3.",
-    "layer norm": "The numbers in x grow from block to block. One learning rate does not fit all.",
+    "layer norm": "At the start, the numbers in x are about 0.03. Sublayers with such small inputs "
+    "have small gradients: 0.001 of those with layer norm. The model starts slowly.",
     "warmup": "The first steps are large, and they follow noise: see optimizers.py, part 1. The "
     "model starts from a worse place.",
     "3 heads": "One head of 64 channels replaces four of 16. At this size it makes no difference. "

@@ -212,7 +212,7 @@ def test_a_kill_while_saving_leaves_consistent_files(flags, tmp_path, n_trials):
         "--eval_interval=1", "--sample_tokens=0",
     ]  # fmt: skip
     killer = start_process(save_until_killed, tmp_path / "run", n_hits, *flags)
-    result = killer.wait(timeout=n_trials(60, 600))
+    result = killer.wait(timeout=n_trials(300, 1800))
     assert result.exit_codes == [0], result.stderr
     kills = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     interrupted = Counter(kill["interrupted"] for kill in kills)

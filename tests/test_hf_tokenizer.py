@@ -131,6 +131,14 @@ def with_template() -> Tokenizer:
     return tokenizer
 
 
+def with_end_of_text_first() -> Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, 0)]
+    )
+    return tokenizer
+
+
 def with_truncation() -> Tokenizer:
     tokenizer = with_added_tokens()
     tokenizer.enable_truncation(3)
@@ -189,6 +197,7 @@ KINDS = {
     "end of word suffix": (with_suffix, {"unk_token": "<unk>"}),
     "unreachable merge": (with_unreachable_merge, {}),
     "template": (with_template, SENTENCE),
+    "end-of-text first": (with_end_of_text_first, {"eos_token": END}),
     "truncation and padding": (with_truncation, {}),
     "byte fallback": (byte_fallback, SENTENCE),
     "word pieces": (word_piece, {"unk_token": "[UNK]"}),
@@ -329,12 +338,13 @@ def test_vocab_json_and_merges_txt_are_read(tmp_path):
 
 def test_added_tokens_json_is_read(tmp_path):
     write_vocab_and_merges(tmp_path / "old")
-    (tmp_path / "old/added_tokens.json").write_text('{"<|user|>": 351, "<|pad|>": 350}')
-    (tmp_path / "old/special_tokens_map.json").write_text('{"pad_token": "<|pad|>"}')
+    (tmp_path / "old/added_tokens.json").write_text('{"<|user|>": 350, "<|pad|>": 351}')
+    (tmp_path / "old/special_tokens_map.json").write_text('{"eos_token": "<|pad|>"}')
     tokenizer = load_tokenizer(tmp_path / "old")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "old")
     for text in TEXTS:
         assert tokenizer.encode(text).tolist() == theirs(text)["input_ids"]
+    assert tokenizer.eos_token_id == theirs.eos_token_id == 351
 
 
 # --- Refusals ---
