@@ -171,14 +171,23 @@ def until_stop(pieces: Iterable[str], stop: str) -> Iterator[str]:
 
 
 def print_samples(prompt: str, samples: Iterable[Iterable[str]]) -> None:
-    """Print each sample behind the prompt, piece by piece, and a line between two samples."""
+    """Print each sample behind the prompt, piece by piece, and a line between two samples.
+
+    Raises FolioError if standard output cannot be written, for example because a disk is full.
+    """
     try:
         for i, pieces in enumerate(samples):
             print("\n---------------\n" if i else "", prompt, sep="", end="", flush=True)
             for piece in pieces:
                 print(piece, end="", flush=True)
-    finally:
         print()
+    except KeyboardInterrupt:
+        print()
+        raise
+    except BrokenPipeError:  # its reader has seen enough: python sample.py | head
+        raise
+    except OSError as error:
+        raise FolioError(f"standard output cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -360,4 +360,7 @@ def print_stderr(message: str) -> None:
     The handler may interrupt a print in the middle, and Python's streams cannot be entered twice.
     """
     with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is closed, or None
-        os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
+        number = sys.stderr.fileno()
+        # On a terminal, erase the line of the progress bar first.
+        start = "\r\x1b[K" if os.isatty(number) else "\n"
+        os.write(number, f"{start}{message}\n".encode())

@@ -8,6 +8,7 @@ become one token. It starts with the 256 possible bytes as tokens 0 ... 255. Eac
 
 import re
 import sys
+import textwrap
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -127,13 +128,13 @@ def main(num_merges: int = 100) -> None:
     merges = learn_merges(words, num_merges, num_shown=20)
     print(f"... and so on, up to token {255 + num_merges}. The longest tokens:")
     tokens = token_bytes(merges)
-    print("  ", ", ".join(show(token) for token in sorted(tokens, key=len, reverse=True)[:9]))
+    print("  ", ", ".join(show(token) for token in sorted(tokens, key=len, reverse=True)[:7]))
 
     sentence = "What light through yonder window?"
     ids = encode(sentence, merges)
     print(f"\n{len(sentence)} characters become {len(ids)} tokens:")
     print("  ", "|".join(tokens[i].decode() for i in ids))
-    print("  ", *ids)
+    print(textwrap.fill(" ".join(map(str, ids)), 78, initial_indent="   ", subsequent_indent="   "))
     print("Decoded:", decode(ids, merges))
 
     print("\nA token is a group of bytes, so any text has ids. A rare letter has several:")

@@ -74,16 +74,18 @@ def secret_words(steps: int = 400) -> list[float]:
     letters = string.ascii_lowercase + "."
     print("  tokens" + "".join(f" {letters[i]}" for i in windows[0, 1:].tolist()))
     print("  loss  " + "".join(f" {round(loss)}" for loss in losses[0].tolist()))
-    print("\nFor a new word the loss is about 3: the model can only guess, and to guess one of")
-    print("26 letters costs ln 26 = 3.26. Then the loss is 0: the word is in the context.\n")
+    print("\nFor a new word the loss is about 3: the model can only guess, and a guess of")
+    print("one of 26 letters costs ln 26 = 3.26. Then the loss is 0: the word is in the")
+    print("context.\n")
 
     since = tokens_since(windows, END)
     means = [float(losses[since == k].mean()) for k in range(10)]
     print("Mean of 1,000 sequences:")
     print("  token of the document" + "".join(f"{k + 1:5}" for k in range(10)))
     print("  loss                 " + "".join(f"{mean:5.2f}" for mean in means))
-    print("\nThe weights cannot know these words: each document has a new one. After the end of")
-    print("a document the loss is high again, although the context still has the old word.")
+    print("\nThe weights cannot know these words: each document has a new one. After the end")
+    print("of a document the loss is high again, although the context still has the old")
+    print("word.")
     return means
 
 

