@@ -307,6 +307,8 @@ class GracefulShutdown:
         agreed = dist.all_reduce_max(self.local_status(dist))
         # A signal that arrived during the all-reduce is not in `agreed`: the next call sees it.
         self.exit_status = agreed or self.exit_status
+        if agreed and dist.is_main and dist.launcher_died():  # whichever process noticed first
+            print_stderr("torchrun has died: saving, then exiting")
         return agreed != 0
 
     def local_status(self, dist: Distributed) -> int:
@@ -317,8 +319,6 @@ class GracefulShutdown:
         """
         if not self.exit_status and dist.launcher_died():
             self.exit_status = 128 + signal.SIGTERM
-            if dist.is_main:
-                print_stderr("torchrun has died: finishing this step, then saving")
         return self.exit_status
 
     def __enter__(self) -> "GracefulShutdown":

@@ -304,7 +304,10 @@ def run_mutated(copy: Path, mutation: Mutation) -> str | None:
     path.write_text(mutate(source, mutation), encoding="utf-8")
     try:
         result = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutation.test],
+            [
+                sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider",
+                mutation.test,
+            ],
             cwd=copy / "tests", capture_output=True, text=True, timeout=300,
         )  # fmt: skip
     finally:

@@ -219,6 +219,20 @@ def test_signal_during_the_all_reduce_counts_at_the_next_step(monkeypatch):
         assert shutdown.exit_status == 143
 
 
+def test_main_process_says_that_torchrun_died_if_another_process_noticed_first(monkeypatch, capfd):
+    dist = Distributed()
+
+    def all_reduce_max(status):
+        assert status == 0  # this process has not noticed yet
+        monkeypatch.setattr(dist, "launcher_died", lambda: True)
+        return 143
+
+    monkeypatch.setattr(dist, "all_reduce_max", all_reduce_max)
+    with GracefulShutdown() as shutdown:
+        assert shutdown.requested(dist) and shutdown.exit_status == 143
+    assert capfd.readouterr().err.count("torchrun has died: saving, then exiting") == 1
+
+
 # --- Collectives ---
 
 
@@ -243,7 +257,8 @@ def print_collectives() -> None:
             "max": dist.all_reduce_max(7 * dist.rank),
             "shard": list(dist.shard(range(7))),
         }
-        print(json.dumps(results), flush=True)
+        sys.stdout.write(json.dumps(results) + "\n")  # in one piece: three processes write here
+        sys.stdout.flush()
 
 
 def test_collectives_of_three_processes():
@@ -555,7 +570,7 @@ def test_training_stops_and_saves_when_torchrun_is_killed(tiny_flags, tmp_path):
     wait_for_lock(tmp_path / "run")
     assert_saved(tmp_path / "run")
     stderr = job.wait().stderr
-    assert stderr.count("torchrun has died: finishing this step, then saving") == 1
+    assert stderr.count("torchrun has died: saving, then exiting") == 1
 
 
 def wait_for_lock(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -445,9 +446,11 @@ def test_wandb_gets_every_row_and_the_settings(make_logger, tmp_path, monkeypatc
     logger.config.wandb_log, logger.config.wandb_run_name = True, "my run"
     log_two_steps(logger)
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    content = file.read_bytes()  # an uncompressed log of messages
-    for expected in (b"my run", b"shakespeare_char", b"train_loss", b"val_loss", b"2.125"):
-        assert expected in content
+    expected = (b"my run", b"shakespeare_char", b"train_loss", b"val_loss", b"2.125")
+    deadline = time.monotonic() + 30  # wandb's own process writes the file
+    while not all(text in file.read_bytes() for text in expected):  # uncompressed messages
+        assert time.monotonic() < deadline, file.read_bytes()
+        time.sleep(0.1)
 
 
 def test_wandb_without_an_account_is_a_one_line_error(make_logger, tmp_path, monkeypatch):

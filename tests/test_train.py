@@ -37,7 +37,9 @@ from engine.optimizer import make_optimizer
 from engine.run import TrainState, build_model, check_divisible, load_dataset, resolve_config
 from engine.train_config import TrainConfig
 from model import GPT
-from tests.conftest import ROOT, assert_one_line_error, run_script
+from tests import processes
+from tests.conftest import ROOT, assert_one_line_error
+from tests.processes import start
 from tests.test_tokenizer import toy_bpe
 
 
@@ -263,8 +265,8 @@ def uninterrupted(tmp_path_factory):
         folder = home / optimizer
         flags = [*make_tiny_flags(dataset, folder), *EVERYTHING, f"--optimizer={optimizer}"]
         if not folder.exists():
-            result = run_script("train.py", *flags)
-            assert result.returncode == 0, result.stderr
+            result = start((processes.run_train, flags, {})).wait()
+            assert result.exit_codes == [0], result.stderr
         return flags, folder
 
     return run
@@ -287,21 +289,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(
 
 def stop_after(n_steps: int, flags: list[str]) -> None:
     """Run train.py, and send it SIGTERM during training step number `n_steps`."""
-    script = (
-        "import os, signal, sys, train\n"
-        "train_step, count = train.train_step, 0\n"
-        "def counted(*args):\n"
-        "    global count\n"
-        "    count += 1\n"
-        f"    if count == {n_steps}: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return train_step(*args)\n"
-        "train.train_step = counted\n"
-        "train.run_main(train.main)\n"
-    )
-    stopped = run_script("-c", script, *flags)
-    assert stopped.returncode == 143, stopped.stderr
+    stopped = start((train_with_sigterm, (n_steps, flags), {})).wait()
+    assert stopped.exit_codes == [143], stopped.stderr
     assert "stopped" in stopped.stdout
     assert "--init_from=resume" in stopped.stdout
+
+
+def train_with_sigterm(n_steps: int, flags: list[str]) -> None:
+    train_step, steps = train.train_step, itertools.count(1)
+
+    def train_step_with_sigterm(*args):
+        if next(steps) == n_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args)
+
+    train.train_step = train_step_with_sigterm  # in a process of its own
+    processes.run_train(*flags)
 
 
 def test_evaluations_and_samples_do_not_change_training(uninterrupted, tmp_path, run_train):
@@ -582,25 +585,27 @@ def test_a_signal_interrupts_a_long_evaluation_and_resuming_repeats_it(
     """torchrun kills a job 30 seconds after SIGTERM: an evaluation must not take them all."""
     flags, reference = uninterrupted("muon")
     flags = [*flags, f"--out_dir={tmp_path / 'run'}"]
-    script = (
-        "import os, signal, train\n"
-        "evaluation_batches, count = train.evaluation_batches, 0\n"
-        "def interrupted(*args):\n"
-        "    global count\n"
-        "    count += 1\n"
-        "    for i, batch in enumerate(evaluation_batches(*args)):\n"
-        "        if count == 2 and i == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "        yield batch\n"
-        "train.evaluation_batches = interrupted\n"
-        "train.run_main(train.main)\n"
-    )
-    stopped = run_script("-c", script, *flags)
-    assert stopped.returncode == 143, stopped.stderr
+    stopped = start((train_with_sigterm_in_evaluation, (2, flags), {})).wait()
+    assert stopped.exit_codes == [143], stopped.stderr
     state = load_checkpoint(tmp_path / "run")["train_state"]
     assert (state["step"], state["last_eval_step"]) == (4, 0)
     run_train(*flags, "--init_from=resume")
     assert_same_state(load_checkpoint(reference), load_checkpoint(tmp_path / "run"))
     assert without_times(read_log(reference)) == without_times(read_log(tmp_path / "run"))
+
+
+def train_with_sigterm_in_evaluation(number: int, flags: list[str]) -> None:
+    evaluation_batches, evaluations = train.evaluation_batches, itertools.count(1)
+
+    def batches_with_sigterm(*args):
+        is_target = next(evaluations) == number
+        for i, batch in enumerate(evaluation_batches(*args)):
+            if is_target and i == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    train.evaluation_batches = batches_with_sigterm  # in a process of its own
+    processes.run_train(*flags)
 
 
 def test_a_nan_loss_stops_before_the_weights_change(tiny_flags):
