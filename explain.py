@@ -60,7 +60,7 @@ def main() -> None:
     for path in [*choose_snapshots(folder), folder]:
         print(f"computing {path}")
         model, _ = load_model_and_tokenizer(path)
-        label = f"step {int(path.name[5:]):,}" if path != folder else "final weights"
+        label = f"step {int(path.name[5:]):,}" if path != folder else "best weights"
         checkpoints.append({"label": label, **explain(model, ids)})
     data = {
         "title": title,

@@ -71,8 +71,9 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, causal: bool = True) -> 
     """
     # A query and a key that point in the same direction have a large dot product.
     scores = q @ k.mT  # (8, 4, 64, 32) @ (8, 4, 32, 64) -> (8, 4, 64, 64)
-    # A dot product of head_dim random numbers has variance head_dim. Without this division the
-    # softmax would be almost one-hot, and its gradient almost zero.
+    # The dot product of two vectors of head_dim independent numbers with mean 0 and variance 1 has
+    # variance head_dim. Without this division the softmax would be almost one-hot, and its gradient
+    # almost zero.
     scores = scores / math.sqrt(q.size(-1))
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(diagonal=1)
@@ -229,6 +230,8 @@ class GPT(nn.Module):
         | c_proj, which add to the residual stream    | normal, std 0.02/sqrt(2 n_layer)| GPT-2  |
         | biases                                      | 0                               | GPT    |
         | gains of layer norms                        | 1                               | GPT    |
+
+        (OpenAI's code starts position embeddings with std 0.01; 0.02 is that of transformers.)
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -253,14 +256,14 @@ class GPT(nn.Module):
         """Continue each row of idx, (B, T) -> (B, T + max_new_tokens), one token at a time.
 
         temperature: below 1 the likely tokens become likelier, above 1 less likely; must be > 0.
-        top_k: sample among the k likeliest tokens only; top_k=1 is greedy.
-        Call model.eval() first if the model was trained with dropout. engine/inference.py gives
-        the same tokens and is many times faster.
+        top_k: sample among the k likeliest tokens only; top_k=1 is greedy, 0 or None takes all.
+        Call model.eval() first if the model was trained with dropout. engine/inference.py is the
+        fast form; with overlap = block_size - 1 it gives the same tokens (up to rounding).
         """
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size :]  # crop: there are no later positions
             logits = self(context)[:, -1].float() / temperature  # (B, V): only the last position
-            if top_k is not None:
+            if top_k:
                 smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
                 logits = logits.masked_fill(logits < smallest, -math.inf)
             probs = logits.softmax(dim=-1)

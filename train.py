@@ -139,8 +139,9 @@ def train(
                 logger.log_row()
             if config.snapshot_interval and state.step % config.snapshot_interval == 0:
                 save_snapshot(folder / f"step_{state.step:06}", config, state, dataset, model, dist)
-        if not (folder / WEIGHTS_FILE).exists():  # stopped before the first evaluation of trained
-            save_snapshot(folder, config, state, dataset, model, dist)  # weights: keep the current
+        # Stopped before an evaluation of trained weights: keep the current weights instead.
+        if state.best_step < 0 or not (folder / WEIGHTS_FILE).exists():
+            save_snapshot(folder, config, state, dataset, model, dist)
         if state.last_eval_step != state.step:
             save_state()
         logger.plot()
@@ -174,8 +175,8 @@ def train_step(
 ) -> StepMetrics:
     """Update the weights once, with the mean gradient of all micro-batches.
 
-    The four numbered lines are what every training step does. `dist` has no effect with one
-    process, `scaler` only in float16, and autocast none in float32.
+    The four numbered lines are what every training step does. `dist` has an effect with several
+    processes only, `scaler` in float16 only, and autocast has no effect in float32.
     """
     lr_multiplier = get_lr_multiplier(step, config)
     set_lr_multiplier(optimizer, lr_multiplier)
@@ -285,7 +286,7 @@ def evaluate(
         dataset.val, config.batch_size, config.block_size, config.eval_tokens,
         dist.rank, dist.world_size,
     )  # fmt: skip
-    losses, token_counts, n_bytes = [], [], 0  # of each batch; of all batches
+    losses, token_counts, n_bytes = [], [], 0  # one loss and one count for each batch
     for inputs, targets in prefetch(batches):
         if shutdown is not None and shutdown.local_status(dist):
             break
@@ -317,7 +318,8 @@ def record_evaluation(
 ) -> None:
     """Save the weights if they are the best so far; log and print the losses.
 
-    Weights that have not been trained (step 0) are never the best.
+    Weights that have not been trained (step 0) are never the best. So after finetuning that only
+    makes the loss worse, the folder has the least bad of the finetuned weights.
     """
     state.last_eval_step = state.step
     is_best = state.step > 0 and val_loss < state.best_val_loss  # NaN < x is False

@@ -84,7 +84,7 @@ def evaluation_batches(
     for start in range(rank * batch_size, len(indices), world_size * batch_size):
         rows = indices[start : start + batch_size]
         num_ignored = num_repeated[start : start + batch_size]
-        # All batches have the same shape, because torch.compile compiles anew for each shape.
+        # All batches have the same shape, because torch.compile compiles again for each shape.
         missing = batch_size - len(rows)
         rows = np.pad(rows, (0, missing), mode="edge")  # (B,)
         num_ignored = np.pad(num_ignored, (0, missing), constant_values=block_size)  # (B,)

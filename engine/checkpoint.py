@@ -229,7 +229,7 @@ context of {c.block_size} tokens |
 learning rate {c.learning_rate} |
 | validation loss | {val_loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte |
 
-Every setting is in `settings.json`, the loss of every step in `log.csv`.
+Every setting is in `settings.json`, the training log in `log.csv`.
 
 ## How to load it
 

@@ -1,4 +1,4 @@
-"""Fast generation: the tokens of model.generate, many times faster.
+"""Fast generation: what model.generate does, many times faster.
 
     inference = InferenceModel(model, device="cpu")   # the model itself is not changed
     for ids in inference.generate(idx, 500):          # idx (B, T) -> (B,) ids, one step at a time

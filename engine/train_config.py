@@ -50,7 +50,7 @@ class TrainConfig:
     n_head: PositiveInt = 4  # attention heads per block
     n_embd: PositiveInt = 128  # channels C, the size of an embedding; a multiple of n_head
     dropout: Probability = 0.0  # dropout probability
-    bias: bool = False  # biases in linear layers and layer norms, as in GPT-2
+    bias: bool = False  # biases in linear layers and layer norms; GPT-2 has them
     pad_vocab_to: PositiveInt = 1  # round the embedding's rows in memory up to a multiple of this
 
     # --- Optimizer ---

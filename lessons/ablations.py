@@ -42,8 +42,8 @@ PARTS = {  # each part, and what happens without it
     "positions": "Attention sees a set of tokens without an order. Only the mask still gives a "
     "hint: the first token receives from one token, the last from 32.",
     "residual": "Each sublayer replaces x, so the gradient has no direct way to the first block: "
-    "soon it is 1,000 times as small there as in the last block. The model learns little more than "
-    "how frequent each character is.",
+    "soon it is 1,000 times as small there as in the last block. The model does not even "
+    "learn how frequent each character is.",
     "scale": "The scores are 4 times as large, because sqrt(16) = 4. This tiny model can learn "
     "smaller weights. With longer queries it is worse: see attention.py, part 3.",
     "layer norm": "At the start, the numbers in x are about 0.03. Sublayers with such small inputs "

@@ -7,7 +7,7 @@ node compares its query with the keys of the senders. The better a key fits, the
 receives of that sender's value.
 
 A GPT learns the matrices that make queries, keys and values. Here they are chosen by hand, so that
-you can check every number in your head.
+you can check most numbers with a pocket calculator.
 
 Shapes: T = 4 words receive, C = 5 channels describe a word, a query has d = 2 numbers. In part 6,
 S = 6 words of another sentence send.
@@ -205,6 +205,7 @@ def cross_attention() -> Tensor:
     """Returns the weights (4, 6)."""
     title("6. Cross-attention: keys and values come from another sentence")
     print("Each English word (row) looks for German words (columns) of its own kind.")
+    # The words themselves are queries, keys and values: 5 numbers each. 8: so that scores differ.
     _, weights = attend(8 * X, X_GERMAN, X_GERMAN)  # (4, 5), (6, 5), (6, 5) -> (4, 6)
     print_table(weights.tolist(), GERMAN)
     print('"sat" finds both parts of the German verb: "hat" and "gesetzt". There is no')

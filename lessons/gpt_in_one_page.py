@@ -102,7 +102,7 @@ def train(
         inputs, targets = next(batches)
         loss = mean_loss(model(inputs), targets)  # forward: how wrong is the model?
         loss.backward()  # backward: how does each parameter change the loss?
-        nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # one bad batch changes little
         optimizer.step()  # step: change each parameter a little, so that the loss falls
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:

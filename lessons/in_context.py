@@ -75,8 +75,8 @@ def secret_words(steps: int = 400) -> list[float]:
     print("  tokens" + "".join(f" {letters[i]}" for i in windows[0, 1:].tolist()))
     print("  loss  " + "".join(f" {round(loss)}" for loss in losses[0].tolist()))
     print("\nFor a new word the loss is about 3: the model can only guess, and a guess of")
-    print("one of 26 letters costs ln 26 = 3.26. Then the loss is 0: the word is in the")
-    print("context.\n")
+    print("one of 26 letters costs ln 26 = 3.26. Then the loss is small: the word is in")
+    print("the context.\n")
 
     since = tokens_since(windows, END)
     means = [float(losses[since == k].mean()) for k in range(10)]
@@ -109,7 +109,7 @@ def trained_model(folder: Path) -> None:
 
     print(f"\nThe model in {folder}, on {len(windows)} windows of its validation text:")
     print_by_position(losses, torch.arange(T).expand_as(losses), "tokens before the target")
-    if tokenizer.eos_token_id in windows:
+    if tokenizer.eos_token_id is not None and (windows == tokenizer.eos_token_id).any():
         since = tokens_since(windows, tokenizer.eos_token_id)
         print_by_position(losses, since, "tokens since end-of-text")
 

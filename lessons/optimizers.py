@@ -3,7 +3,7 @@
     python lessons/optimizers.py                # two seconds
 
 Each function takes the weights w, their gradient g and a state, and returns the new weights.
-Shapes: the example has one matrix of 7 rows and 5 columns.
+Shapes: the example of part 3 has one matrix of 7 rows and 4 columns.
 """
 
 import sys
@@ -181,7 +181,8 @@ def main() -> None:
     print("\nThe strong forms: torch.optim.AdamW, and Muon in engine/optimizer.py, with a few")
     print("matrix products in place of the slow singular value decomposition.")
     print("AdamW is equal to torch's:", equal_to_torch())
-    print(f"Muon is equal to engine/optimizer.py, up to {difference_to_muon():.0%} of a step.")
+    print("Muon in engine/optimizer.py approximates the SVD. The difference to this lesson:")
+    print(f"at most {difference_to_muon():.0%} of a step.")
 
 
 if __name__ == "__main__":

@@ -301,7 +301,7 @@ def test_the_prediction_table_marks_the_actual_next_token(open_page, page_file, 
 
 def test_the_training_slider_shows_earlier_weights(open_page, page_file, run_folder):
     page = open_page(page_file)
-    assert page.inner_text("#checkpoint-label") == "final weights"
+    assert page.inner_text("#checkpoint-label") == "best weights"
     final = page.evaluate("attentionWeights(0, 0, 9)")
     page.evaluate('document.getElementById("checkpoint").value = 0')
     page.dispatch_event("#checkpoint", "input")
