@@ -5,8 +5,8 @@
     python prepare_shakespeare.py --tokenizer=bpe    # data/shakespeare_bpe: learned from the text
     python prepare_shakespeare.py --input_file=FILE  # a text file that you have
 
-The first nine tenths of the text are for training, the rest for validation. train.py runs this
-automatically if the dataset is missing. For other texts: data/prepare_text.py.
+The first nine tenths of the text are for training, the last tenth for validation. train.py runs
+this automatically if the dataset is missing. For other texts: data/prepare_text.py.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from configurator import PositiveInt, configure, run_main
 from data.files import user_path
-from data.prepare import check_tokenizer_type, dataset_folder
+from data.prepare import check_tokenizer_type, dataset_folder, summary
 from data.shakespeare import prepare_shakespeare, replacement_warning
 
 
@@ -35,10 +35,7 @@ def main() -> None:
     dataset = config.dataset or f"shakespeare_{user_path(config.tokenizer).resolve().name}"
     input_file = user_path(config.input_file) if config.input_file else None
     meta = prepare_shakespeare(config.tokenizer, dataset, input_file, config.vocab_size)
-    print(
-        f"{dataset_folder(dataset)}: {meta['train_tokens']:,} training and "
-        f"{meta['val_tokens']:,} validation tokens, vocabulary of {meta['vocab_size']:,}"
-    )
+    print(summary(dataset_folder(dataset), meta))
     if warning := replacement_warning(meta):
         print(warning)
 

@@ -5,7 +5,7 @@
     train_bpe(texts, 1024)      # a BPETokenizer: 256 bytes, 767 merges, end-of-text
 
 Read lessons/bpe.py first: it has the training loop in 8 lines, and prints each merge. This module
-learns the same merges faster.
+learns exactly those merges, faster.
 
 Training (Gage 1994; Sennrich et al. 2016) starts with the 256 bytes as tokens. The pair of adjacent
 tokens that occurs most often becomes a new token, and so on until the vocabulary is full. The text
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import regex
+from tqdm import tqdm
 
 from configurator import FolioError
 from data.tokenizer import BYTE_ENCODER, GPT2_SPLIT_PATTERN, BPETokenizer
@@ -86,6 +87,7 @@ def learn_merges(word_counts: Mapping[bytes, int], num_merges: int) -> list[tupl
     heap = [(-count, pair) for pair, count in pair_counts.items()]  # heapq pops the smallest
     heapq.heapify(heap)
 
+    bar = tqdm(total=num_merges, desc="merges", delay=1, disable=None, leave=False)
     merges = []
     while len(merges) < num_merges and heap:
         negative_count, pair = heapq.heappop(heap)
@@ -95,6 +97,7 @@ def learn_merges(word_counts: Mapping[bytes, int], num_merges: int) -> list[tupl
                 heapq.heappush(heap, (-count, pair))
             continue
         merges.append((tokens[pair[0]], tokens[pair[1]]))
+        bar.update()
         new_id = len(tokens)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
         new_pairs = set()
@@ -109,6 +112,7 @@ def learn_merges(word_counts: Mapping[bytes, int], num_merges: int) -> list[tupl
                     words_with_pair[new_pair].add(i)
         for new_pair in new_pairs:
             heapq.heappush(heap, (-pair_counts[new_pair], new_pair))
+    bar.close()
     return merges
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from configurator import FolioError, did_you_mean, format_value
-from data.files import explain_os_error, shell_command
+from data.files import explain_os_error, shell_command, user_path
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
 
 DATA_DIR = Path(__file__).resolve().parent
@@ -53,8 +53,8 @@ def training_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random windows: inputs and targets, each (B, T), int64.
 
-    The batch is a function of (seed, step, micro_batch) only. So a resumed run sees the same
-    batches as an uninterrupted one, and so do runs with other numbers of processes.
+    The batch is a function of (seed, step, micro_batch) only. So a resumed run sees the batches of
+    an uninterrupted one, and the number of processes does not change them.
     """
     rng = np.random.default_rng([seed, step, micro_batch])
     indices = rng.integers(tokens.num_windows(block_size + 1), size=batch_size)  # (B,)
@@ -117,7 +117,7 @@ Item = TypeVar("Item")
 
 
 def prefetch(items: Iterator[Item]) -> Iterator[Item]:
-    """For speed only: the same items, the next one computed in a thread while one is in use."""
+    """Yields the items. For speed, a thread computes the next item while one is in use."""
     end = object()
     with ThreadPoolExecutor(max_workers=1) as thread:
         future = thread.submit(next, items, end)
@@ -135,7 +135,10 @@ def derive_seed(*numbers: int) -> int:
 #
 # train*.bin and val*.bin hold token ids as little-endian uint16, or uint32 if the vocabulary is
 # larger than 65,536. A split may have several files, called shards. GPT-2-tokenized FineWeb has
-# shards with a header of 256 int32, all others have none.
+# shards with a header of 256 int32; no other dataset has it.
+#
+# The files are memory-mapped: do not change or shorten them while a program reads them. If a mapped
+# file becomes shorter, the system kills the program (bus error). A new file may replace an old one.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 CHECKED_IDS = 2**16  # ids of each shard that are checked at the start; each batch is checked, too
@@ -144,8 +147,8 @@ CHECKED_IDS = 2**16  # ids of each shard that are checked at the start; each bat
 class ShardedTokens:
     """The tokens of all shards of one split, "train" or "val".
 
-    Raises FolioError if a file is missing, unreadable, empty, or of a wrong size, if the files hold
-    fewer tokens than meta.json states, or if an id is outside the vocabulary.
+    Raises FolioError if a file is missing, unreadable, empty, or of a wrong size, if meta.json
+    states another number of tokens, or if an id is outside the vocabulary.
     """
 
     def __init__(self, folder: str | Path, split: str, meta: dict[str, Any], vocab_size: int):
@@ -159,12 +162,13 @@ class ShardedTokens:
             raise FolioError(f"{self.name}: not found; prepare the dataset again")
         self.shards = [memmap_shard(path, dtype) for path in paths]
         self.lengths = np.array([len(shard) for shard in self.shards])
-        # More tokens than meta.json states are shards that a preparation is adding just now.
-        num_tokens = meta.get(f"{split}_tokens", 0)
-        if type(num_tokens) is not int or num_tokens > len(self):
+        # A preparation may be adding shards just now; then meta.json states fewer tokens.
+        stated = meta.get(f"{split}_tokens", len(self))
+        may_grow = [path.name for path in paths] != [f"{split}.bin"]
+        if type(stated) is not int or stated > len(self) or (stated < len(self) and not may_grow):
             raise FolioError(
                 f"{self.name}: {len(self):,} tokens, but meta.json states "
-                f"{format_value(num_tokens)}; prepare the dataset again"
+                f"{format_value(stated)}; prepare the dataset again"
             )
         for shard in self.shards:
             self.check_ids(shard[:CHECKED_IDS])
@@ -261,7 +265,7 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
     Raises FolioError if a file is missing, unreadable or damaged, if a split is shorter than one
     window of block_size + 1 tokens, or if an id is outside the vocabulary.
     """
-    folder = DATA_DIR / name
+    folder = DATA_DIR / user_path(name)
     tokenizer = find_tokenizer(folder, str(name), tokenizer)
     meta = read_meta(folder)
     train = ShardedTokens(folder, "train", meta, tokenizer.vocab_size)

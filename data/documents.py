@@ -11,26 +11,30 @@ a JSON object that holds one document. Files are read in pieces, however large t
 import codecs
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from configurator import FolioError
-from data.files import explain_os_error, shell_command, user_path
+from data.files import explain_os_error, join_names, shell_command, user_path
 
 PIECE_BYTES = 2**20  # read at a time
-MAX_NAMES = 10  # of skipped files in one message
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 # Formats that are not text, and the Python code that prints a file of each as .jsonl lines.
-ROWS = "import csv, json, sys; [print(json.dumps(row)) for row in {}]"
+ROWS = (
+    "import csv, json, sys; csv.field_size_limit(2**31 - 1); [print(json.dumps(row)) for row in "
+    "csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''){})]"
+)
 TO_JSONL = {
-    ".json": "import json, sys; [print(json.dumps({'text': x} if isinstance(x, str) else x)) "
-    "for x in json.load(open(sys.argv[1], encoding='utf-8'))]",
-    ".csv": ROWS.format("csv.DictReader(open(sys.argv[1], encoding='utf-8', newline=''))"),
-    ".tsv": ROWS.format(
-        r"csv.DictReader(open(sys.argv[1], encoding='utf-8', newline=''), delimiter='\t')"
-    ),
+    # One value, or several below one another: a list of rows, a row, or a text.
+    ".json": "import json, re, sys; t = open(sys.argv[1], encoding='utf-8-sig').read(); "
+    "[print(json.dumps({'text': x} if isinstance(x, str) else x)) for rows in "
+    r"json.loads('[' + re.sub(r'}\s*\n\s*{', '},{', t) + ']') "
+    "for x in (rows if isinstance(rows, list) else [rows])]",
+    ".csv": ROWS.format(""),
+    ".tsv": ROWS.format(r", delimiter='\t'"),
     ".parquet": "import json, sys, pyarrow.parquet as p; "
     "[print(json.dumps(row, default=str)) for row in p.read_table(sys.argv[1]).to_pylist()]",
 }
@@ -82,27 +86,29 @@ def files_of_input(path: Path, tmp_dir: Path) -> list[Path]:
 
 def text_files_in(folder: Path) -> list[Path]:
     """The text files in a folder and its subfolders, sorted. Prints the names of skipped files."""
-    paths = []
+    paths: list[Path] = []
     for parent, subfolders, names in os.walk(folder, onerror=raise_error):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        paths += [Path(parent, name) for name in names if not name.startswith(".")]
-    paths = sorted(path for path in paths if path.is_file())
-    skipped = [path for path in paths if conversion_command(path) or is_binary(path)]
-    if skipped:
-        names = [str(path.relative_to(folder)) for path in skipped[:MAX_NAMES]]
-        more = f" and {len(skipped) - MAX_NAMES:,} more" if len(skipped) > MAX_NAMES else ""
-        noun = "file that is" if len(skipped) == 1 else "files that are"
-        print(f"{folder}: skipped {len(skipped):,} {noun} not text: {', '.join(names)}{more}")
-    return [path for path in paths if path not in set(skipped)]
+        # os.walk does not enter links to folders, so these links are among the skipped files.
+        links = [name for name in subfolders if Path(parent, name).is_symlink()]
+        paths += [Path(parent, name) for name in (*names, *links) if not name.startswith(".")]
+    texts = [path for path in sorted(paths) if is_text(path)]
+    if skipped := sorted({*paths} - {*texts}):
+        names = [str(path.relative_to(folder)) for path in skipped]
+        print(f"{folder}: skipped {len(skipped):,} (not text files): {join_names(names)}")
+    return texts
 
 
 def raise_error(error: OSError) -> NoReturn:
     raise FolioError(f"{error.filename}: cannot read this folder ({error.strerror})")
 
 
-def is_binary(path: Path) -> bool:
+def is_text(path: Path) -> bool:
+    """Whether it is a file, of no other format, that does not begin like a binary file."""
+    if not path.is_file() or conversion_command(path):
+        return False
     with explain_os_error(path, "cannot read"), open(path, "rb") as file:
-        return b"\0" in file.read(8192)
+        return b"\0" not in file.read(8192)
 
 
 def file_id(path: Path) -> tuple[int, int]:
@@ -135,7 +141,7 @@ def read_documents(
     separator: what stands between the documents of a text file; "": each file is one document.
     """
     for path in map(Path, files):
-        if path.suffix.lower() in JSONL_SUFFIXES:
+        if is_jsonl(path):
             for text in read_jsonl(path, json_key):
                 yield iter([text])
         elif separator:
@@ -143,6 +149,17 @@ def read_documents(
                 yield iter([text])
         else:
             yield read_pieces(path)
+
+
+def is_jsonl(path: Path) -> bool:
+    """Whether the suffix says so; without a suffix (a pipe), whether the first line does."""
+    if path.suffix:
+        return path.suffix.lower() in JSONL_SUFFIXES
+    with explain_os_error(path, "cannot read"), open(path, "rb") as file:
+        try:
+            return isinstance(json.loads(file.readline(PIECE_BYTES)), dict)
+        except (ValueError, RecursionError):
+            return False
 
 
 def read_jsonl(path: Path, json_key: str) -> Iterator[str]:
@@ -165,10 +182,14 @@ def read_jsonl(path: Path, json_key: str) -> Iterator[str]:
 
 
 def split_documents(pieces: Iterable[str], separator: str) -> Iterator[str]:
-    """The documents between the separators, without those that are only white space."""
+    """The documents between the separators, without those that are only white space.
+
+    A newline in the separator also stands for the line ends of Windows, "\\r\\n".
+    """
+    pattern = re.compile(re.escape(separator).replace("\\\n", "\r?\n"))
     rest = ""
     for piece in pieces:
-        *complete, rest = (rest + piece).split(separator)
+        *complete, rest = pattern.split(rest + piece)
         yield from (document for document in complete if document.strip())
     if rest.strip():
         yield rest

@@ -147,6 +147,12 @@ def user_path(text: str | Path) -> Path:
     return path
 
 
+def join_names(names: list[str], max_names: int = 10) -> str:
+    """At most max_names of the names in a line: ["a", "b", "c"], 2 -> 'a, b and 1 more'"""
+    more = f" and {len(names) - max_names:,} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + more
+
+
 def shell_command(*words: str) -> str:
     """The words as one line for the user's shell: ("rm", "my file") -> "rm 'my file'"."""
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)

@@ -31,8 +31,8 @@ NAMED_TOKENS = (
 )  # fmt: skip
 # These classes of transformers take the tokenizer from tokenizer.json.
 GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
-# These classes take only the vocabulary from there. The rest follows from their own settings; these
-# are the defaults.
+# These classes take only the vocabulary from there, and everything else from their own settings.
+# These are the defaults.
 CLASS_DEFAULTS = {
     "GPT2Tokenizer": {
         "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT,
@@ -90,6 +90,15 @@ class HFTokenizer(Tokenizer):
         if not len(ids):
             return np.array([self.start_token_id])
         return np.concatenate([self._prefix, ids])
+
+    @property
+    def special_token_ids(self) -> dict[str, int | None]:
+        own = {
+            f"{name}_id": self._backend.token_to_id(self.special_tokens[name])
+            for name in ("bos_token", "eos_token", "pad_token")
+            if name in self.special_tokens
+        }
+        return super().special_token_ids | own
 
     @property
     def start_token_id(self) -> int:

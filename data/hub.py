@@ -7,6 +7,9 @@
 
 Files are kept in the hub's own cache (~/.cache/huggingface), which transformers uses, too. The
 variables HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as in every program of the hub.
+
+What is checked: huggingface_hub compares the size of each downloaded file with the size that the
+hub states. It does not compare a SHA-256; only data/download.py does.
 """
 
 from collections.abc import Iterator

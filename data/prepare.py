@@ -16,10 +16,12 @@ import numpy as np
 from configurator import FolioError, did_you_mean
 from data import dataset as dataset_module
 from data.bpe import train_bpe
-from data.dataset import read_meta
+from data.dataset import memmap_shard, read_meta
+from data.documents import read_pieces
 from data.files import (
     explain_os_error,
     file_lock,
+    join_names,
     rename_to_backup,
     shell_command,
     user_path,
@@ -30,6 +32,7 @@ from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenize
 REPO_ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER_TYPES = ("char", "gpt2", "bpe")
 DATASET_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
+EIGHT_GPUS = ("torchrun", "--standalone", "--nproc_per_node=8")
 BLOCK_SIZE = re.compile(r"^block_size = (\d+)", re.MULTILINE)
 
 # --- The tokenizer and the split ---
@@ -42,7 +45,7 @@ def make_tokenizer(
 
     tokenizer_type: "char": the characters of texts; "gpt2"; "bpe": vocab_size tokens, learned from
         texts; or the folder of a run, a model or a dataset, whose tokenizer is used unchanged.
-    add_eos: add an end-of-text token to the characters; the others have one.
+    add_eos: add an end-of-text token to the characters (a BPE vocabulary always has one).
     Raises FolioError if the folder's vocabulary lacks a character of texts.
     """
     if tokenizer_type == "char":
@@ -55,11 +58,11 @@ def make_tokenizer(
     if isinstance(tokenizer, CharTokenizer):
         missing = sorted(characters_of(texts) - set(tokenizer.characters))
         if missing:
-            examples = ", ".join(map(repr, missing[:10])) + (", ..." if missing[10:] else "")
             raise FolioError(
                 f"--tokenizer={tokenizer_type}: its vocabulary lacks "
-                f"{plural(len(missing), 'character')} of the text: {examples}; "
-                "replace them in the text, or use --tokenizer=gpt2"
+                f"{plural(len(missing), 'character')} of the text: "
+                f"{join_names([*map(repr, missing)])}; replace them in the text, or use "
+                "--tokenizer=gpt2"
             )
     return tokenizer
 
@@ -89,13 +92,7 @@ def tokenizer_folder(tokenizer_type: str) -> Path:
 
 def read_text(path: str | Path) -> str:
     """A file's text, newlines unchanged. FolioError if it is missing, empty or not UTF-8."""
-    try:
-        with explain_os_error(path, "cannot read this text"):
-            text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FolioError(
-            f"{path}: not UTF-8 text (invalid byte at offset {error.start:,})"
-        ) from None
+    text = "".join(read_pieces(Path(path)))
     if not text.strip():
         raise FolioError(f"{path}: there is no text in this file")
     return text
@@ -122,7 +119,7 @@ def dataset_folder(name: str) -> Path:
 
 
 def dataset_lock(folder: str | Path) -> AbstractContextManager[None]:
-    """Only one process at a time prepares data/NAME; the others print a line and wait."""
+    """One process at a time prepares data/NAME; every other process prints a line and waits."""
     folder = Path(folder)
     return file_lock(
         folder.with_name(f".{folder.name}.lock"),
@@ -141,8 +138,8 @@ def write_dataset(
 
     splits: pieces of text, each encoded by itself; None is the end of a document.
     source_meta: what meta.json says about the text's source ("source", "sha256", ...).
-    The folder appears complete or not at all. An existing dataset is replaced if it is the same or
-    was made from the replacement text; otherwise it is renamed to folder.1, folder.2, ...
+    The folder appears complete or not at all. An existing dataset is replaced if its meta.json
+    is equal or if it was made from the replacement text; otherwise it is renamed to folder.1, ...
     Raises FolioError if a split has no text, or a character that is not in the vocabulary.
     """
     folder = Path(folder)
@@ -252,19 +249,38 @@ def shards_folder(name: str, source: str) -> Path:
     with explain_os_error(folder, "cannot create this folder"):
         folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "meta.json").exists():
-        write_json(folder / "meta.json", {"source": source})  # completed by write_shards_meta()
+        write_json(folder / "meta.json", {"source": source})  # see complete_shards()
     return folder
 
 
-def write_shards_meta(folder: str | Path, source: str, counts: dict[str, int]) -> None:
-    """Complete a dataset of GPT-2's tokens whose shards are all there."""
+def complete_shards(folder: str | Path, source: str) -> dict[str, Any]:
+    """Complete a dataset of GPT-2's tokens whose shards are all there; returns its meta.json.
+
+    All shards count, also those of earlier downloads. Raises FolioError if one is damaged.
+    """
     folder, tokenizer = Path(folder), BPETokenizer.gpt2()
-    meta = {"source": source, "vocab_size": tokenizer.vocab_size, "dtype": "uint16", **counts}
+    meta = {"source": source, "vocab_size": tokenizer.vocab_size, "dtype": "uint16"}
+    for split in ("train", "val"):
+        shards = [memmap_shard(path, "<u2") for path in folder.glob(f"{split}_*.bin")]
+        meta[f"{split}_tokens"] = sum(map(len, shards))
     write_json(folder / "meta.json", meta)
     save_tokenizer(tokenizer, folder)  # last, because a folder without it counts as incomplete
+    return meta
 
 
 # --- Output ---
+
+
+def summary(folder: str | Path, meta: dict[str, Any], parts: str = "") -> str:
+    """What a program prints about a new dataset: three lines, below 80 columns without the path.
+
+    parts: "9 documents", for example.
+    """
+    parts = f"{parts}, " if parts else ""
+    return (
+        f"{folder}\n    {parts}vocabulary of {meta['vocab_size']:,} tokens\n"
+        f"    {meta['train_tokens']:,} training tokens, {meta['val_tokens']:,} validation tokens"
+    )
 
 
 def plural(number: int, noun: str) -> str:
@@ -277,10 +293,12 @@ def train_command(
     meta: dict[str, Any],
     flags: list[str],
     max_block_size: int | None = None,
+    launcher: tuple[str, ...] = ("python",),
 ) -> str:
     """The command that trains on a new dataset, as it can be pasted in the current folder.
 
     It has a --block_size if the config file's is longer than max_block_size or than the text.
+    launcher: EIGHT_GPUS, for example.
     """
     program, config = REPO_ROOT / "train.py", REPO_ROOT / "config" / f"{config_name}.py"
     longest = min(meta["train_tokens"] - 1, meta["val_tokens"] - 1, max_block_size or 2**63)
@@ -289,4 +307,4 @@ def train_command(
         flags = [*flags, f"--block_size={longest}"]
     if Path.cwd() == REPO_ROOT:
         program, config = program.relative_to(REPO_ROOT), config.relative_to(REPO_ROOT)
-    return shell_command("python", str(program), str(config), *flags)
+    return shell_command(*launcher, str(program), str(config), *flags)

@@ -4,7 +4,7 @@
     python -m data.prepare_fineweb --shards=100  # ten billion tokens, 20 GB: all of train_gpt2.py
 
 The shards are already tokenized, 100 million tokens each: the dataset kjj0/fineweb10B-gpt2 on the
-Hugging Face hub. Shards that are there are kept, so the same command continues after a failure.
+Hugging Face hub. Finished shards are kept, so after a failure, give the command again.
 """
 
 import sys
@@ -19,10 +19,18 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from configurator import FolioError, Range, configure, run_main
-from data.dataset import has_header, memmap_shard
+from data.dataset import has_header
 from data.files import explain_os_error
 from data.hub import hub_file, hub_files
-from data.prepare import dataset_folder, dataset_lock, shards_folder, write_shards_meta
+from data.prepare import (
+    EIGHT_GPUS,
+    complete_shards,
+    dataset_folder,
+    dataset_lock,
+    shards_folder,
+    summary,
+    train_command,
+)
 
 REPO_ID = "kjj0/fineweb10B-gpt2"
 SOURCE = f"datasets/{REPO_ID}"
@@ -46,15 +54,11 @@ def main() -> None:
         for i, name in enumerate(missing, start=1):
             print(f"downloading shard {i} of {len(missing)}: {name}", flush=True)
             download_shard(folder, name, commit)
-        for name in names:
-            memmap_shard(folder / name, "<u2")  # checks its size
-        counts = {f"{split}_tokens": count_tokens(folder, split) for split in ("train", "val")}
-        write_shards_meta(folder, SOURCE, counts)
-    print(
-        f"{folder}: {counts['train_tokens']:,} training and {counts['val_tokens']:,} validation "
-        "tokens\nnext: torchrun --standalone --nproc_per_node=8 train.py "
-        "config/train_gpt2.py (reads 10,000,000,000 tokens)"
-    )
+        meta = complete_shards(folder, SOURCE)
+    print(summary(folder, meta))
+    flags = [] if config.dataset == FineWebConfig.dataset else [f"--dataset={config.dataset}"]
+    command = train_command("train_gpt2", meta, flags, launcher=EIGHT_GPUS)
+    print(f"    (config/train_gpt2.py reads 10,000,000,000 tokens)\nnext: {command}")
 
 
 def download_shard(folder: Path, name: str, commit: str) -> None:
@@ -68,11 +72,6 @@ def download_shard(folder: Path, name: str, commit: str) -> None:
         shutil.rmtree(downloads)
     if not valid:
         raise FolioError(f"{name}: the hub sent a file that is not a token shard; try again later")
-
-
-def count_tokens(folder: Path, split: str) -> int:
-    """The number of tokens in all shards of a split, including those of earlier downloads."""
-    return sum(len(memmap_shard(path, "<u2")) for path in folder.glob(f"{split}_*.bin"))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 The dataset Skylion007/openwebtext on the Hugging Face hub has about 80 parquet files of 100,000
 documents. Each becomes one shard of GPT-2's tokens, with end-of-text after each document. Every
-2000th document is for validation. Finished shards are kept, so the same command continues.
+2000th document is for validation. Finished shards are kept, so after a failure, give the command
+again.
 """
 
 import sys
@@ -27,11 +28,14 @@ from data.download import DownloadError
 from data.files import explain_os_error
 from data.hub import hub_file, hub_files
 from data.prepare import (
+    EIGHT_GPUS,
+    complete_shards,
     dataset_folder,
     dataset_lock,
     plural,
     shards_folder,
-    write_shards_meta,
+    summary,
+    train_command,
     write_tokens,
 )
 from data.tokenizer import BPETokenizer
@@ -67,13 +71,10 @@ def main() -> None:
         with explain_os_error(folder / "downloads", "cannot delete this folder"):
             if (folder / "downloads").exists():
                 shutil.rmtree(folder / "downloads")
-        counts = {f"{split}_tokens": count_tokens(folder, split) for split in ("train", "val")}
-        write_shards_meta(folder, SOURCE, counts)
-    print(
-        f"{folder}: {plural(len(filenames), 'file')}, {counts['train_tokens']:,} training and "
-        f"{counts['val_tokens']:,} validation tokens\nnext: torchrun --standalone "
-        f"--nproc_per_node=8 train.py config/train_gpt2.py --dataset={config.dataset}"
-    )
+        meta = complete_shards(folder, SOURCE)
+    print(summary(folder, meta, plural(len(filenames), "file")))
+    flags = [f"--dataset={config.dataset}"]
+    print(f"next: {train_command('train_gpt2', meta, flags, launcher=EIGHT_GPUS)}")
 
 
 def list_parquet_files() -> tuple[str, list[str]]:
@@ -130,10 +131,6 @@ def read_documents(path: Path) -> Iterator[str]:
         path.unlink()
         reason = str(error).partition("\n")[0]
         raise FolioError(f"{path}: corrupt file deleted ({reason}); try again") from None
-
-
-def count_tokens(folder: Path, split: str) -> int:
-    return sum(path.stat().st_size // 2 for path in folder.glob(f"{split}_*.bin"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python -m data.prepare_text novels/ --dataset=novels --tokenizer=bpe --vocab_size=2048
     python -m data.prepare_text chat.jsonl --dataset=chat --tokenizer=gpt2
     python -m data.prepare_text letters.txt --dataset=letters --tokenizer=out/shakespeare_char
+    python -m data.prepare_text train.txt --val=val.txt --dataset=mine
 
 Reads UTF-8 text files, folders of them, and .jsonl files with one document in each line. Documents
 are separated by end-of-text tokens. Every tenth document is for validation; if there are few
@@ -16,23 +17,28 @@ from pathlib import Path
 if not __package__:  # started as a file: python data/prepare_text.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Annotated, Any
+
+from tqdm import tqdm
 
 from configurator import FolioError, PositiveInt, Range, parse_inputs, run_main
 from data.documents import file_id, find_files, read_documents
-from data.files import user_path
+from data.files import join_names, user_path
 from data.prepare import (
     REPO_ROOT,
     TOKENIZER_TYPES,
     check_tokenizer_type,
     dataset_folder,
     dataset_lock,
+    end_of_document_ids,
     make_tokenizer,
     plural,
+    summary,
     tokenizer_folder,
     train_command,
     write_dataset,
@@ -40,11 +46,6 @@ from data.prepare import (
 from data.tokenizer import CharTokenizer, Tokenizer, read_json
 
 BPE_CHARACTERS = 100 * 2**20  # of the training split, from which BPE learns
-
-try:
-    from tqdm import tqdm
-except ImportError:  # the progress bar is optional
-    tqdm = None
 
 
 @dataclass
@@ -74,16 +75,13 @@ def main() -> None:
         if not tokenizer.can_encode_in_pieces:
             splits = {split: join_pieces(pieces) for split, pieces in splits.items()}
         paths = [*inputs, *filter(None, [config.val])]
-        source = ", ".join(str(user_path(path).resolve()) for path in paths)
+        source = join_names([os.path.abspath(user_path(path)) for path in paths])
         with dataset_lock(folder):
             meta = write_dataset(
                 folder, tokenizer, splits, {"source": source, "documents": len(corpus.sizes)}
             )
-    print(
-        f"{folder}: {plural(len(corpus.sizes), 'document')}, {meta['train_tokens']:,} training "
-        f"and {meta['val_tokens']:,} validation tokens, vocabulary of {meta['vocab_size']:,}\n"
-        f"next: {next_command(config, tokenizer, meta)}"
-    )
+    print(summary(folder, meta, plural(len(corpus.sizes), "document")))
+    print(f"next: {next_command(config, tokenizer, meta)}")
 
 
 def next_command(config: PrepareTextConfig, tokenizer: Tokenizer, meta: dict[str, Any]) -> str:
@@ -94,15 +92,17 @@ def next_command(config: PrepareTextConfig, tokenizer: Tokenizer, meta: dict[str
         name = "finetune_shakespeare" if config.tokenizer == "gpt2" else name
         return train_command(name, meta, flags)
     folder = tokenizer_folder(config.tokenizer).resolve()
-    model_config = folder / "config.json"
-    if not model_config.exists():
+    try:
+        model = read_json(folder / "config.json")
+    except FileNotFoundError:
+        model = {}  # a dataset
+    if model.get("model_type") != "gpt2":
         is_char = isinstance(tokenizer, CharTokenizer)
         return train_command(f"shakespeare_{'char' if is_char else 'bpe'}", meta, flags)
-    block_size = read_json(model_config).get("n_positions")
     if folder.is_relative_to(REPO_ROOT):
         folder = folder.relative_to(REPO_ROOT)
     flags = [f"--init_from={folder}", *flags]
-    return train_command("finetune_shakespeare", meta, flags, max_block_size=block_size)
+    return train_command("finetune_shakespeare", meta, flags, model.get("n_positions"))
 
 
 # --- The documents and their split ---
@@ -180,16 +180,11 @@ def validation_cuts(sizes: list[int], fraction: float) -> list[int]:
 
 def join_pieces(pieces: Iterable[str | None]) -> Iterator[str | None]:
     """One string for each document: "a", "b", None, "c" -> "ab", None, "c"."""
-    document = []
-    for piece in pieces:
-        if piece is not None:
-            document.append(piece)
-            continue
-        yield "".join(document)
-        yield None
-        document.clear()
-    if document:
-        yield "".join(document)
+    for is_end, group in groupby(pieces, key=lambda piece: piece is None):
+        if is_end:
+            yield from group
+        else:
+            yield "".join(group)
 
 
 # --- The tokenizer ---
@@ -203,7 +198,8 @@ def choose_tokenizer(corpus: Corpus, config: PrepareTextConfig) -> Tokenizer:
         texts = sample_evenly(train_pieces, BPE_CHARACTERS / max(sum(corpus.cuts), 1))
     tokenizer = make_tokenizer(config.tokenizer, texts, config.vocab_size, corpus.separated)
     if corpus.separated and tokenizer.eos_token_id is None:
-        print("this vocabulary has no end-of-text token: a newline separates documents, if it can")
+        separator = "newlines" if len(end_of_document_ids(tokenizer)) else "nothing"
+        print(f"{separator} between documents: this vocabulary has no end-of-text token")
     return tokenizer
 
 
@@ -221,16 +217,12 @@ def sample_evenly(pieces: Iterable[str], fraction: float) -> Iterator[str]:
 
 
 def with_progress(pieces: Iterable[str | None], split: str) -> Iterator[str | None]:
-    """The same pieces, with a progress bar on terminals."""
-    bar = tqdm and tqdm(
-        desc=split, unit=" characters", unit_scale=True, delay=1, disable=None, leave=False
-    )
-    for piece in pieces:
-        yield piece
-        if bar is not None:
+    """Yields the pieces, with a progress bar on terminals."""
+    options = {"unit_scale": True, "delay": 1, "disable": None, "leave": False}
+    with tqdm(desc=split, unit=" characters", **options) as bar:
+        for piece in pieces:
+            yield piece
             bar.update(len(piece or ""))
-    if bar is not None:
-        bar.close()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tiny Shakespeare: 40,000 lines from Shakespeare's plays (1.1 MB).
 
 A replacement text is used when Shakespeare cannot be downloaded: short plays in verse (150 KB),
-written for this repository and laid out in the same way. So the first command works without a
+written for this repository and laid out like Shakespeare's. So the first command works without a
 network. Losses on it are not comparable. The next preparation with a network uses Shakespeare.
 """
 
@@ -11,7 +11,8 @@ from typing import Any
 
 from configurator import FolioError
 from data.download import DownloadError, download
-from data.files import atomic_write, explain_os_error, file_lock
+from data.documents import JSONL_SUFFIXES, conversion_command
+from data.files import atomic_write, explain_os_error, file_lock, shell_command
 from data.prepare import (
     TOKENIZER_TYPES,
     dataset_folder,
@@ -41,17 +42,26 @@ def prepare_shakespeare(
 
     tokenizer_type: "char": one token per character; "gpt2": GPT-2's byte pair encoding; "bpe":
         vocab_size tokens learned from the text; or the folder of a run or a model.
-    Raises FolioError if the file cannot be read, or GPT-2's vocabulary cannot be downloaded.
+    Raises FolioError if the file cannot be read or is not plain text, or if GPT-2's vocabulary
+    cannot be downloaded.
     """
     folder = dataset_folder(dataset)
+    if input_file:
+        refuse_other_formats(Path(input_file))
     with dataset_lock(folder):
         return write_shakespeare(folder, tokenizer_type, input_file, vocab_size)
+
+
+def refuse_other_formats(path: Path) -> None:
+    """Raises FolioError for tables and archives, whose braces and commas would become the text."""
+    if path.suffix.lower() in JSONL_SUFFIXES or conversion_command(path):
+        raise FolioError(f"{path}: not a text file; use `python -m data.prepare_text`")
 
 
 def ensure_shakespeare(dataset: str) -> None:
     """Prepare data/shakespeare_char, _gpt2 or _bpe if it does not exist.
 
-    If several processes start at the same time, one prepares the dataset and the others wait.
+    If several processes start at the same time, one prepares the dataset; every other one waits.
     """
     folder = dataset_folder(dataset)
     if not folder.exists():
@@ -131,10 +141,10 @@ def replacement_warning(meta: dict[str, Any]) -> str:
     if "replacement_for" not in meta:
         return ""
     tokenizer_type = meta.get("tokenizer", "char")
-    flag = "" if tokenizer_type == "char" else f" --tokenizer={tokenizer_type}"
+    flags = [] if tokenizer_type == "char" else [f"--tokenizer={tokenizer_type}"]
     return (
         "WARNING  Shakespeare could not be downloaded. A replacement text is used: short\n"
         "         plays in verse. So losses are not comparable. To use Shakespeare, run\n"
         "         this with a network, or add --input_file=FILE with the text:\n"
-        f"         python prepare_shakespeare.py{flag}"
+        f"         {shell_command('python', 'prepare_shakespeare.py', *flags)}"
     )

@@ -1,8 +1,17 @@
-"""Print one batch of a dataset: ids and characters of inputs and targets side by side.
+"""Print the beginning of a training batch: ids and characters of inputs and targets.
 
-python -m data.show shakespeare_char
-python -m data.show shakespeare_bpe --block_size=16 --step=3
+    python -m data.show shakespeare_char
+    python -m data.show shakespeare_bpe --batch_size=16 --block_size=64 --step=3 --rows=1
+
+It is a batch of train.py if seed, batch_size and block_size have the values of the run. The
+defaults are the values of config/shakespeare_char.py.
 """
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a file: python data/show.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from dataclasses import dataclass
 
@@ -16,10 +25,12 @@ from data.tokenizer import Tokenizer
 @dataclass
 class ShowConfig:
     # --- Batch ---
-    batch_size: PositiveInt = 2  # number of windows (B)
-    block_size: PositiveInt = 8  # tokens in a window, without the last target (T)
+    batch_size: PositiveInt = 8  # rows of the batch (B)
+    block_size: PositiveInt = 128  # input tokens in a row (T)
     seed: NonNegativeInt = 1337  # random seed
-    step: NonNegativeInt = 0  # step of training whose batch is shown
+    step: NonNegativeInt = 0  # step of training to which the batch belongs
+    rows: PositiveInt = 2  # rows to print
+    tokens: PositiveInt = 8  # tokens of each row to print
 
 
 def main() -> None:
@@ -30,15 +41,20 @@ def main() -> None:
     inputs, targets = training_batch(
         dataset.train, config.batch_size, config.block_size, config.seed, config.step, micro_batch=0
     )
-    print(f"{dataset.folder.name}: inputs and targets, each {tuple(inputs.shape)}")
-    for row in range(config.batch_size):
-        print(f"\nwindow {row}\n{format_window(inputs[row], targets[row], dataset.tokenizer)}")
+    rows, tokens = min(config.rows, len(inputs)), min(config.tokens, inputs.size(1))
+    print(
+        f"{dataset.folder.name}: inputs and targets, each {tuple(inputs.shape)}\n"
+        f"the first {rows} of {len(inputs)} rows, the first {tokens} of {inputs.size(1)} tokens"
+    )
+    for row in range(rows):
+        window = format_window(inputs[row, :tokens], targets[row, :tokens], dataset.tokenizer)
+        print(f"\nrow {row}\n{window}")
 
 
 def format_window(inputs: torch.Tensor, targets: torch.Tensor, tokenizer: Tokenizer) -> str:
-    """A table with one line for each of the T training examples, 80 columns wide at most.
+    """A table with one line for each training example, 80 columns wide at most.
 
-    inputs, targets: (T,) token ids.
+    inputs, targets: token ids, of equal length.
     """
     lines = ["  t  input            target           context -> target"]
     for t in range(len(inputs)):

@@ -73,6 +73,12 @@ class Tokenizer(ABC):
         return np.array(lengths, dtype=np.int64)
 
     @property
+    def special_token_ids(self) -> dict[str, int | None]:
+        """Entries of config.json: end-of-text begins a text, ends it, and fills up a batch."""
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return dict.fromkeys(names, self.eos_token_id)
+
+    @property
     def start_token_id(self) -> int:
         """The token to start a text without a prompt: end-of-text, else a newline, else token 0."""
         if self.eos_token_id is not None:
@@ -115,9 +121,6 @@ class Tokenizer(ABC):
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self._key == other._key
 
-    def __hash__(self) -> int:
-        return hash(self.vocab_size)
-
 
 # --- How GPT-2's vocabulary file spells bytes ---
 
@@ -126,8 +129,8 @@ def bytes_to_unicode() -> list[str]:
     """One printable character for each of the 256 bytes.
 
     JSON cannot store arbitrary bytes. So GPT-2's vocabulary file spells each byte as a character:
-    printable Latin-1 bytes as themselves; the others (space, control characters, ...) as the
-    characters from U+0100 on, in order. A space becomes 'Ġ'. Source: OpenAI's encoder.py.
+    printable Latin-1 bytes as themselves; all other bytes (space, control characters, ...) as
+    the characters from U+0100 on, in order. A space becomes 'Ġ'. Source: OpenAI's encoder.py.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))

@@ -193,6 +193,7 @@ def test_opening_reads_only_a_small_part_of_each_shard(tmp_path, monkeypatch):
         (lambda folder: (folder / "train.bin").write_bytes(b""), "empty"),
         (lambda folder: (folder / "train.bin").write_bytes(b"123"), "not a multiple .* uint16"),
         (lambda folder: shorten(folder / "train.bin"), "1,542 tokens, but meta.json states 3085"),
+        (lambda folder: set_meta(folder, train_tokens=3000), "3,085 tokens, but .* states 3000"),
         (lambda folder: set_meta(folder, val_tokens="many"), "meta.json states 'many'"),
         (lambda folder: set_meta(folder, val_tokens=None), "meta.json states None"),
         (lambda folder: make_folder(folder / "train.bin"), "cannot be read"),
@@ -227,6 +228,13 @@ def make_folder(path):
     path.mkdir()
 
 
+def test_shards_may_hold_more_tokens_than_meta_json_states(tiny_dataset):
+    """A preparation adds shards while another program reads the dataset."""
+    (tiny_dataset / "train.bin").rename(tiny_dataset / "train_000001.bin")
+    set_meta(tiny_dataset, train_tokens=3000)
+    assert len(open_dataset(tiny_dataset, 8).train) == 3085
+
+
 def test_text_shorter_than_a_window_is_refused(tiny_dataset):
     with pytest.raises(FolioError, match=r"only 343 tokens, .* block_size \+ 1 = 344"):
         open_dataset(tiny_dataset, block_size=343)
@@ -238,6 +246,12 @@ def test_missing_dataset_is_refused_with_the_available_names(data_folder, tiny_d
         open_dataset("rhymes", 8)
     with pytest.raises(FolioError, match="available: rhyme"):
         open_dataset("something_else", 8)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "half \ud83d"])
+def test_name_that_no_folder_can_have_is_refused(name):
+    with pytest.raises(FolioError, match="not a valid path"):
+        open_dataset(name, 8)
 
 
 def test_missing_dataset_that_can_be_downloaded_is_refused_with_the_command(data_folder):
@@ -319,10 +333,12 @@ def test_any_bytes_are_a_dataset_or_are_refused(data_folder, n_trials):
 
 
 def test_show_prints_ids_and_characters_of_inputs_and_targets(tiny_dataset, call):
-    result = call(show, str(tiny_dataset), "--batch_size=3", "--block_size=4", "--seed=5")
+    flags = ("--batch_size=5", "--block_size=16", "--seed=5", "--rows=3", "--tokens=4")
+    result = call(show, str(tiny_dataset), *flags)
     assert result.returncode == 0, result.stderr
-    dataset = open_dataset(tiny_dataset, 4)
-    inputs, targets = training_batch(dataset.train, 3, 4, seed=5, step=0, micro_batch=0)
+    assert "each (5, 16)\nthe first 3 of 5 rows, the first 4 of 16 tokens\n" in result.stdout
+    dataset = open_dataset(tiny_dataset, 16)
+    inputs, targets = training_batch(dataset.train, 5, 16, seed=5, step=0, micro_batch=0)
     rows = [line.split("->")[0] for line in result.stdout.splitlines() if "->" in line]
     table = [row for row in rows if row.split()[0].isdigit()]
     assert len(table) == 3 * 4

@@ -36,12 +36,12 @@ def test_a_folder_gives_its_visible_text_files_sorted_and_names_the_others(tmp_p
         (tmp_path / name).write_text(name)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
     assert texts_in(tmp_path) == ["a/no_suffix", "a/z.md", "b.txt"]
-    assert capsys.readouterr().out == f"{tmp_path}: skipped 1 file that is not text: picture.png\n"
+    assert capsys.readouterr().out == f"{tmp_path}: skipped 1 (not text files): picture.png\n"
     for i in range(11):
         (tmp_path / f"table{i:02}.csv").write_text("a,b\n")
     texts_in(tmp_path)
     out = capsys.readouterr().out
-    assert "skipped 12 files that are not text: picture.png, table00.csv, " in out
+    assert "skipped 12 (not text files): picture.png, table00.csv, " in out
     assert out.endswith("table08.csv and 2 more\n")
 
 
@@ -54,6 +54,31 @@ def test_a_file_that_is_given_twice_or_linked_is_read_once(tmp_path, capsys):
     out = capsys.readouterr().out
     for name in "abc":
         assert f"skipped {tmp_path / name}.txt: the same file as {tmp_path / 'a.txt'}\n" in out
+
+
+@posix_only
+def test_links_in_a_folder_that_are_not_followed_are_named(tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "texts" / "folder").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "texts" / "lost.txt").symlink_to(tmp_path / "nothing")
+    assert texts_in(tmp_path / "texts") == ["a"]
+    assert "skipped 2 (not text files): folder, lost.txt\n" in capsys.readouterr().out
+
+
+@posix_only
+def test_a_pipe_of_json_lines_is_read_as_lines(tmp_path):
+    """In the shell: zcat chat.jsonl.gz | python -m data.prepare_text /dev/stdin"""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "copies").mkdir()
+    lines = '{"text": "one"}\n{"text": "two"}\n'
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(lines,))
+    writer.start()
+    assert texts_in(tmp_path / "pipe", tmp_dir=tmp_path / "copies") == ["one", "two"]
+    writer.join()
+    (tmp_path / "verse").write_text("[1] a verse\n")  # no JSON
+    assert texts_in(tmp_path / "verse") == ["[1] a verse\n"]
 
 
 @posix_only
@@ -139,6 +164,28 @@ def test_the_printed_command_converts_a_table_to_jsonl(tmp_path, suffix):
     assert texts_in(tmp_path / "my data.jsonl") == [row["text"] for row in rows]
 
 
+LONG = "long " * 30_000  # Python's csv reads at most 131,072 characters of a field by default
+
+
+@posix_only
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("lines.json", '{"text": "}{"}\n{"text": "two"}\n', ["}{", "two"]),
+        ("one.json", '{\n  "text": "one"\n}\n', ["one"]),
+        ("strings.json", '["one", "two"]', ["one", "two"]),
+        ("excel.csv", '\ufefftext,id\n"one",1\n', ["one"]),
+        ("long.csv", f"id,text\n1,{LONG}\n", [LONG]),
+    ],
+)
+def test_the_printed_command_converts_what_other_programs_write(tmp_path, name, content, texts):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(FolioError, match="not a text file") as error:
+        texts_in(tmp_path / name)
+    run_printed_command(error)
+    assert texts_in((tmp_path / name).with_suffix(".jsonl")) == texts
+
+
 # --- Documents ---
 
 
@@ -172,6 +219,8 @@ def test_a_separator_divides_a_file_into_documents(tmp_path, monkeypatch, piece_
     assert texts_in(tmp_path / "a.txt", separator="<|end|>") == ["one two", "three four\nfive"]
     (tmp_path / "b.txt").write_text("one\ntwo\n\nthree\n\n\n\nfour")
     assert texts_in(tmp_path / "b.txt", separator="\n\n") == ["one\ntwo", "three", "four"]
+    (tmp_path / "windows.txt").write_bytes(b"one\r\ntwo\r\n\r\nthree\r\n")
+    assert texts_in(tmp_path / "windows.txt", separator="\n\n") == ["one\r\ntwo", "three\r\n"]
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="Shakespeare is not on this machine")

@@ -16,6 +16,7 @@ from data.files import (
     explain_os_error,
     file_lock,
     fsync_dir,
+    join_names,
     rename_to_backup,
     shell_command,
     user_path,
@@ -172,6 +173,11 @@ def test_a_killed_process_leaves_no_lock(tmp_path, holder):
 
 
 # --- Paths and commands ---
+
+
+def test_many_names_are_shortened():
+    assert join_names(["a", "b"]) == "a, b"
+    assert join_names([f"{i}" for i in range(2013)]).endswith("8, 9 and 2,003 more")
 
 
 def test_the_home_folder_is_expanded(monkeypatch, tmp_path):

@@ -245,6 +245,13 @@ def test_saved_tokenizer_is_equal_here_and_in_transformers(folder, tmp_path):
     assert load_tokenizer(tmp_path).eos_token_id == tokenizer.eos_token_id
 
 
+def test_special_token_ids_are_those_of_transformers(folder):
+    ids, theirs = load_tokenizer(folder).special_token_ids, AutoTokenizer.from_pretrained(folder)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        expected = getattr(theirs, name)  # None: our end-of-text token takes its place, if any
+        assert ids[name] == (load_tokenizer(folder).eos_token_id if expected is None else expected)
+
+
 def test_prompt_has_the_tokens_that_transformers_puts_before_a_text(folder):
     tokenizer, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     ids = theirs("how high")["input_ids"]

@@ -18,6 +18,7 @@ from data.prepare import (
     make_tokenizer,
     read_text,
     split_text,
+    summary,
     train_command,
     write_dataset,
 )
@@ -41,7 +42,7 @@ def test_a_text_keeps_its_newlines_and_loses_its_byte_order_mark(tmp_path):
         (b"abc\xff", r"offset 3\)"),
         (b"", "no text"),
         (b" \n\n", "no text"),
-        (None, "cannot read this text .*No such file"),
+        (None, "cannot read .*No such file"),
     ],
 )
 def test_a_file_without_text_is_refused(tmp_path, content, message):
@@ -190,6 +191,17 @@ def test_a_second_preparation_of_a_dataset_waits_for_the_first(tmp_path, capsys)
     thread.join()
     assert finished.is_set()
     assert capsys.readouterr().out.count("another process is preparing") == 1
+
+
+# --- Output ---
+
+
+def test_the_summary_fits_80_columns_whatever_the_numbers():
+    meta = {"train_tokens": 9_035_582_198, "val_tokens": 99_434_897, "vocab_size": 250_257}
+    path, *lines = summary("data/mine", meta, "12,345,678 documents").splitlines()
+    assert path == "data/mine"
+    assert max(map(len, lines)) <= 80
+    assert "9,035,582,198 training tokens, 99,434,897 validation tokens" in lines[1]
 
 
 # --- The next command ---

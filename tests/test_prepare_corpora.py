@@ -1,6 +1,7 @@
 """FineWeb and OpenWebText, downloaded from a hub on loopback."""
 
 import io
+import shlex
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def fineweb(hub) -> dict[str, bytes]:
 def test_fineweb_shards_are_downloaded_once_and_can_be_opened(hub, fineweb, data_folder, call):
     result = call(prepare_fineweb, "--shards=2")
     assert result.returncode == 0, result.stderr
-    assert "600,000 training and 500 validation tokens" in result.stdout
+    assert "600,000 training tokens, 500 validation tokens" in result.stdout
     dataset = open_dataset("fineweb", block_size=8)
     assert len(dataset.train) == 600_000 and len(dataset.val) == 500
     expected = np.frombuffer(fineweb["fineweb_train_000001.bin"][1024:1034], dtype="<u2")
@@ -68,6 +69,14 @@ def test_fineweb_shards_are_downloaded_once_and_can_be_opened(hub, fineweb, data
     hub.requests.clear()
     assert call(prepare_fineweb, "--shards=3").returncode == 0
     assert hub.requests == []  # nothing is missing: no network is needed
+
+
+def test_the_printed_command_trains_on_the_dataset_that_was_made(hub, fineweb, call):
+    result = call(prepare_fineweb, "--shards=1", "--dataset=my web")
+    command = shlex.split(result.stdout.partition("next: ")[2])
+    assert command[:3] == ["torchrun", "--standalone", "--nproc_per_node=8"]
+    assert command[3].endswith("train.py") and command[4].endswith("train_gpt2.py")
+    assert command[5:] == ["--dataset=my web", "--block_size=499"]  # 500 validation tokens
 
 
 def test_a_failed_download_leaves_an_incomplete_dataset_and_the_same_command_continues(

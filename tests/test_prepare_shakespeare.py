@@ -99,7 +99,9 @@ def test_a_home_folder_in_the_input_file_is_expanded(tmp_path, call, monkeypatch
     (tmp_path / "mine.txt").write_text(LINE * 9)
     result = call(program, "--input_file=~/mine.txt", "--dataset=mine")
     assert result.returncode == 0, result.stderr
-    assert "153 training and 18 validation tokens, vocabulary of 8\n" in result.stdout
+    assert (
+        "vocabulary of 8 tokens\n    153 training tokens, 18 validation tokens\n" in result.stdout
+    )
 
 
 def test_a_mistake_is_one_line(tmp_path, call):
@@ -109,6 +111,10 @@ def test_a_mistake_is_one_line(tmp_path, call):
     assert_one_line_error(prepare("--input=x.txt"), "input_file")
     (tmp_path / "text").write_text(LINE * 9)
     assert_one_line_error(prepare(f"--input_file={tmp_path / 'text'}", "--dataset=../x"), "../x")
+    for name in ("chat.jsonl", "table.csv", "text.txt.gz"):
+        (tmp_path / name).write_text('{"text": "braces are no prose"}')
+        refused = prepare(f"--input_file={tmp_path / name}", "--dataset=mine")
+        assert_one_line_error(refused, f"{name}: not a text file", "data.prepare_text")
 
 
 # --- Several starts at once ---
@@ -189,6 +195,8 @@ def test_the_warning_fits_80_columns_and_names_the_command_for_this_dataset():
         lines = replacement_warning(meta).splitlines()
         assert lines[-1].strip() == command
         assert max(map(len, lines)) <= 80
+    warning = replacement_warning({**meta, "tokenizer": "out/my run"})
+    assert warning.endswith("python prepare_shakespeare.py '--tokenizer=out/my run'")
 
 
 def test_the_replacement_text_is_a_play_without_repetition():

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 import train
 from configurator import run_main
 from data import dataset as dataset_module
-from data import prepare_text
+from data import documents, prepare_text
 from data.dataset import open_dataset
 from data.prepare import write_dataset
 from data.prepare_text import join_pieces, sample_evenly, validation_cuts
@@ -124,6 +125,8 @@ def test_a_pipe_is_read_once_for_all_purposes(prepare, tmp_path):
     assert result.returncode == 0, result.stderr
     texts = prepared_texts("mine")
     assert texts["train"] + texts["val"] == "first " * 20 + END + "second " * 20 + END
+    source = open_dataset("mine", block_size=1).meta["source"]
+    assert source == f"{tmp_path / '1.txt'}, {tmp_path / 'pipe'}"
 
 
 # --- Tokenizers ---
@@ -142,12 +145,42 @@ def test_documents_without_an_end_of_text_token_are_separated_by_newlines(prepar
     tokenizer = CharTokenizer("\n elorw")
     write_dataset(tmp_path / "run", tokenizer, {"train": ["low"], "val": ["low"]}, {})
     result = prepare(tmp_path / "a.jsonl", "--dataset=mine", f"--tokenizer={tmp_path / 'run'}")
-    assert "no end-of-text token" in result.stdout
+    assert "newlines between documents: this vocabulary has no end-of-text" in result.stdout
     assert prepared_texts("mine")["train"].startswith("low\nlower")
 
 
-def test_documents_are_encoded_whole_where_pieces_would_change_the_ids():
-    assert list(join_pieces(["a", "b", None, None, "c", "d"])) == ["ab", None, "", None, "cd"]
+def test_documents_are_encoded_whole_where_pieces_would_change_the_ids(
+    prepare, tmp_path, data_folder, monkeypatch
+):
+    """A tokenizer by another program that merges across spaces: 'a b' is one token."""
+    assert list(join_pieces(["a", "b", None, None, "c", "d"])) == ["ab", None, None, "cd"]
+    vocab, merges = {"a": 0, "b": 1, " ": 2, " b": 3, "a b": 4}, [(" ", "b"), ("a", " b")]
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges)).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    monkeypatch.setattr(documents, "PIECE_BYTES", 4)
+    (tmp_path / "a.txt").write_text("a b" * 20)
+    flags = ("--dataset=mine", f"--tokenizer={tmp_path}", "--val_fraction=0.4")
+    result = prepare(tmp_path / "a.txt", *flags)
+    assert result.returncode == 0, result.stderr
+    for name, tokens in (("train.bin", 12), ("val.bin", 8)):
+        assert np.fromfile(data_folder / "mine" / name, "<u2").tolist() == [4] * tokens
+
+
+@pytest.mark.parametrize(
+    ("model", "flag"),
+    [
+        ({"model_type": "gpt2", "n_positions": 9}, "--init_from"),
+        ({"model_type": "llama"}, "shakespeare_bpe"),
+    ],
+)
+def test_the_next_command_finetunes_a_gpt2_and_no_other_model(prepare, tmp_path, model, flag):
+    (tmp_path / "a.txt").write_text("lower low " * 50)
+    (tmp_path / "tokenizer.json").write_text(toy_bpe().to_json(), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    result = prepare(tmp_path / "a.txt", "--dataset=mine", f"--tokenizer={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert flag in result.stdout.partition("next: ")[2]
 
 
 def test_bpe_learns_the_same_from_a_text_and_from_its_lines(prepare, tmp_path, data_folder):
@@ -249,7 +282,7 @@ def test_the_printed_next_command_works(prepare, call, tmp_path, monkeypatch, te
     assert trained.returncode == 0, trained.stderr
 
 
-@pytest.mark.parametrize("name", ["prepare_text", "prepare_fineweb", "prepare_openwebtext"])
+@pytest.mark.parametrize("name", ["prepare_text", "prepare_fineweb", "prepare_openwebtext", "show"])
 def test_a_program_can_be_started_as_a_file_from_another_folder(
     tmp_path, monkeypatch, capsys, name
 ):
@@ -264,4 +297,4 @@ def test_a_program_can_be_started_as_a_file_from_another_folder(
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(ROOT / "data" / f"{name}.py"), run_name="__main__")
     assert exit_.value.code == 0
-    assert "--dataset" in capsys.readouterr().out
+    assert f"usage: {name}.py" in capsys.readouterr().out
