@@ -35,7 +35,11 @@ from typing import Annotated, Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent
 LIMIT = 2**63  # larger integers fit neither torch nor numpy
-SYNONYMS = {"gpu": "cuda", "lr": "learning_rate", "prompt": "start", "steps": "max_iters"}
+SYNONYMS = {
+    "gpu": "cuda", "lr": "learning_rate", "steps": "max_iters", "prompt": "start",
+    "temp": "temperature", "n": "num_samples", "length": "max_new_tokens", "model": "init_from",
+    "checkpoint": "out_dir", "ckpt": "out_dir",
+}  # fmt: skip
 T = TypeVar("T")
 
 
@@ -337,6 +341,9 @@ def find_config_file(name: str, cls: type) -> Path:
     """The file as named or, if there is none, in Folio's folder. Raises ConfigError with advice."""
     path, settings = Path(os.path.expanduser(name)), settings_of(cls)
     for candidate in (path, ROOT / path):
+        if os.path.isdir(candidate):
+            hint = f"; --out_dir={shlex.quote(name)}" if "out_dir" in settings else ""
+            raise ConfigError(f"{name}: a folder, not a config file{hint}")
         if os.path.exists(candidate):
             return candidate
     stems = [file.stem for file in (ROOT / "config").glob("*.py")]

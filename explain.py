@@ -5,19 +5,21 @@
     python explain.py --init_from=gpt2 --start="The quick brown fox" --output=fox.html
 
 The page is one file that needs no network. All its numbers come from the model: the scores are
-those of attention_weights() in model.py. The page itself computes softmax, temperature, top-k and
-top-p, nothing else. If the run has saved step_* folders (--snapshot_interval of train.py), a slider
-moves through training.
+those of attention_weights() in model.py. The page itself computes softmax, temperature, top-k,
+top-p and means, nothing else. If the run has saved snapshots (step_* folders; --snapshot_interval
+of train.py), a slider moves through training.
 """
 
 import base64
 import json
 import math
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
 
 from configurator import FolioError, PositiveInt, configure, run_main
@@ -25,14 +27,19 @@ from data.dataset import DATA_DIR, open_dataset
 from data.files import atomic_write, user_path
 from data.prepare import read_text
 from data.tokenizer import Tokenizer
-from engine.checkpoint import REPO_ROOT, describe_run, load_model_and_tokenizer, newest_run
-from engine.checkpoint import SETTINGS_FILE, resolve_model_dir
+from engine.checkpoint import load_model, load_model_and_tokenizer
+from engine.hf_format import WEIGHTS_FILE
 from engine.inference import sampling_probs
+from engine.log_file import LOG_FILE, read_log
+from engine.run_folder import (
+    REPO_ROOT, SETTINGS_FILE, newest_run, read_run_settings, resolve_model_dir, shown_path,
+)  # fmt: skip
 from model import GPT, attention_weights
 
 PAGE = REPO_ROOT / "engine" / "page"
 MAX_TOKENS = 256  # a page of this length is still readable
-MAX_SNAPSHOTS = 7  # steps of the slider, beside the final weights
+MAX_SNAPSHOTS = 7  # checkpoints of the training slider, beside the best weights
+MAX_SCORES = 400_000  # q · k of all checkpoints: fewer snapshots of a long text; about 2 MB
 MAX_LOGITS = 1000  # of a larger vocabulary, the page gets the likeliest tokens one by one
 MAX_CHANNELS = 16  # of a value or a message, the page shows the first numbers
 TEMPERATURES = [round(0.1 * i, 1) for i in range(1, 21)]  # of the slider: 0.1, 0.2, ..., 2.0
@@ -53,15 +60,20 @@ def main() -> None:
     config = configure(ExplainConfig)
     source = config.init_from or config.out_dir
     folder = resolve_model_dir(source) if source else newest_run()
+    title = config.init_from or shown_path(folder)
     model, tokenizer = load_model_and_tokenizer(folder)
     ids = choose_tokens(config, folder, tokenizer, model.config.block_size)
-    title = describe_run(folder) if not config.init_from else config.init_from
-    checkpoints = []
-    for path in [*choose_snapshots(folder), folder]:
-        print(f"computing {path}")
-        model, _ = load_model_and_tokenizer(path)
-        label = f"step {int(path.name[5:]):,}" if path != folder else "best weights"
-        checkpoints.append({"label": label, **explain(model, ids)})
+    scores_of_one = model.config.n_layer * model.config.n_head * len(ids) * (len(ids) + 1) // 2
+    max_snapshots = min(max(MAX_SCORES // scores_of_one - 1, 1), MAX_SNAPSHOTS)
+    checkpoints, run = [], run_of(folder)
+    for step, path in choose_checkpoints(folder, max_snapshots).items():
+        label = checkpoint_label(step, run, is_best=path == run)
+        print(f"computing {label or title}")
+        if path != folder:
+            explained = explain(load_model(path, vocab_size=tokenizer.vocab_size), ids)
+        else:
+            explained = explain(model, ids)
+        checkpoints.append({"label": label, "selected": path == folder, **explained})
     data = {
         "title": title,
         "n_layer": model.config.n_layer,
@@ -74,8 +86,9 @@ def main() -> None:
     }
     output = output_path(config, folder)
     write_page(data, output)
-    print(f"{output} ({output.stat().st_size / 1e6:.1f} MB): open it in a browser")
-    print(f"         {output.resolve().as_uri()}")
+    megabytes = output.stat().st_size / 1e6
+    print(f"wrote {shown_path(output)} ({megabytes:.1f} MB); open it in a browser:")
+    print(f"    {output.resolve().as_uri()}")
 
 
 def choose_tokens(
@@ -102,22 +115,56 @@ def choose_tokens(
 
 
 def validation_tokens(folder: Path, count: int) -> np.ndarray:
-    """The first tokens of the validation text of a run, or of prepared Shakespeare."""
-    path = folder / SETTINGS_FILE
-    if not path.exists():
+    """The first tokens of the validation text of a run."""
+    settings = read_run_settings(run_of(folder))
+    if settings is None:
         raise FolioError("this model is not from a run of Folio: give a text with --start=...")
-    name = json.loads(path.read_text(encoding="utf-8")).get("dataset", "")
+    name = settings["dataset"]
     if not (DATA_DIR / name).is_dir():
         raise FolioError(f"the dataset {name!r} of this run is not here: give a text with --start")
     return np.asarray(open_dataset(name, block_size=1).val.shards[0][:count])
 
 
-def choose_snapshots(folder: Path) -> list[Path]:
-    """The step_* folders of a run; if there are many, some of them at equal distances."""
-    folders = sorted(path.parent for path in folder.glob("step_*/model.safetensors"))
-    if len(folders) <= MAX_SNAPSHOTS:
-        return folders
-    return [folders[round(i)] for i in np.linspace(0, len(folders) - 1, MAX_SNAPSHOTS)]
+def run_of(folder: Path) -> Path:
+    """The run folder of a snapshot (out/run/step_000500 -> out/run); any other folder itself."""
+    return folder.parent if folder.name.startswith("step_") else folder
+
+
+def choose_checkpoints(folder: Path, max_snapshots: int) -> dict[int, Path]:
+    """Step -> folder, in the order of training: the best weights (the run folder) and snapshots.
+
+    If there are too many snapshots (step_* folders), some of them at equal distances.
+    """
+    folders = [path.parent for path in folder.glob(f"step_*/{WEIGHTS_FILE}")]
+    snapshots = {saved_step(path): path for path in folders}
+    best_step = saved_step(folder)
+    steps = sorted(snapshots.keys() - {best_step})  # a snapshot of this step has equal weights
+    if len(steps) > max_snapshots:
+        print(f"the page shows {max_snapshots} of {len(steps)} snapshots, to keep it small")
+        steps = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, max_snapshots)]
+    chosen = {best_step: folder} | {step: snapshots[step] for step in steps}
+    return dict(sorted(chosen.items()))
+
+
+def saved_step(folder: Path) -> int:
+    """The step after which these weights of a run were saved; -1 if the file does not say it."""
+    try:
+        with safetensors.safe_open(folder / WEIGHTS_FILE, "pt") as file:
+            return int((file.metadata() or {})["step"])
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError):
+        return -1
+
+
+def checkpoint_label(step: int, run: Path, is_best: bool) -> str:
+    """'step 500 of 2,000, validation loss 1.8721'; empty if the weights are not from a run."""
+    if step < 0:
+        return ""
+    settings = read_run_settings(run)
+    label = f"step {step:,}" + (f" of {settings['max_iters']:,}" if settings else "")
+    losses = {row["step"]: row["val_loss"] for row in read_log(run / LOG_FILE)}
+    loss = losses.get(step)
+    label += ", not evaluated" if loss is None else f", validation loss {loss:.4f}"
+    return label + (" (best weights)" if is_best else "")
 
 
 def output_path(config: ExplainConfig, folder: Path) -> Path:
@@ -194,7 +241,7 @@ def layer_predictions(model: GPT, stream: torch.Tensor, targets: torch.Tensor) -
     return {
         "ids": top.indices.tolist(),
         "probs": [[round(p, 4) for p in row] for row in top.values.tolist()],
-        "actual": [p if p is None else round(p, 5) for p in actual],
+        "actual": [p if p is None else float(f"{p:.3g}") for p in actual],
     }
 
 
@@ -224,13 +271,21 @@ def visible_vocab(
 
 
 def visible(token: bytes) -> str:
-    """b' the\\n' -> '␣the↵'; bytes that are no complete character: b'\\xe2' -> '<E2>'."""
-    try:
-        text = token.decode("utf-8")
-    except UnicodeDecodeError:
-        return "".join(chr(b) if 0x20 < b < 0x7F else f"<{b:02X}>" for b in token)
-    names = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
-    return "".join(names.get(c) or (c if c.isprintable() else f"<U+{ord(c):04X}>") for c in text)
+    """b' the\\n' -> '␣the↵'; bytes that are no complete character: b' \\xe2' -> '␣<E2>'."""
+    text = token.decode("utf-8", errors="surrogateescape")  # such a byte: U+DC80 ... U+DCFF
+    # An accent at the beginning would be drawn over the token before: it gets a circle to stand on.
+    circle = "◌" if text and unicodedata.category(text[0]) in ("Mn", "Me") else ""
+    return circle + "".join(map(visible_character, text))
+
+
+def visible_character(c: str) -> str:
+    names = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "<CR>"}
+    if c in names:
+        return names[c]
+    if "\udc80" <= c <= "\udcff":
+        return f"<{ord(c) - 0xDC00:02X}>"
+    is_seen = c.isprintable() and c not in "\ufe0e\ufe0f"  # these two choose the style of an emoji
+    return c if is_seen else f"<U+{ord(c):04X}>"
 
 
 def write_page(data: dict[str, Any], output: Path) -> None:

@@ -258,15 +258,17 @@ class GPT(nn.Module):
         temperature: below 1 the likely tokens become likelier, above 1 less likely; must be > 0.
         top_k: sample among the k likeliest tokens only; top_k=1 is greedy, 0 or None takes all.
         Call model.eval() first if the model was trained with dropout. engine/inference.py is the
-        fast form; with overlap = block_size - 1 it gives the same tokens (up to rounding).
+        fast form; with overlap = block_size - 1 it gives the same tokens.
         """
+        k = min(top_k or self.config.vocab_size, self.config.vocab_size)
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size :]  # crop: there are no later positions
             logits = self(context)[:, -1].float() / temperature  # (B, V): only the last position
-            if top_k:
-                smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-                logits = logits.masked_fill(logits < smallest, -math.inf)
+            if k < self.config.vocab_size:
+                logits, ids = logits.topk(k)  # (B, k) each: the k likeliest tokens
             probs = logits.softmax(dim=-1)
             next_token = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1)
+            if k < self.config.vocab_size:
+                next_token = ids.gather(1, next_token)  # from the number in the list of k to the id
             idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
         return idx

@@ -13,7 +13,9 @@ the context is full, is in engine/inference.py; model.generate is its simplest f
 """
 
 import itertools
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
@@ -33,14 +35,13 @@ from configurator import (
 from data.files import user_path
 from data.prepare import read_text
 from data.tokenizer import Tokenizer
-from engine.checkpoint import (
-    describe_run,
-    load_model_and_tokenizer,
-    newest_run,
-    resolve_model_dir,
-)
+from engine.checkpoint import load_model_and_tokenizer
+from engine.cpu_threads import ThreadAdapter
 from engine.device import DeviceName, DTypeName, choose_device, explain_out_of_memory
-from engine.inference import InferenceModel
+from engine.inference import InferenceModel, read_ids
+from engine.run_folder import describe_run, newest_run, resolve_model_dir
+
+SEPARATOR = "---------------"  # a line between two texts
 
 
 @dataclass
@@ -63,10 +64,12 @@ class SampleConfig:
     # --- Device ---
     device: DeviceName = "auto"  # auto: cuda, else mps, else cpu
     dtype: DTypeName = "auto"  # precision of the weights; auto: the fastest
+    compile: bool = False  # compile the model first: only for CUDA, and for long texts
 
-    replaced_settings: ClassVar[dict[str, str]] = {
-        "compile": "sampling does not use torch.compile; leave it out"
-    }
+    replaced_settings: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("max_iters", "dataset", "n_layer", "block_size"),  # a config file of train.py
+        "for train.py; to sample from a run: --out_dir=out/RUN",
+    )
 
     def __post_init__(self):
         if self.init_from == "resume":  # nanoGPT's name for the weights in out_dir
@@ -77,33 +80,58 @@ class SampleConfig:
 
 
 def main() -> None:
-    config = configure(SampleConfig)
+    try:
+        sample(configure(SampleConfig))
+    except KeyboardInterrupt:
+        print()  # ends the line with "^C" or with unfinished text
+        raise
+
+
+def sample(config: SampleConfig) -> None:
+    """Load the model, and print its continuations of the prompts."""
     source = config.init_from or config.out_dir
     folder = resolve_model_dir(source) if source else newest_run()
     device = choose_device(config.device, config.dtype)
+    if config.compile and not device.compile:
+        raise FolioError(f"--compile: only for CUDA; here is {device.description}")
     with explain_out_of_memory("a smaller model, or --device=cpu"):
         model, tokenizer = load_model_and_tokenizer(folder)
-        inference = InferenceModel(model, device.torch_device, config.dtype, config.num_samples)
+        inference = InferenceModel(
+            model, device.torch_device, config.dtype, config.num_samples, compile=config.compile
+        )
         del model
     generator = device.generator(config.seed)
     if config.interactive:
         prompts = read_prompts(tokenizer)
     else:
         prompts = [encode_prompt(config.start, tokenizer)]
-    print(describe_run(folder), file=sys.stderr)
+    print(wrap(describe_run(folder)), file=sys.stderr)
+    threads = ThreadAdapter(device)
     with explain_out_of_memory("fewer --num_samples, or --device=cpu"):
-        for prompt, ids in prompts:
-            print_samples(prompt, generate_texts(config, inference, tokenizer, ids, generator))
+        for i, (prompt, ids) in enumerate(prompts):
+            if i > 0 and not sys.stdin.isatty():  # in a terminal, "prompt: " stands between texts
+                print(SEPARATOR)
+            texts = generate_texts(config, inference, tokenizer, ids, generator)
+            print_samples(prompt, texts, threads)
+
+
+def wrap(text: str) -> str:
+    """The text in lines that fit the terminal. Words, such as a long path, stay whole."""
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def read_prompts(tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
     """encode_prompt() of each line of standard input, until its end."""
+    is_terminal = sys.stdin.isatty()
     while True:
         try:
-            yield encode_prompt(input("prompt: " if sys.stdin.isatty() else ""), tokenizer)
+            yield encode_prompt(input("prompt: " if is_terminal else ""), tokenizer)
         except FolioError as error:
             print(error, file=sys.stderr)
         except EOFError:
+            if is_terminal:
+                print()  # the next output begins below "prompt: "
             return
 
 
@@ -146,7 +174,7 @@ def generate_texts(
     )
     # Each step gives one id for each sample. tee() keeps the ids of the other samples while the
     # first sample is printed.
-    copies = itertools.tee((step.tolist() for step in steps), config.num_samples)
+    copies = itertools.tee(read_ids(steps), config.num_samples)
     for i, copy in enumerate(copies):
         sample_ids = itertools.takewhile(lambda token: token != eos, map(itemgetter(i), copy))
         yield until_stop(tokenizer.decode_stream(sample_ids), config.stop)
@@ -170,20 +198,22 @@ def until_stop(pieces: Iterable[str], stop: str) -> Iterator[str]:
     yield pending
 
 
-def print_samples(prompt: str, samples: Iterable[Iterable[str]]) -> None:
+def print_samples(
+    prompt: str, samples: Iterable[Iterable[str]], threads: ThreadAdapter | None = None
+) -> None:
     """Print each sample behind the prompt, piece by piece, and a line between two samples.
 
+    threads: adapted after each piece.
     Raises FolioError if standard output cannot be written, for example because a disk is full.
     """
     try:
         for i, pieces in enumerate(samples):
-            print("\n---------------\n" if i else "", prompt, sep="", end="", flush=True)
+            print(f"\n{SEPARATOR}\n" if i else "", prompt, sep="", end="", flush=True)
             for piece in pieces:
                 print(piece, end="", flush=True)
+                if threads:
+                    threads.after_step()  # what it says would stand in the middle of the text
         print()
-    except KeyboardInterrupt:
-        print()
-        raise
     except BrokenPipeError:  # its reader has seen enough: python sample.py | head
         raise
     except OSError as error:

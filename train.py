@@ -24,17 +24,20 @@ import torch
 from configurator import FolioError, parse_overrides, run_main
 from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
 from data.dataset import derive_seed, evaluation_batches, prefetch, training_batch
-from engine.checkpoint import WEIGHTS_FILE, load_checkpoint, load_model, lock_run_folder
-from engine.checkpoint import resolve_out_dir, save_checkpoint, save_model, save_model_card
-from engine.device import ComputeDevice, ThreadAdapter, choose_device, explain_out_of_memory
+from engine.checkpoint import (
+    WEIGHTS_FILE, load_checkpoint, load_model, save_checkpoint, save_model, save_model_card,
+)  # fmt: skip
+from engine.cpu_threads import ThreadAdapter
+from engine.device import ComputeDevice, choose_device, explain_out_of_memory
 from engine.distributed import Distributed, GracefulShutdown, is_restarted
-from engine.inference import InferenceModel
+from engine.inference import InferenceModel, read_ids
 from engine.metrics import MetricsLogger, StepMetrics, banner, check_trackers
 from engine.metrics import peak_tokens_per_second, summary
 from engine.optimizer import make_optimizer, set_lr_multiplier
 from engine.run import OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, checkpoint_state
 from engine.run import load_dataset, resolve_config, restore, save_run_tokenizer
 from engine.run import start_run_folder, wrap_model
+from engine.run_folder import lock_run_folder, resolve_out_dir
 from engine.train_config import TrainConfig
 from model import GPT
 
@@ -67,7 +70,7 @@ def main() -> None:
         dataset = dist.main_process_first(lambda: load_dataset(config))
         model = dist.main_process_first(lambda: build_model(config, dataset.tokenizer, device))
         config = dataclasses.replace(config, bias=model.config.bias)  # finetuning: the model's
-        optimizer = make_optimizer(model, config, device.dtype)
+        optimizer = make_optimizer(model, config, device.dtype, dist)
         scaler = device.grad_scaler()  # keeps small float16 gradients above 0; else does nothing
 
         # Resume
@@ -81,7 +84,7 @@ def main() -> None:
             evaluate_only(config, state, dataset, model, device, dist)
             return
         dist.broadcast_from_main(lambda: start_run_folder(folder, config, dataset))
-        with GracefulShutdown() as shutdown:
+        with GracefulShutdown(dist) as shutdown:
             train(config, state, dataset, model, optimizer, scaler, device, dist, shutdown)
         sys.exit(shutdown.exit_status)
 
@@ -105,13 +108,12 @@ def train(
 
     def save_state() -> None:
         if dist.is_main:
-            parts = checkpoint_state(state, model, optimizer, scaler, dataset)
-            save_checkpoint(folder, parts)
+            save_checkpoint(folder, checkpoint_state(state, model, optimizer, scaler, dataset))
 
     thread_adapter = ThreadAdapter(device, config.num_threads, dist.world_size)
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         logger.print(banner(config, state, dataset, model, device, folder))
-        measure_best_again(config, state, dataset, device, dist)
+        reevaluate_best(config, state, dataset, device, dist)
         while True:
             if should_evaluate(state, config):
                 losses = evaluate(wrapped_model, dataset, config, device, dist, shutdown)
@@ -123,12 +125,13 @@ def train(
                     show_sample(config, dataset, model, device, dist, logger)
                     if is_patience_exhausted(state, config):
                         break
-            if state.step >= config.max_iters or shutdown.requested(dist):
+            if state.step >= config.max_iters or shutdown.agreed:
                 break
             start_time = time.perf_counter()
             metrics = train_step(
-                wrapped_model, optimizer, scaler, batches, config, state.step, device, dist
-            )
+                wrapped_model, optimizer, scaler, batches, config, state.step, device, dist,
+                shutdown,
+            )  # fmt: skip
             state.seconds += time.perf_counter() - start_time
             state.tokens += config.tokens_per_step
             state.step += 1
@@ -172,6 +175,7 @@ def train_step(
     step: int,
     device: ComputeDevice,
     dist: Distributed,
+    shutdown: GracefulShutdown,
 ) -> StepMetrics:
     """Update the weights once, with the mean gradient of all micro-batches.
 
@@ -198,12 +202,16 @@ def train_step(
     scaler.unscale_(optimizer)
     max_norm = config.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # 3. clip
-    # One transfer from the GPU instead of two.
-    mean_loss, grad_norm = torch.stack((dist.all_reduce_sum(mean_loss), grad_norm)).tolist()
+    # One exchange between the processes, and one transfer from the GPU.
+    stop_flag = torch.full_like(mean_loss, shutdown.local_exit_status() > 0)
+    sums = dist.all_reduce_sum(torch.stack((mean_loss, stop_flag)))
+    mean_loss, n_stopped, grad_norm = torch.cat((sums, grad_norm.view(1))).tolist()
     check_finite(mean_loss, grad_norm, step, config, scaler, dist)
     scaler.step(optimizer)  # 4. step
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    if n_stopped > 0:  # equal in all processes
+        shutdown.agree()
     return StepMetrics(mean_loss, grad_norm, lr_multiplier * config.learning_rate)
 
 
@@ -288,7 +296,7 @@ def evaluate(
     )  # fmt: skip
     losses, token_counts, n_bytes = [], [], 0  # one loss and one count for each batch
     for inputs, targets in prefetch(batches):
-        if shutdown is not None and shutdown.local_status(dist):
+        if shutdown is not None and shutdown.local_exit_status():
             break
         valid_targets = targets[targets != IGNORE_INDEX]
         token_counts.append(len(valid_targets))
@@ -296,7 +304,7 @@ def evaluate(
         with device.autocast():
             losses.append(model(*device.to_device(inputs, targets)))
     model.train()
-    if shutdown is not None and dist.all_reduce_max(shutdown.local_status(dist)):
+    if shutdown is not None and shutdown.agree():
         return None
     # Only here does the CPU wait for the device. A loss is a mean: times its tokens, it is a sum.
     batch_losses = torch.stack(losses).tolist() if losses else []
@@ -330,8 +338,7 @@ def record_evaluation(
         return
     if is_best:
         folder, step = resolve_out_dir(config.out_dir), state.step
-        eos_token_id = dataset.tokenizer.eos_token_id
-        save_model(model, folder, eos_token_id, step=step, val_loss=val_loss)
+        save_model(model, folder, dataset.tokenizer, step=step, val_loss=val_loss)
         losses = {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
         save_model_card(folder, config, dataset.meta, step=step, **losses)
     logger.log_row(val_loss, bits_per_byte)
@@ -339,7 +346,7 @@ def record_evaluation(
     logger.maybe_plot()
 
 
-def measure_best_again(
+def reevaluate_best(
     config: TrainConfig,
     state: TrainState,
     dataset: Dataset,
@@ -377,7 +384,11 @@ def evaluate_only(
         print(banner(config, state, dataset, model, device, folder), flush=True)
     val_loss, bits_per_byte = evaluate(wrapped_model, dataset, config, device, dist)
     if dist.is_main:
-        print(f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte)")
+        perplexity = torch.tensor(val_loss).exp()  # as unsure as between so many equal choices
+        print(
+            f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte, perplexity "
+            f"{perplexity:,.2f})"
+        )
 
 
 # --- Samples and snapshots ---
@@ -398,7 +409,7 @@ def show_sample(
     ids = InferenceModel(model, device.torch_device).generate(
         start, config.sample_tokens, temperature=0.8, generator=device.generator(config.seed)
     )
-    text = "".join(dataset.tokenizer.decode_stream(int(i) for i in ids))
+    text = "".join(dataset.tokenizer.decode_stream(i for (i,) in read_ids(ids)))
     logger.print(textwrap.indent(text.strip(), "    "))
 
 
@@ -412,7 +423,7 @@ def save_snapshot(
 ) -> None:
     """Save weights and tokenizer as they are now, to sample from: --out_dir=out/.../step_000500."""
     if dist.is_main:
-        save_model(model, folder, dataset.tokenizer.eos_token_id, step=state.step)
+        save_model(model, folder, dataset.tokenizer, step=state.step)
         save_run_tokenizer(folder, config, dataset)
 
 

@@ -12,14 +12,10 @@
 So `AutoModelForCausalLM.from_pretrained(folder)` opens a run of Folio's, and load_model() opens a
 folder of GPT-2's weights by any other program.
 
-That is enough for a first reading. The rest of this file is about what can go wrong.
+engine/run_folder.py finds, locks and prepares the folder.
 """
 
-import contextlib
 import dataclasses
-import json
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +25,19 @@ import safetensors.torch
 import torch
 
 import data.tokenizer
-from configurator import FolioError, did_you_mean
+from configurator import FolioError
 from data.dataset import ShardedTokens
-from data.files import (
-    atomic_write, explain_os_error, file_lock, rename_to_backup, shell_command, user_path,
-    write_json, write_text,
-)  # fmt: skip
-from data.hub import GPT2_MODELS, hub_model
+from data.files import atomic_write, shell_command, write_json, write_text
 from data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from engine.hf_format import (
     BIASES, SHA256_KEY, WEIGHTS_FILE, from_hf_state_dict, load_torch_file, read_config,
     read_weights, sha256_of, to_hf_config, to_hf_state_dict,
 )  # fmt: skip
-from engine.log_file import LOG_FILE, read_log
+from engine.run_folder import SETTINGS_FILE, make_folder, refuse_nanogpt_checkpoint, shown_path
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
-REPO_ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT_FILE, SETTINGS_FILE = "resume.pt", "settings.json"
+CHECKPOINT_FILE = "resume.pt"
 
 
 # --- The model and its tokenizer ---
@@ -55,7 +46,7 @@ CHECKPOINT_FILE, SETTINGS_FILE = "resume.pt", "settings.json"
 def save_model(
     model: torch.nn.Module,
     folder: str | Path,
-    eos_token_id: int | None = None,
+    tokenizer: Tokenizer | None = None,
     *,
     step: int | None = None,
     val_loss: float | None = None,
@@ -63,7 +54,7 @@ def save_model(
     """Write config.json, generation_config.json and model.safetensors.
 
     model: a GPT, which torch.compile() or DDP may have wrapped.
-    eos_token_id: the id of the end-of-text token, if the vocabulary has one.
+    tokenizer: its special tokens, such as end-of-text, are named in the two JSON files.
     step, val_loss: of these weights, for describe_run(); val_loss in nats per token.
     Raises TypeError if the model is not a GPT, FolioError if a file cannot be written.
     """
@@ -71,9 +62,8 @@ def save_model(
     make_folder(folder)
     tensors = to_hf_state_dict(model)
     dtype = str(model.transformer.wte.weight.dtype).removeprefix("torch.")
-    special_token_ids = {
-        "bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": eos_token_id,
-    }  # fmt: skip
+    no_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    special_token_ids = no_ids if tokenizer is None else tokenizer.special_token_ids
     write_json(
         folder / "config.json", {**to_hf_config(model.config), **special_token_ids, "dtype": dtype}
     )
@@ -295,14 +285,6 @@ def advice_to_use_weights(folder: Path) -> str:
     return "--init_from=scratch starts a new run"
 
 
-def refuse_nanogpt_checkpoint(folder: Path) -> None:
-    if (folder / "ckpt.pt").exists():
-        raise FolioError(
-            f"{folder / 'ckpt.pt'}: a checkpoint of nanoGPT, which Folio does not read; to train "
-            "a new model: --init_from=scratch and another --out_dir"
-        )
-
-
 def check_architecture(folder: str | Path, config: GPTConfig) -> None:
     """Raises FolioError if config.json in the run folder describes another architecture.
 
@@ -318,164 +300,3 @@ def check_architecture(folder: str | Path, config: GPTConfig) -> None:
                 f"{folder}: {SETTINGS_FILE} has {name}={getattr(config, name)}, config.json "
                 f"{getattr(saved, name)}; put the old value back into {SETTINGS_FILE}"
             )
-
-
-# --- Which folder ---
-
-
-def resolve_path(path: str | Path) -> Path:
-    """An absolute path without symbolic links; a relative one is relative to the repository."""
-    try:
-        return (REPO_ROOT / user_path(path)).resolve()
-    except (RuntimeError, OSError) as error:  # links in a circle
-        raise FolioError(f"{path}: not a valid path ({error})") from None
-
-
-def resolve_out_dir(out_dir: str | Path) -> Path:
-    """The absolute path of a run folder; a relative one is relative to the repository.
-
-    Symbolic links are followed: the lock, and moving an old run aside, act on the real folder.
-    Raises FolioError if no run can be there.
-    """
-    folder = resolve_path(out_dir)
-    if folder == REPO_ROOT or folder in REPO_ROOT.parents:
-        raise FolioError(f"--out_dir={out_dir}: name a folder for the run, such as out/my_run")
-    return folder
-
-
-def resolve_model_dir(source: str | Path) -> Path:
-    """A run folder, any other model folder, or the name of a model on the Hugging Face hub.
-
-    "gpt2" and "openai-community/gpt2" are names. A name is downloaded if it is not in the cache.
-    Raises FolioError if there is no such folder and no such model.
-    """
-    name = str(source)
-    if name in GPT2_MODELS:
-        return hub_model(name)
-    folder = resolve_path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise FolioError(f"{source}: a file; a folder with a model in it is needed")
-    if name == "distilgpt2" or is_hub_name(name):
-        return hub_model(name)
-    runs = [f"out/{path.parent.name}" for path in saved_weights()]
-    guess = did_you_mean(name, ("scratch", "resume", "auto", *GPT2_MODELS, *runs))
-    raise FolioError(f"{source}: neither a folder ({folder}) nor a model on the hub{guess}")
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether it has the form owner/name, and is not a misspelled folder such as out/shakspere."""
-    parts = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*", name)
-    return parts is not None and parts[1] != "out" and not (REPO_ROOT / parts[1]).exists()
-
-
-def saved_weights() -> list[Path]:
-    """The weights of all runs under out/, the oldest first."""
-    paths = (REPO_ROOT / "out").glob(f"*/{WEIGHTS_FILE}")
-    return sorted(paths, key=lambda path: path.stat().st_mtime)
-
-
-def newest_run() -> Path:
-    """The folder under out/ whose weights were saved last. Raises FolioError if there is none."""
-    if paths := saved_weights():
-        return paths[-1].parent
-    raise FolioError(
-        f"no trained model in {REPO_ROOT / 'out'}; train one: "
-        "python train.py config/shakespeare_char.py"
-    )
-
-
-def describe_run(folder: str | Path) -> str:
-    """Which weights a folder holds, in one line; only its path if they are not from a run.
-
-    "out/shakespeare_char, step 1,750 of 2,000, validation loss 1.5560"
-    """
-    folder = Path(folder)
-    description, settings = shown_path(folder), read_run_settings(folder)
-    with contextlib.suppress(OSError, ValueError, KeyError, safetensors.SafetensorError):
-        with safetensors.safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            metadata = file.metadata() or {}
-        step, val_loss = int(metadata["step"]), metadata.get("val_loss")
-        description += f", step {step:,}"
-        if settings is not None:
-            description += f" of {settings['max_iters']:,}"
-            last_step = max((row["step"] for row in read_log(folder / LOG_FILE)), default=step)
-            if last_step < settings["max_iters"]:
-                description += f" (training stopped at step {last_step:,})"
-        description += f", validation loss {float(val_loss):.4f}" if val_loss else ", not evaluated"
-    return description
-
-
-def shown_path(folder: Path) -> str:
-    """Relative to the repository if possible, with forward slashes: 'out/shakespeare_char'."""
-    folder = folder.resolve()
-    if folder.is_relative_to(REPO_ROOT):
-        folder = folder.relative_to(REPO_ROOT)
-    return folder.as_posix()
-
-
-# --- One run in one folder ---
-
-
-@contextlib.contextmanager
-def lock_run_folder(folder: str | Path) -> Iterator[None]:
-    """Hold the run folder for this process; FolioError if another process trains there.
-
-    The lock is on a file beside the folder, which stays there when an old run is moved aside. The
-    operating system releases the lock when the process ends, for any reason.
-    """
-    folder = Path(folder)
-    lock_file = folder.with_name(f".{folder.name}.lock")
-    message = f"{folder}: another process is training here; choose another --out_dir"
-    with file_lock(lock_file, message):
-        yield
-
-
-def prepare_out_dir(folder: str | Path, resume: bool) -> None:
-    """Make the folder ready for a run. If resume is False, an old run in it is moved aside.
-
-    Raises FolioError if the folder holds files that are not a run.
-    """
-    folder = Path(folder)
-    make_folder(folder)
-    with explain_os_error(folder, "cannot be made ready for a run"):
-        # A run that was killed while it saved its settings has left a temporary file, and no run.
-        existing = sorted(p.name for p in folder.iterdir() if not is_temporary(p.name))
-        if existing and not resume:
-            check_is_run(folder, existing)
-            print(f"the previous run is now in {shown_path(rename_to_backup(folder))}")
-            make_folder(folder)
-        for path in (*folder.iterdir(), *folder.glob("step_*/*")):
-            if is_temporary(path.name):
-                path.unlink()
-
-
-def check_is_run(folder: Path, filenames: list[str]) -> None:
-    """Raises FolioError if these files in the folder are not a run of Folio's."""
-    if read_run_settings(folder) is None:
-        refuse_nanogpt_checkpoint(folder)
-        raise FolioError(
-            f"{folder}: holds files that are not a run of Folio's ({filenames[0]}); choose another "
-            "--out_dir"
-        )
-
-
-def is_temporary(name: str) -> bool:
-    """Whether the name is one of atomic_write() (.resume.pt.tmp) or safetensors (.tmpAbCdEf)."""
-    return re.fullmatch(r"\..*\.tmp|\.tmp\w{6}", name) is not None
-
-
-def read_run_settings(folder: Path) -> dict[str, Any] | None:
-    """settings.json, if this folder holds a run of Folio's; other programs use that name, too."""
-    try:
-        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-        is_run = {"dataset", "max_iters", "n_layer", "init_from"} <= settings.keys()
-        return settings if is_run and type(settings["max_iters"]) is int else None
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
-
-
-def make_folder(folder: Path) -> None:
-    with explain_os_error(folder, "this folder cannot be created"):
-        folder.mkdir(parents=True, exist_ok=True)

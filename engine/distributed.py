@@ -229,7 +229,7 @@ def rendezvous() -> tuple[torch_dist.Store, int, int]:
         store, rank, world_size = next(torch_dist.rendezvous("env://", timeout=SETUP_TIMEOUT))
         # When torchrun restarts processes, the store still has the addresses of those that died,
         # and a new process would connect to them. So each attempt has its own part of the store.
-        store = torch_dist.PrefixStore(agree_on_attempt(store, rank, world_size), store)
+        store = torch_dist.PrefixStore(name_this_attempt(store, rank, world_size), store)
         return store, rank, world_size
     except (ValueError, torch_dist.DistError) as error:
         if "EADDRINUSE" in str(error):
@@ -243,7 +243,7 @@ def rendezvous() -> tuple[torch_dist.Store, int, int]:
         ) from error
 
 
-def agree_on_attempt(store: torch_dist.Store, rank: int, world_size: int) -> str:
+def name_this_attempt(store: torch_dist.Store, rank: int, world_size: int) -> str:
     """A name for this start of the job: the same in all processes, new after each restart.
 
     The counts of restarts cannot serve as a name: with several nodes they may differ. Each process
@@ -290,8 +290,8 @@ def first_line(error: BaseException) -> str:
 class GracefulShutdown:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a request that the training loop can see.
 
-    with GracefulShutdown() as shutdown:
-        while not shutdown.requested(dist): ...
+    with GracefulShutdown(dist) as shutdown:
+        while not shutdown.agree(): ...
     sys.exit(shutdown.exit_status)
 
     exit_status: 130, 143 or 129 (128 + the signal's number, as in a shell); 0 without a signal.
@@ -299,25 +299,27 @@ class GracefulShutdown:
     because it was started by nohup or in the background, stay ignored.
     """
 
-    def __init__(self):
-        self.exit_status = 0
+    def __init__(self, dist: Distributed):
+        self.dist, self.exit_status = dist, 0
+        self.agreed = False  # whether all processes know that one has received a signal
 
-    def requested(self, dist: Distributed) -> bool:
-        """True if any process has received a signal; the answer is the same in all processes."""
-        agreed = dist.all_reduce_max(self.local_status(dist))
-        # A signal that arrived during the all-reduce is not in `agreed`: the next call sees it.
-        self.exit_status = agreed or self.exit_status
-        if agreed and dist.is_main and dist.launcher_died():  # whichever process noticed first
+    def agree(self) -> bool:
+        """True if any process has received a signal; the answer is equal in all processes."""
+        status = self.dist.all_reduce_max(self.local_exit_status())
+        # A signal that arrived during the all-reduce is not in `status`: the next call sees it.
+        self.exit_status, self.agreed = status or self.exit_status, status != 0
+        # Another process may have noticed it first, so local_exit_status() does not say it.
+        if self.agreed and self.dist.is_main and self.dist.launcher_died():
             print_stderr("torchrun has died: saving, then exiting")
-        return agreed != 0
+        return self.agreed
 
-    def local_status(self, dist: Distributed) -> int:
+    def local_exit_status(self) -> int:
         """The exit status that this process alone asks for; 0: none. No communication.
 
         A process whose torchrun was killed asks for 143: nobody would collect its result, and its
         lock would keep a restarted job out of the run folder.
         """
-        if not self.exit_status and dist.launcher_died():
+        if not self.exit_status and self.dist.launcher_died():
             self.exit_status = 128 + signal.SIGTERM
         return self.exit_status
 

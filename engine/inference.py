@@ -14,10 +14,15 @@ of the second block, depend on this token and earlier tokens only; and so on thr
 A later token never changes a key or a value that has been computed, in any block.
 
 Why the cache does not last forever: see crop_start().
+
+On a CPU a new token attends to the filled part of the cache. On CUDA, starting an operation takes
+longer than computing it. There a step attends to the whole cache with a mask, so that no shape
+depends on the position: decode_step() is recorded once and repeated for each token.
 """
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import NamedTuple
@@ -37,9 +42,13 @@ class InferenceModel:
     """A model whose weights have been prepared for generation on one device.
 
     dtype: precision of the weights; "auto" is the fastest for this model on this device.
-    batch_size: number of rows that generate() will get; the fastest way to store weights depends
-    on it, the tokens do not. After more training of the model, build a new InferenceModel: some of
-    the weights are copies.
+    batch_size: number of rows that generate() will get. The fastest way to store the weights
+    depends on it. Each way adds numbers in its own order, so the logits differ in their last
+    digits. A token changes only where two tokens are almost equally likely.
+    static_cache: compute one token with decode_step(); always on CUDA, and slower on a CPU.
+    compile: compile decode_step() with torch.compile, for CUDA. The first call of generate() then
+    takes about half a minute longer.
+    After more training of the model, build a new InferenceModel: some of the weights are copies.
     Raises FolioError if the device does not support dtype.
     """
 
@@ -49,6 +58,9 @@ class InferenceModel:
         device: torch.device | str = "cpu",
         dtype: DTypeName = "auto",
         batch_size: int = 1,
+        *,
+        static_cache: bool = False,
+        compile: bool = False,
     ):
         self.config = model.config
         self.device = torch.device(device)
@@ -57,6 +69,8 @@ class InferenceModel:
         self.dtype = choose_dtype("float32" if small and dtype == "auto" else dtype, self.device)
         packed = not small and packing_is_faster(self.device, self.dtype, batch_size)
         self.weights = prepare_weights(model, self.device, self.dtype, packed)
+        self.static_cache = static_cache or compile or self.device.type == "cuda"
+        self.decode_step = torch.compile(decode_step, dynamic=False) if compile else decode_step
 
     def generate(
         self,
@@ -75,7 +89,9 @@ class InferenceModel:
         With overlap = block_size - 1 the tokens are those of model.generate.
         max_new_tokens: number of steps; None does not end.
         temperature, top_k, top_p: see sampling_probs().
-        overlap: tokens that are kept when the context is full; default block_size // 2.
+        overlap: tokens that are kept when the context is full; default block_size // 2. With
+        block_size 8 and overlap 4, the context grows to 8 tokens. When one more token follows, the
+        oldest 4 tokens are dropped, and the context continues with 4 old tokens and the new one.
         stop_tokens: a row that samples one of these ids is finished and repeats this id until all
         rows are finished. Then generation ends (on a GPU up to 15 steps later).
         The ids are made in inference mode: clone them before using them for training.
@@ -120,20 +136,24 @@ class InferenceModel:
         B, block_size = len(idx), self.config.block_size
         context = idx[:, -block_size:]  # (B, T): there are no more positions
         max_length = block_size
-        if max_new_tokens is not None:
+        if max_new_tokens is not None and not self.static_cache:
             max_length = min(block_size, context.size(1) + max_new_tokens)
         cache = KVCache(self.config, B, max_length, self.device, self.dtype)
+        decode = self._make_decode(cache)
         new = context  # (B, T): tokens that are not in the cache yet
         if (context == context[:1]).all():
             new = context[:1]  # (1, T): all rows have the same prompt, which is computed once
         finished = torch.zeros(B, dtype=torch.bool, device=self.device)
         check_interval = 1 if self.device.type == "cpu" else FINISHED_CHECK_INTERVAL
         for step in count(1) if max_new_tokens is None else range(1, max_new_tokens + 1):
-            logits = next_token_logits(self.weights, new, cache)  # (B, V), or (1, V)
+            if cache.length == 0:
+                logits = next_token_logits(self.weights, new, cache)  # (B, V), or (1, V)
+            else:
+                logits = decode(new)  # (B, V)
             ids = sample(logits.expand(B, -1))  # (B,)
             if len(stop):
                 ids = torch.where(finished, context[:, -1], ids)  # repeat the stop token
-                finished |= torch.isin(ids, stop)
+                finished |= (ids[:, None] == stop).any(dim=1)
             yield ids  # the loop continues when the caller asks for the next ids
             if len(stop) and step % check_interval == 0 and finished.all():
                 return
@@ -143,6 +163,56 @@ class InferenceModel:
             if start > 0:
                 context = new = context[:, start:]  # (B, overlap + 1)
                 cache.length = 0
+
+    def _make_decode(self, cache: "KVCache") -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function: one new token for each row (B, 1) -> logits (B, V). It fills the cache."""
+        if not self.static_cache:
+            return lambda new: next_token_logits(self.weights, new, cache)
+        cache.kv.zero_()  # a masked place has the weight 0, but 0 times NaN would be NaN
+        idx = torch.zeros(cache.kv.size(2), 1, dtype=torch.long, device=self.device)
+        position = torch.zeros(1, dtype=torch.long, device=self.device)
+        step = partial(self.decode_step, self.weights, idx, cache.kv, position)
+        if self.device.type == "cuda":
+            step = capture_cuda_graph(step, self.device)
+
+        def decode(new: torch.Tensor) -> torch.Tensor:
+            idx.copy_(new)
+            position.fill_(cache.length)
+            cache.length += 1
+            return step()
+
+        return decode
+
+
+def read_ids(steps: Iterable[torch.Tensor], late: bool | None = None) -> Iterator[list[int]]:
+    """The ids (B,) of each step of InferenceModel.generate as a list.
+
+    late: read the ids of a step after the next step has been started; by default on CUDA. The GPU
+    then computes the next step while the program decodes and prints the ids.
+    """
+    pending: deque[Callable[[], list[int]]] = deque()
+    for ids in steps:
+        pending.append(start_reading(ids))
+        is_late = ids.device.type == "cuda" if late is None else late
+        if len(pending) > is_late:
+            yield pending.popleft()()
+    for read in pending:
+        yield read()
+
+
+def start_reading(ids: torch.Tensor) -> Callable[[], list[int]]:
+    """Start to copy ids to the CPU. The function that is returned waits for the copy."""
+    if ids.device.type != "cuda":
+        return ids.tolist
+    on_cpu = ids.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(ids.device))
+
+    def read() -> list[int]:
+        copied.synchronize()  # waits for this copy only, not for the next step
+        return on_cpu.tolist()
+
+    return read
 
 
 def crop_start(length: int, block_size: int, overlap: int) -> int:
@@ -216,30 +286,94 @@ def next_token_logits(weights: Weights, idx: torch.Tensor, cache: KVCache) -> to
     Either the cache is empty, or T is 1. With an empty cache B may be 1: the cache then gets the
     keys and values of this row in all its rows.
     """
-    B, T = idx.shape
+    T = idx.size(1)
     start, end = cache.length, cache.length + T
     assert start == 0 or T == 1, "is_causal below is right for these cases only"
     all_kv = cache.kv[..., :end, :].unbind(0)  # for each block (2, B, n_head, end, head_dim)
     new_kv = cache.kv[..., start:end, :].unbind(0)  # the places of the new tokens in the cache
-    n_head, head_dim = cache.kv.size(3), cache.kv.size(5)
 
-    x = F.embedding(idx, weights.wte) + weights.wpe[start:end]  # (B, T, C)
-    for i, block in enumerate(weights.blocks):
-        # Attention: the T new tokens attend to themselves and to the tokens in the cache.
-        qkv = block.c_attn(block.ln_1(x)).view(B, T, 3, n_head, head_dim)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_dim)
+    def attend(i: int, qkv: torch.Tensor) -> torch.Tensor:
         new_kv[i].copy_(qkv[1:])
         q, k, v = qkv.unbind(0)
         if start > 0:
             k, v = all_kv[i].unbind(0)  # (B, n_head, end, head_dim)
         # A single new token attends to all tokens, so it needs no mask. (torch's causal mask
         # would let it attend to the first token only.)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, n_head, T, head_dim)
-        x = x + block.attn_c_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+
+    x = F.embedding(idx, weights.wte) + weights.wpe[start:end]  # (B, T, C)
+    logits = run_blocks(weights, x, cache.kv.size(3), attend)
+    cache.length = end
+    return logits
+
+
+def decode_step(
+    weights: Weights, idx: torch.Tensor, kv: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    """(B, 1) new tokens -> (B, V): what next_token_logits() computes for T = 1.
+
+    kv: of a KVCache. position: (1,), of the new tokens. Only numbers on the device change from
+    token to token, and no shape. So the step is compiled once and recorded once.
+    """
+    mask = torch.arange(kv.size(4), device=kv.device) <= position  # (max_length,): filled places
+
+    def attend(i: int, qkv: torch.Tensor) -> torch.Tensor:
+        kv[i].index_copy_(3, position, qkv[1:])
+        k, v = kv[i].unbind(0)  # (B, n_head, max_length, head_dim)
+        return F.scaled_dot_product_attention(qkv[0], k, v, attn_mask=mask[None])
+
+    x = F.embedding(idx, weights.wte) + F.embedding(position, weights.wpe)  # (B, 1, C)
+    return run_blocks(weights, x, kv.size(3), attend)
+
+
+def run_blocks(
+    weights: Weights,
+    x: torch.Tensor,
+    n_head: int,
+    attend: Callable[[int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Embedded tokens (B, T, C) -> (B, V): logits of the token after the last one.
+
+    attend(i, qkv): attention in block i. qkv: queries, keys and values of the new tokens,
+    (3, B, n_head, T, head_dim). Returns (B, n_head, T, head_dim).
+    """
+    B, T, C = x.shape
+    for i, block in enumerate(weights.blocks):
+        # Attention
+        qkv = block.c_attn(block.ln_1(x)).view(B, T, 3, n_head, C // n_head)
+        y = attend(i, qkv.permute(2, 0, 3, 1, 4))
+        x = x + block.attn_c_proj(y.transpose(1, 2).reshape(B, T, C))
         # MLP
         x = x + block.mlp_c_proj(F.gelu(block.c_fc(block.ln_2(x)), approximate="tanh"))
-    cache.length = end
     return weights.lm_head(weights.ln_f(x[:, -1]))  # (B, C) -> (B, V)
+
+
+def capture_cuda_graph(
+    step: Callable[[], torch.Tensor], device: torch.device
+) -> Callable[[], torch.Tensor]:
+    """Record what step() starts on the GPU. The function that is returned repeats it at once.
+
+    It reads its inputs from the tensors that step() has read, and overwrites the tensor that it
+    returned before. Starting some hundred operations one by one would take longer than computing
+    them for one token.
+    """
+    with torch.cuda.device(device):
+        # Before the recording, everything is compiled and allocated, on a stream of its own.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return logits
+
+    return replay
 
 
 # --- Sampling ---
@@ -280,14 +414,15 @@ def sample_next_token(
 ) -> torch.Tensor:
     """Logits (B, V) -> one id per row (B,), sampled with the probabilities of sampling_probs().
 
-    Gives the id that torch.multinomial(probs, 1, generator=generator) gives, but without the checks
-    of torch.multinomial, for which the CPU has to wait for a GPU. NaN in the logits is not noticed.
+    Chooses among the candidates() as torch.multinomial(probs, 1, generator=generator) does, with
+    the same random numbers, but without its checks, for which the CPU has to wait for a GPU. NaN in
+    the logits is not noticed.
     """
     check_sampling_arguments(temperature, top_k, top_p)
     if temperature < GREEDY_TEMPERATURE:
         return logits.argmax(dim=-1)
     probs, ids = candidates(logits, temperature, top_k, top_p)
-    noise = exponential_noise(logits, ids, generator)
+    noise = exponential_noise(probs, generator)
     # If each E_i is random with exponential distribution, the largest of all p_i / E_i is the
     # i-th one with probability p_i. torch.multinomial samples in this way, too.
     choice = (probs / noise).argmax(dim=-1, keepdim=True)  # (B, 1)
@@ -299,11 +434,12 @@ def candidates(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits (B, V) -> probabilities and ids, (B, k) each, of the tokens that may be sampled.
 
-    Where all tokens may be sampled, k is V, and the ids are None.
+    The likeliest token comes first. Where all tokens may be sampled, k is V, and the ids are None:
+    the candidates are in the order of the vocabulary.
     """
     logits, ids = logits.float() / temperature, None
     if 0 < top_k < logits.size(-1):
-        logits, ids = logits.topk(top_k)  # (B, top_k), the likeliest token first
+        logits, ids = logits.topk(top_k)  # (B, top_k) each
     elif top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True)
     probs = logits.softmax(dim=-1)
@@ -317,23 +453,18 @@ def candidates(
     return probs, ids
 
 
-def exponential_noise(
-    logits: torch.Tensor, ids: torch.Tensor | None, generator: torch.Generator | None
-) -> torch.Tensor:
-    """Random numbers (B, k), one for each candidate, on the device of the logits (B, V).
+def exponential_noise(probs: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Random numbers with exponential distribution, of the shape and on the device of probs.
 
-    A random number is made for each token of the vocabulary, although those of the candidates would
-    be enough: torch.multinomial needs as many, so both give the same tokens after the same seed.
+    They are those of torch.empty_like(probs).exponential_(generator=generator).
     """
-    device = logits.device if generator is None else generator.device
+    device = probs.device if generator is None else generator.device
     if device.type == "cpu":
         # -log(1 - u) of a uniform u in float64 is how exponential_() makes its numbers on a CPU.
         # For 50,257 tokens this takes 0.3 to 0.5 ms, and exponential_() 1.1 ms.
-        uniform = torch.rand(logits.shape, dtype=torch.float64, generator=generator)
-        uniform = uniform if ids is None else uniform.gather(1, ids.cpu())
-        return uniform.neg_().log1p_().neg_().float().to(logits.device)
-    noise = torch.empty(logits.shape, device=device).exponential_(generator=generator)
-    return noise if ids is None else noise.gather(1, ids)
+        uniform = torch.rand(probs.shape, dtype=torch.float64, generator=generator)
+        return uniform.neg_().log1p_().neg_().float().to(probs.device)
+    return torch.empty(probs.shape, device=device).exponential_(generator=generator)
 
 
 def check_sampling_arguments(temperature: float, top_k: int, top_p: float) -> None:

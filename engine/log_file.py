@@ -2,8 +2,8 @@
 
     step,tokens,seconds,train_loss,val_loss,learning_rate,grad_norm,tokens_per_second,bits_per_byte
 
-A row describes the state after `step` steps. Losses are in nats per token. train_loss is the loss
-of the latest step, averaged over its micro-batches. bits_per_byte is val_loss in bits per byte of
+A row describes the state after `step` steps. Losses are in nats per token. train_loss is the mean
+over the steps since the row before. bits_per_byte is val_loss in bits per byte of
 text, so it can be compared between tokenizers. learning_rate is AdamW's. seconds count training
 only, not evaluation.
 """

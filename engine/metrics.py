@@ -19,14 +19,16 @@ from tqdm import tqdm
 from configurator import FolioError
 from data.dataset import Dataset
 from data.files import rename_to_backup, shell_command
+from data.prepare import plural
 from data.shakespeare import replacement_warning
-from engine.checkpoint import REPO_ROOT, WEIGHTS_FILE, newest_run
+from engine.checkpoint import WEIGHTS_FILE
 from engine.device import ComputeDevice
 from engine.log_file import (
     COLUMNS, LOG_FILE, LogRow, append_row, evaluations, parse_log, read_log, write_log,
 )  # fmt: skip
 from engine.plot import plot_losses
 from engine.run import TrainState
+from engine.run_folder import REPO_ROOT, newest_run
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
@@ -114,6 +116,8 @@ class MetricsLogger:
     def log_step(self, metrics: StepMetrics) -> None:
         """Record an optimizer step; the state has been updated already."""
         self.metrics = metrics
+        self.state.unlogged_losses += metrics.loss
+        self.state.unlogged_steps += 1
         if self.last_logged is None:
             # The first step includes warming up (and compiling), so speed is measured after it.
             self.last_logged = (self.state.tokens, self.state.seconds)
@@ -133,6 +137,7 @@ class MetricsLogger:
         if not self.enabled:
             return
         row = self._new_row(val_loss, bits_per_byte)
+        self.state.unlogged_losses, self.state.unlogged_steps = 0.0, 0
         if self.rows and self.rows[-1]["step"] == row["step"]:
             # After a restart a step may be evaluated that was logged before: keep one row.
             self.rows[-1] |= {name: value for name, value in row.items() if value is not None}
@@ -153,7 +158,9 @@ class MetricsLogger:
             "step": state.step,
             "tokens": state.tokens,
             "seconds": round(state.seconds, 3),
-            "train_loss": metrics.loss if metrics else None,
+            "train_loss": (
+                state.unlogged_losses / state.unlogged_steps if state.unlogged_steps else None
+            ),
             "val_loss": val_loss,
             "learning_rate": metrics.learning_rate if metrics else None,
             "grad_norm": metrics.grad_norm if metrics else None,
@@ -458,11 +465,6 @@ def labeled(label: str, text: str) -> str:
         f"{label:<9}{text}", width, subsequent_indent=" " * 9,
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
-
-
-def plural(number: int, noun: str) -> str:
-    """1, 'layer' -> '1 layer'; 4, 'layer' -> '4 layers'."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def relative_path(path: str | Path) -> Path:

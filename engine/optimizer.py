@@ -24,16 +24,21 @@ from typing import Any
 
 import torch
 
+from engine.distributed import Distributed
 from engine.train_config import TrainConfig
 from model import GPT
 
 
 def make_optimizer(
-    model: GPT, config: TrainConfig, dtype: torch.dtype = torch.float32
+    model: GPT,
+    config: TrainConfig,
+    dtype: torch.dtype = torch.float32,
+    dist: Distributed | None = None,
 ) -> "torch.optim.Optimizer | CombinedOptimizer":
     """The optimizer of all parameters of the model.
 
     dtype: of the model's matrix products; with bfloat16, Muon multiplies in bfloat16, too.
+    dist: the processes over which Muon is sharded; None: one process.
 
     | parameters               | optimizer="muon"           | optimizer="adamw"      | decay |
     |--------------------------|----------------------------|------------------------|-------|
@@ -60,7 +65,9 @@ def make_optimizer(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
     )
     if use_muon:
-        muon = Muon(block_matrices, config.muon_learning_rate, config.weight_decay, dtype=dtype)
+        muon = Muon(
+            block_matrices, config.muon_learning_rate, config.weight_decay, dtype=dtype, dist=dist
+        )
         optimizer = CombinedOptimizer(muon, optimizer)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -112,6 +119,11 @@ class Muon(torch.optim.Optimizer):
     Matrices of one shape are orthogonalized together, in batched products, where torch.optim.Muon
     takes one at a time. With dtype=bfloat16 these products are computed in bfloat16: several times
     faster where the hardware supports it, and a direction need not be exact.
+
+    dist: with several processes, each process orthogonalizes its share of the matrices and receives
+    the results of all processes. Momentum buffers are not sharded: every process updates all of
+    them, which takes little time. So the state of one process is complete, and any number of
+    processes can resume from it.
     """
 
     def __init__(
@@ -121,9 +133,11 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum: float = 0.95,
         dtype: torch.dtype = torch.float32,
+        dist: Distributed | None = None,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.use_bfloat16 = dtype == torch.bfloat16
+        self.dist = dist or Distributed()  # one process
 
     @torch.no_grad()
     def step(self) -> None:
@@ -139,14 +153,14 @@ class Muon(torch.optim.Optimizer):
             updates = torch._foreach_lerp(gradients, buffers, beta)
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             for (rows, columns), pairs in group_by_shape(zip(params, updates, strict=True)):
-                stacked = torch.stack([update for _, update in pairs])
+                weights, matrices = zip(*pairs, strict=True)
+                stacked = torch.stack(matrices)
                 stacked = stacked.bfloat16() if self.use_bfloat16 else stacked
-                orthogonal = orthogonalize(stacked).to(pairs[0][0].dtype)
+                orthogonal = self.orthogonalize_sharded(stacked).to(weights[0].dtype)
                 # The columns of a tall orthogonal matrix have length 1, spread over more rows:
                 # its entries are smaller, so it takes a larger step.
                 step_size = lr * max(1, rows / columns) ** 0.5
-                for (param, _), update in zip(pairs, orthogonal, strict=True):
-                    param.sub_(update, alpha=step_size)
+                torch._foreach_sub_(weights, orthogonal.unbind(), alpha=step_size)
 
     def momentum_buffer(self, param: torch.Tensor) -> torch.Tensor:
         """The running mean of the gradients of a parameter; zeros before the first step."""
@@ -154,6 +168,20 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(param)
         return state["momentum_buffer"]
+
+    def orthogonalize_sharded(self, matrices: torch.Tensor) -> torch.Tensor:
+        """(n, rows, columns) -> (n, rows, columns): orthogonalize(), sharded over the processes.
+
+        Process 1 of 4 computes matrices 1, 5, 9... and fills the other matrices with zeros. So the
+        sum over all processes contains every matrix. Adding zero is exact and works with unequal
+        shares. All processes receive equal results, so their weights stay equal.
+        """
+        if self.dist.world_size == 1:
+            return orthogonalize(matrices)
+        result = torch.zeros_like(matrices)
+        share = slice(self.dist.rank, None, self.dist.world_size)
+        result[share] = orthogonalize(matrices[share])
+        return self.dist.all_reduce_sum(result)
 
 
 def group_by_shape(

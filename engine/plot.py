@@ -8,15 +8,19 @@ Training uses plot_losses() for loss.png. matplotlib is imported only where some
 
 import itertools
 import math
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+if not __package__:  # started as a file: python engine/plot.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from configurator import FolioError, parse_inputs, read_settings, run_main
 from data.files import atomic_write
-from engine.checkpoint import SETTINGS_FILE
 from engine.log_file import LOG_FILE, LogRow, best_row, evaluations, read_log
+from engine.run_folder import SETTINGS_FILE
 
 XAxis = Literal["step", "tokens", "seconds"]
 COLORS = ("#1f4e8c", "#d1822b", "#2c7a4b", "#8c8c8c", "#a8324a", "#7a5ba6")

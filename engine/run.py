@@ -19,21 +19,14 @@ from data.files import write_text
 from data.shakespeare import DATASETS, ensure_shakespeare
 from data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from engine.checkpoint import (
-    CHECKPOINT_FILE,
-    SETTINGS_FILE,
-    check_architecture,
-    find_checkpoint,
-    load_model,
-    prepare_out_dir,
-    rarest_token,
-    resolve_model_dir,
-    resolve_out_dir,
+    CHECKPOINT_FILE, check_architecture, find_checkpoint, load_model, rarest_token,
     save_tokenizer,
-)
+)  # fmt: skip
 from engine.device import ComputeDevice
 from engine.distributed import Distributed
 from engine.hf_format import read_config
 from engine.optimizer import CombinedOptimizer
+from engine.run_folder import SETTINGS_FILE, prepare_out_dir, resolve_model_dir, resolve_out_dir
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
@@ -56,6 +49,8 @@ class TrainState:
     best_step: int = -1  # the step of best_val_loss
     best_eval_tokens: int = 0  # the eval_tokens with which best_val_loss was measured
     last_eval_step: int = -1  # the step of the latest evaluation
+    unlogged_losses: float = 0.0  # sum of training losses since the last row of log.csv
+    unlogged_steps: int = 0  # steps since that row
 
 
 # --- Settings ---

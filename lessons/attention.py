@@ -1,6 +1,6 @@
 """Attention on four words: nodes that send messages, then the same with matrices.
 
-    python lessons/attention.py                 # two seconds
+    python lessons/attention.py                 # about two seconds
 
 Each node has a query (what it looks for), a key (what it is) and a value (what it passes on). A
 node compares its query with the keys of the senders. The better a key fits, the more the node
@@ -204,6 +204,8 @@ X_GERMAN = torch.tensor([
 def cross_attention() -> Tensor:
     """Returns the weights (4, 6)."""
     title("6. Cross-attention: keys and values come from another sentence")
+    print("A translator has read 6 German words and has written 4 English words. The German")
+    print("words give the 6 keys and values. The English words give the 4 queries.")
     print("Each English word (row) looks for German words (columns) of its own kind.")
     # The words themselves are queries, keys and values: 5 numbers each. 8: so that scores differ.
     _, weights = attend(8 * X, X_GERMAN, X_GERMAN)  # (4, 5), (6, 5), (6, 5) -> (4, 6)
@@ -216,25 +218,25 @@ def cross_attention() -> Tensor:
 # --- 7. Three kinds of Transformers ---
 
 PICTURE = """\
-GPT: decoder     BERT: encoder     translation (T5): encoder and decoder
+GPT: decoder     BERT: encoder     translation (T5): encoder, and decoder
 
-text so far      whole text        German text             English so far
-     |                |                 |                         |
- attention        attention         attention                 attention
- to the past      to all            to all                    to the past
-     |                |                 |                         |
-     |                |                 |                  cross-attention
-     |                |                 |      .---------> (own matrices,
-     |                |                 |      |            queries from here)
-     |                |                 |      |                  |
-    MLP              MLP               MLP     |                 MLP
-     |                |                 |      | keys,            |
-     |                |                 |      | values           |
- next word       one vector             '------'              next word
+text so far      whole text         6 German words           4 English words
+     |                |                    |                        |
+ attention        attention            attention                attention
+ to the past      to all               to all                   to the past
+     |                |                    |       .------> cross-attention
+     |                |                    |       |       (4 queries from here)
+     |                |                    |       |                |
+    MLP              MLP                  MLP      |               MLP
+     |                |                    |       |                |
+     |                |                6 vectors --'                |
+     |                |             (6 keys, 6 values)              |
+ next word       one vector                                     next word
                   per word
 
-Each picture shows one block. A model is a stack of blocks. Each block of the
-decoder takes its keys and values from the output of the encoder's last block.
+Each column shows one block. A model is a stack of blocks. All blocks of the
+encoder run first. Each block of the decoder makes keys and values from the
+vectors of the encoder's last block, with its own W_KEY and W_VALUE.
 In all of them, x = x + attention(layer_norm(x)) and x = x + mlp(layer_norm(x))."""
 
 # --- 8. Equal to model.py ---

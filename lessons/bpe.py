@@ -1,6 +1,6 @@
 """Byte pair encoding (BPE): merge the most frequent pair of neighbors, again and again.
 
-    python lessons/bpe.py                       # ten seconds
+    python lessons/bpe.py                       # about ten seconds
 
 A tokenizer by characters makes long sequences. BPE makes them shorter: frequent groups of letters
 become one token. It starts with the 256 possible bytes as tokens 0 ... 255. Each merge adds one.
@@ -17,8 +17,9 @@ from pathlib import Path
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES = [bytes([b]) for b in [*VISIBLE, *(b for b in range(256) if b not in VISIBLE)]]
 
-# GPT-2's pattern (for English): 's, 't and so on, letters, digits, other signs, white space.
-# A word includes the space before it. No merge crosses the border of a word.
+# GPT-2's pattern (for English) splits a text into words: 's, 't and so on, letters, digits, other
+# signs, white space. A word includes the space before it. No merge crosses the border of a word.
+#     "We'll go, 2 of us" -> "We", "'ll", " go", ",", " 2", " of", " us"
 WORD = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
 
 Word = tuple[int, ...]  # token ids
@@ -123,7 +124,9 @@ def equal_to_strong_form(text: str, words: dict[Word, int], merges: Merges) -> b
 def main(num_merges: int = 100) -> None:
     text = read_text()
     words = count_words(text)
-    print(f"{len(text):,} characters, {len(words):,} different words")
+    print(f"{len(text):,} characters, {len(words):,} different words. A text is split like this:")
+    example = "We'll go, 2 of us"
+    print(f'   "{example}" ->', ", ".join(f'"{word}"' for word in WORD.findall(example)))
     print("\nThe most frequent pairs:")
     merges = learn_merges(words, num_merges, num_shown=20)
     print(f"... and so on, up to token {255 + num_merges}. The longest tokens:")

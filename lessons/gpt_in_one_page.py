@@ -1,14 +1,12 @@
 """GPT on one page: a text, a vocabulary, batches, the model, training, and a new play.
 
-    python lessons/gpt_in_one_page.py           # half a minute on two CPU cores
+    python lessons/gpt_in_one_page.py           # about half a minute on two CPU cores
 
 Shapes: B = 16 sequences in a batch, T = 32 tokens in a sequence, C = 96 channels (the numbers that
 represent one token), V = 65 tokens in the vocabulary; 4 heads of 24 channels.
 """
 
-import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,25 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 B, T, C, N_HEAD, N_LAYER = 16, 32, 96, 4, 2
-Batches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets, (B, T) each
+DATA = Path(__file__).resolve().parent.parent / "data"
 
 # --- Data ---
 
 
 def read_text() -> str:
     """Shakespeare if prepare_shakespeare.py has downloaded it, else a short play of our own."""
-    data = Path(__file__).resolve().parent.parent / "data"
-    shakespeare = data / "shakespeare" / "input.txt"
-    path = shakespeare if shakespeare.exists() else data / "replacement.txt"
-    return path.read_text(encoding="utf-8")
+    shakespeare, play = DATA / "shakespeare" / "input.txt", DATA / "replacement.txt"
+    return (shakespeare if shakespeare.exists() else play).read_text(encoding="utf-8")
 
 
-def random_batches(ids: Tensor) -> Batches:
-    """Yields inputs (B, T) and targets (B, T). The target of a token is the token after it."""
-    while True:
-        starts = torch.randint(len(ids) - T, (B,)).tolist()
-        windows = torch.stack([ids[start : start + T + 1] for start in starts])  # (16, 33)
-        yield windows[:, :-1], windows[:, 1:]  # ids 5 9 2 -> inputs 5 9, targets 9 2
+def random_batch(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs (B, T) and targets (B, T). The target of a token is the token after it."""
+    starts = torch.randint(len(ids) - T, (B,)).tolist()
+    windows = torch.stack([ids[start : start + T + 1] for start in starts])  # (16, 33)
+    return windows[:, :-1], windows[:, 1:]  # ids 5 9 2 -> inputs 5 9, targets 9 2
 
 
 # --- Model ---
@@ -54,7 +49,10 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * C, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        # x + ...: the gradient has a direct way to the first block. The layer norms give each
+        # vector mean 0 and variance 1, so that all inputs have the same size, however large x is.
         x = x + self.attention_out(self.attention(self.norm_1(x)))
+        # GELU, a smooth max(0, x), is not linear. Without it, the two layers would be equal to one.
         return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_2(x)), approximate="tanh"))
 
     def attention(self, x: Tensor) -> Tensor:
@@ -72,7 +70,7 @@ class GPT(nn.Module):
     def __init__(self, vocab_size: int):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, C)
-        self.position_embedding = nn.Embedding(T, C)
+        self.position_embedding = nn.Embedding(T, C)  # attention alone does not know the order
         self.blocks = nn.ModuleList(Block() for _ in range(N_LAYER))
         self.final_norm = nn.LayerNorm(C, bias=False)
         for parameter in self.parameters():
@@ -84,34 +82,34 @@ class GPT(nn.Module):
         x = self.token_embedding(idx) + self.position_embedding.weight[: idx.size(1)]
         for block in self.blocks:
             x = block(x)  # (16, 32, 96) -> (16, 32, 96)
-        return self.final_norm(x) @ self.token_embedding.weight.T  # (16, 32, 65)
+        # The output layer is the token embedding again: a token that is similar as an input is
+        # similar as a prediction, and no more parameters are needed. (16, 32, 96) -> (16, 32, 65)
+        return self.final_norm(x) @ self.token_embedding.weight.T
 
 
 # --- Training ---
 
 
-def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, steps: int, warmup: int
-) -> None:
-    peak = optimizer.param_groups[0]["lr"]
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean of -ln p(target): 0 if every target was certain, ln 65 = 4.17 for pure guessing."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (512, 65) and (512,)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, steps: int) -> None:
+    peak, warmup = optimizer.param_groups[0]["lr"], steps // 20
     for step in range(steps):
         # The learning rate rises during the warmup, then it falls to zero.
         multiplier = min((step + 1) / warmup, 1, (steps - step) / (steps - warmup))
-        for group in optimizer.param_groups:
-            group["lr"] = multiplier * peak
-        inputs, targets = next(batches)
+        optimizer.param_groups[0]["lr"] = multiplier * peak
+        inputs, targets = random_batch(ids)
         loss = mean_loss(model(inputs), targets)  # forward: how wrong is the model?
         loss.backward()  # backward: how does each parameter change the loss?
-        nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)  # one bad batch changes little
+        # Clip: a gradient longer than 1 gets the length 1, so one unusual batch changes little.
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
         optimizer.step()  # step: change each parameter a little, so that the loss falls
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step:4}: training loss {loss.item():.3f}")
-
-
-def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean of -ln p(target): 0 if every target was certain, ln 65 = 4.17 for pure guessing."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (512, 65) and (512,)
 
 
 # --- Generation ---
@@ -137,20 +135,21 @@ def main(steps: int = 1000) -> float:
     ids = torch.tensor([id_of[character] for character in text])
     print(f"{len(ids):,} tokens; the vocabulary has {len(characters)} characters:")
     print(repr("".join(characters)))
-    training_ids, validation_ids = ids.split([len(ids) * 9 // 10, len(ids) - len(ids) * 9 // 10])
+    training_ids, validation_ids = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
 
     model = GPT(len(characters))
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
+    # AdamW: each parameter takes steps of about the same size, also where gradients are small.
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3, betas=(0.9, 0.99), weight_decay=0.1)
-    train(model, optimizer, random_batches(training_ids), steps, warmup=steps // 20)
+    train(model, optimizer, training_ids, steps)
 
     with torch.no_grad():  # text that the model has not been trained on
-        batches = itertools.islice(random_batches(validation_ids), 100)
+        batches = [random_batch(validation_ids) for _ in range(100)]
         losses = [mean_loss(model(inputs), targets).item() for inputs, targets in batches]
     print(f"validation loss {sum(losses) / len(losses):.3f}\n")
 
-    start = torch.tensor([[id_of["\n"]]])
-    print("".join(characters[i] for i in generate(model, start, 500)[0].tolist()))
+    idx = generate(model, torch.tensor([[id_of["\n"]]]), 500)
+    print("".join(characters[i] for i in idx[0].tolist()))
     print("\nThe strong forms: model.py, train.py, data/dataset.py, engine/inference.py.")
     print("Everything else in this repository is speed, safety and scale.")
     return sum(losses) / len(losses)

@@ -1,6 +1,6 @@
 """From logits to the next token: temperature, top-k and top-p.
 
-    python lessons/sampling.py                  # a few seconds
+    python lessons/sampling.py                  # about two seconds; ten with a trained model
 
 A model gives each possible next token a score: the logit. The softmax turns logits into
 probabilities. Then one token is sampled: chosen at random, with these probabilities.
@@ -91,7 +91,8 @@ def show_samples(n: int = 10_000) -> list[int]:
 def show_model() -> None:
     """One prompt, continued at several temperatures by the newest trained model."""
     from configurator import FolioError
-    from engine.checkpoint import load_model_and_tokenizer, newest_run
+    from engine.checkpoint import load_model_and_tokenizer
+    from engine.run_folder import newest_run
 
     try:
         folder = newest_run()

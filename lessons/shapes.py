@@ -1,10 +1,10 @@
 """The shapes of one batch on its way through GPT, and where the parameters are.
 
-    python lessons/shapes.py                    # a second
+    python lessons/shapes.py                    # about two seconds
 
-The model is the one of config/shakespeare_char.py: V = 65 tokens in the vocabulary, C = 128
-channels, 4 heads of 32 channels, 4 blocks. It can take up to 128 tokens. The batch here has B = 8
-sequences of T = 50 tokens, so that each number in a shape has one meaning.
+The batch has B = 8 sequences of T = 50 tokens. The model has V = 65 tokens in the vocabulary,
+C = 128 channels, 4 heads of 32 channels, 3 blocks, and a context of up to 64 tokens. So each number
+in a shape has one meaning. (The model of config/shakespeare_char.py has 4 blocks and 128 tokens.)
 """
 
 import math
@@ -41,7 +41,7 @@ def walk(model: torch.nn.Module, windows: Tensor) -> Tensor:
     print("\nToken ids become vectors")
     tokens, positions = parts.wte(inputs), parts.wpe.weight[:T]
     show("tokens", tokens, "for each id, a row of wte (65, 128)")
-    show("positions", positions, "the first T rows of wpe (128, 128)")
+    show("positions", positions, "the first T rows of wpe (64, 128)")
     x = tokens + positions
     show("x", x, "each sequence has the same positions added")
 
@@ -52,7 +52,7 @@ def walk(model: torch.nn.Module, windows: Tensor) -> Tensor:
     for block in parts.h[1:]:
         x = block(x)
     x = parts.ln_f(x)
-    show("x", x, "after 4 blocks and the last layer norm")
+    show("x", x, "after 3 blocks and the last layer norm")
     logits = x @ parts.wte.weight.T
     show("logits", logits, "for each token, a score for each next token")
     logits, targets = logits.flatten(0, 1), targets.flatten()
@@ -140,7 +140,7 @@ def main() -> None:
     from model import GPT, GPTConfig
 
     torch.manual_seed(1337)
-    config = GPTConfig(block_size=128, vocab_size=65, n_layer=4, n_head=4, n_embd=128, bias=False)
+    config = GPTConfig(block_size=64, vocab_size=65, n_layer=3, n_head=4, n_embd=128, bias=False)
     model = GPT(config)
     print("B = 8 sequences, T = 50 tokens, C = 128 channels, 4 heads of 32, V = 65 tokens")
     show_examples()

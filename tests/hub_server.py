@@ -179,4 +179,5 @@ def digest(data: bytes) -> str:
 
 def commit_of(revision: str, files: dict[str, bytes]) -> str:
     """40 hexadecimal digits that change with the contents."""
-    return digest(repr((revision, sorted(files.items()))).encode())[:40]
+    hashes = [(name, digest(files[name])) for name in sorted(files)]
+    return digest(repr((revision, hashes)).encode())[:40]

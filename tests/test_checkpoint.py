@@ -1,8 +1,6 @@
-"""The run folder: files that transformers and Folio read from each other, locks and backups."""
+"""The files of a run folder, which transformers and Folio read from each other."""
 
-import errno
 import json
-import os
 import re
 import sys
 
@@ -17,21 +15,20 @@ from safetensors.torch import load_file, save_file
 from configurator import FolioError
 from data.dataset import ShardedTokens
 from data.tokenizer import CharTokenizer
-from engine import checkpoint
 from engine.checkpoint import (
-    CHECKPOINT_FILE, SETTINGS_FILE, WEIGHTS_FILE, check_architecture, describe_run, find_checkpoint,
-    load_checkpoint, load_model, load_model_and_tokenizer, lock_run_folder, newest_run,
-    prepare_out_dir, rarest_token, read_config, resolve_model_dir, resolve_out_dir, save_checkpoint,
+    CHECKPOINT_FILE, WEIGHTS_FILE, check_architecture, find_checkpoint, load_checkpoint,
+    load_model, load_model_and_tokenizer, rarest_token, read_config, save_checkpoint,
     save_model, save_model_card, save_tokenizer,
 )  # fmt: skip
-from engine.log_file import COLUMNS, LOG_FILE
+from engine.run_folder import (
+    SETTINGS_FILE, prepare_out_dir,
+)  # fmt: skip
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 from tests.fuzzing import Count, fuzz_settings, mutations
 from tests.test_tokenizer import AWKWARD_TEXT, toy_bpe
 
 CONFIG = GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
-RUN_SETTINGS = {"dataset": "x", "max_iters": 2000, "n_layer": 2, "init_from": "scratch"}
 
 
 def random_model(**changes) -> GPT:
@@ -149,7 +146,7 @@ def test_save_model_refuses_what_is_not_a_whole_gpt(tmp_path):
 )
 def test_auto_tokenizer_gives_the_same_ids(tmp_path, tokenizer):
     save_tokenizer(tokenizer, tmp_path, block_size=8, pad_token_id=3)
-    save_model(random_model(vocab_size=tokenizer.vocab_size), tmp_path, tokenizer.eos_token_id)
+    save_model(random_model(vocab_size=tokenizer.vocab_size), tmp_path, tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.model_max_length == 8
     assert len(theirs) == tokenizer.vocab_size
@@ -165,7 +162,7 @@ def test_auto_tokenizer_gives_the_same_ids(tmp_path, tokenizer):
 )
 def test_padded_batches_work_in_transformers(tmp_path, tokenizer):
     model = random_model(vocab_size=tokenizer.vocab_size)
-    save_model(model, tmp_path, tokenizer.eos_token_id)
+    save_model(model, tmp_path, tokenizer)
     save_tokenizer(tokenizer, tmp_path, block_size=8, pad_token_id=0)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     batch = theirs(["low", "lower lo"], padding=True, return_tensors="pt")
@@ -473,152 +470,3 @@ def test_an_edited_n_head_is_noticed(tmp_path):
     check_architecture(str(tmp_path), CONFIG)
     with pytest.raises(FolioError, match=r"settings\.json has n_head=4, config\.json 2"):
         check_architecture(tmp_path, GPTConfig(**{**CONFIG.__dict__, "n_head": 4}))
-
-
-# --- Which folder ---
-
-
-def test_relative_out_dir_starts_at_the_repository(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert resolve_out_dir("out/x") == checkpoint.REPO_ROOT / "out" / "x"
-    assert resolve_out_dir(tmp_path / "x") == tmp_path / "x"
-
-
-@pytest.mark.parametrize("out_dir", ["", ".", "/", "a\0b", "~nosuchuser/x", "\ud800"], ids=repr)
-def test_impossible_out_dir_is_refused(out_dir):
-    with pytest.raises(FolioError):
-        resolve_out_dir(out_dir)
-
-
-def test_models_are_found_by_folder_or_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "REPO_ROOT", tmp_path)
-    monkeypatch.setattr(checkpoint, "hub_model", lambda name: tmp_path / "hub" / name)
-    (tmp_path / "out" / "shakespeare").mkdir(parents=True)
-    (tmp_path / "out" / "shakespeare" / WEIGHTS_FILE).touch()
-    assert resolve_model_dir("out/shakespeare") == tmp_path / "out" / "shakespeare"
-    for name in ("gpt2", "gpt2-xl", "distilgpt2", "openai-community/gpt2", "owner/My_GPT.v2"):
-        assert resolve_model_dir(name) == tmp_path / "hub" / name
-    for source, message in (
-        ("out/shakespere", "neither a folder.*did you mean out/shakespeare"),
-        ("gpt3", "did you mean gpt2"),
-        ("./gpt2", "neither a folder"),
-        (f"out/shakespeare/{WEIGHTS_FILE}", "a folder with a model in it is needed"),
-    ):
-        with pytest.raises(FolioError, match=message):
-            resolve_model_dir(source)
-    monkeypatch.setattr(checkpoint, "REPO_ROOT", tmp_path / "fresh clone")
-    with pytest.raises(FolioError, match="neither a folder"):
-        resolve_model_dir("out/shakespeare")  # a run that does not exist yet, not owner and name
-
-
-def test_newest_run_is_the_one_whose_weights_were_saved_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "REPO_ROOT", tmp_path)
-    with pytest.raises(FolioError, match=r"python train\.py config/shakespeare_char\.py"):
-        newest_run()
-    for age, name in ((30, "old"), (10, "new"), (20, "middle")):
-        folder = tmp_path / "out" / name
-        folder.mkdir(parents=True)
-        (folder / WEIGHTS_FILE).touch()
-        os.utime(folder / WEIGHTS_FILE, (1e9 - age, 1e9 - age))
-    assert newest_run().name == "new"
-
-
-def test_describe_run_gives_step_and_loss_and_whether_training_was_finished(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "REPO_ROOT", tmp_path)
-    folder = tmp_path / "out" / "my_run"
-    save_model(random_model(), folder)
-    assert describe_run(str(folder)) == "out/my_run"
-    save_model(random_model(), folder, step=1750, val_loss=1.556)
-    assert describe_run(folder) == "out/my_run, step 1,750, validation loss 1.5560"
-    (folder / SETTINGS_FILE).write_text(json.dumps(RUN_SETTINGS))
-    log_row = ",".join(["2000"] + ["1.5"] * (len(COLUMNS) - 1))
-    (folder / LOG_FILE).write_text(f"{','.join(COLUMNS)}\n{log_row}\n")
-    assert describe_run(folder) == "out/my_run, step 1,750 of 2,000, validation loss 1.5560"
-    save_model(random_model(), folder, step=20)
-    (folder / LOG_FILE).write_text(f"{','.join(COLUMNS)}\n{log_row.replace('2000', '20')}\n")
-    assert describe_run(folder) == (
-        "out/my_run, step 20 of 2,000 (training stopped at step 20), not evaluated"
-    )
-    assert describe_run(tmp_path / "nothing") == "nothing"
-
-
-# --- One run in one folder ---
-
-
-def test_a_run_folder_is_locked_by_one_process_at_a_time(tmp_path):
-    folder = tmp_path / "new" / "run"
-    refused = pytest.raises(FolioError, match="another process")
-    with lock_run_folder(str(folder)):
-        prepare_out_dir(folder, resume=False)
-        (folder / SETTINGS_FILE).write_text(json.dumps(RUN_SETTINGS))
-        with refused, lock_run_folder(folder):
-            pass
-        prepare_out_dir(folder, resume=False)  # the old run is moved aside, the lock stays
-        with refused, lock_run_folder(folder):
-            pass
-    with lock_run_folder(folder):
-        pass
-
-
-@pytest.mark.skipif(os.name == "nt", reason="fcntl is Unix's")
-def test_a_disk_without_locks_is_named_and_used(tmp_path, capsys, monkeypatch):
-    def flock(file, operation):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    with lock_run_folder(tmp_path / "run"):
-        assert f"{tmp_path}: no file locks" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(os.name == "nt", reason="symbolic links need a permission on Windows")
-def test_symbolic_links_lead_to_the_lock_and_the_backup_of_the_real_folder(tmp_path):
-    real, link = tmp_path / "real", tmp_path / "link"
-    real.mkdir()
-    (real / SETTINGS_FILE).write_text(json.dumps(RUN_SETTINGS))
-    link.symlink_to(real)
-    with (
-        lock_run_folder(resolve_out_dir(real)),
-        pytest.raises(FolioError, match="another process"),
-        lock_run_folder(resolve_out_dir(link)),
-    ):
-        pass
-    prepare_out_dir(resolve_out_dir(link), resume=False)
-    assert link.is_symlink() and list(link.iterdir()) == []
-    assert (tmp_path / "real.1" / SETTINGS_FILE).exists()
-
-
-def test_an_old_run_is_moved_aside_and_other_files_are_never_moved(tmp_path, capsys):
-    folder = tmp_path / "run"
-    for n in (1, 2):
-        folder.mkdir(exist_ok=True)
-        (folder / SETTINGS_FILE).write_text(json.dumps({**RUN_SETTINGS, "max_iters": n}))
-        prepare_out_dir(str(folder), resume=False)
-        assert not (folder / SETTINGS_FILE).exists()
-        backup = json.loads((tmp_path / f"run.{n}" / SETTINGS_FILE).read_text())
-        assert backup["max_iters"] == n
-        assert f"run.{n}" in capsys.readouterr().out
-    for name, contents in (("diary.txt", "dear diary"), (SETTINGS_FILE, '{"editor.tabSize": 4}')):
-        (folder / name).write_text(contents)
-        with pytest.raises(FolioError, match=rf"not a run of Folio's \({name}\)"):
-            prepare_out_dir(folder, resume=False)
-        assert (folder / name).read_text() == contents
-        (folder / name).unlink()
-
-
-def test_temporary_files_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
-    prepare_out_dir(tmp_path / "run", resume=False)
-    snapshot = tmp_path / "run" / "step_000500"
-    snapshot.mkdir()
-    for folder in (tmp_path / "run", snapshot):
-        for name in (".tmpAbCdEf", f".{WEIGHTS_FILE}.tmp", WEIGHTS_FILE, SETTINGS_FILE, ".notes"):
-            (folder / name).write_text("half")
-    prepare_out_dir(tmp_path / "run", resume=True)
-    kept = sorted([WEIGHTS_FILE, SETTINGS_FILE, ".notes"])
-    assert sorted(path.name for path in snapshot.iterdir()) == kept
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted([*kept, "step_000500"])
-
-
-def test_a_run_killed_before_it_saved_its_settings_does_not_block_the_folder(tmp_path):
-    (tmp_path / f".{SETTINGS_FILE}.tmp").write_text("{")
-    prepare_out_dir(tmp_path, resume=False)
-    assert not list(tmp_path.iterdir())

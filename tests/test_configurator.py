@@ -285,6 +285,11 @@ def test_a_missing_config_file_comes_with_advice(word, advice):
     assert str(caught.value) == f"{word}: there is no such config file{advice}"
 
 
+def test_a_folder_in_the_place_of_a_config_file_is_taken_for_a_run(tmp_path):
+    with pytest.raises(ConfigError, match="a folder, not a config file; --out_dir="):
+        parse_overrides(TrainConfig, [str(tmp_path)])
+
+
 def test_a_prompt_without_its_flag_comes_with_advice():
     with pytest.raises(ConfigError, match=r"a prompt is given by --start='to be'$"):
         configure(Config, ["to be"])

@@ -103,13 +103,15 @@ def test_resumed_run_continues_with_the_same_numbers(gpu_flags, tmp_path, call, 
         assert float(resumed[column]) == pytest.approx(float(whole[column]), rel=1e-4), column
 
 
-def test_greedy_samples_are_the_cpus(tiny_flags):
+@pytest.mark.parametrize("compile", [False, True])
+def test_greedy_samples_are_the_cpus(tiny_flags, compile):
+    if compile and not choose_device(DEVICE).compile:
+        pytest.skip("torch.compile is not available here")
     model = start_training(*tiny_flags).model.eval()
     idx = torch.randint(model.config.vocab_size, (2, 5))
-    samples = [
-        torch.stack(list(InferenceModel(model, device, "float32").generate(idx, 20, top_k=1)))
-        for device in ("cpu", DEVICE)
-    ]
+    on_cpu = InferenceModel(model, "cpu", "float32")
+    on_gpu = InferenceModel(model, DEVICE, "float32", compile=compile)
+    samples = [torch.stack(list(m.generate(idx, 20, top_k=1))) for m in (on_cpu, on_gpu)]
     assert samples[1].device.type == DEVICE
     assert torch.equal(samples[0], samples[1].cpu())
 

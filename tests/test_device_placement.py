@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from configurator import parse_overrides
 from engine.device import ComputeDevice
-from engine.distributed import Distributed
+from engine.distributed import Distributed, GracefulShutdown
 from engine.inference import InferenceModel
 from engine.optimizer import make_optimizer
 from engine.run import build_model, load_dataset, resolve_config
@@ -67,6 +67,7 @@ def run(tiny_flags, monkeypatch):
         config = resolve_config(parse_overrides(TrainConfig, tiny_flags))
         device = ComputeDevice(GPU, torch.float32, False, "")
         dist = Distributed()
+        shutdown = GracefulShutdown(dist)
         dataset = load_dataset(config)
         model = build_model(config, dataset.tokenizer, device)
         optimizer = make_optimizer(model, config, device.dtype)
@@ -97,8 +98,9 @@ def test_a_training_step_stays_on_the_device_and_reads_once(run):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with FakeGPU() as gpu:
         metrics = train.train_step(
-            run.model, run.optimizer, scaler, batches, run.config, 0, run.device, run.dist
-        )
+            run.model, run.optimizer, scaler, batches, run.config, 0, run.device, run.dist,
+            run.shutdown,
+        )  # fmt: skip
     assert (metrics.loss, metrics.grad_norm) == (1, 1)
     assert gpu.reads == ["to cpu"]  # loss and norm together
 

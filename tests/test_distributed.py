@@ -22,8 +22,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import train
 from configurator import FolioError, run_main
 from engine import distributed as distributed_module
-from engine.checkpoint import WEIGHTS_FILE, load_checkpoint, lock_run_folder
+from engine.checkpoint import WEIGHTS_FILE, load_checkpoint
 from engine.distributed import Distributed, GracefulShutdown, is_restarted
+from engine.run_folder import lock_run_folder
 from model import GPT, GPTConfig
 from tests.conftest import ROOT, make_tiny_flags, prepare_tiny_dataset
 from tests.processes import run_torchrun, run_train, start_job, start_with_launcher
@@ -124,8 +125,8 @@ def test_each_attempt_at_a_job_has_its_own_name():
     store, names = torch.distributed.HashStore(), []
     for _ in range(2):
         with ThreadPoolExecutor() as pool:
-            agree = partial(distributed_module.agree_on_attempt, store, world_size=3)
-            of_attempt = set(pool.map(agree, (2, 0, 1), timeout=30))
+            name_of = partial(distributed_module.name_this_attempt, store, world_size=3)
+            of_attempt = set(pool.map(name_of, (2, 0, 1), timeout=30))
         assert len(of_attempt) == 1
         names += of_attempt
     assert len(set(names)) == 2
@@ -153,39 +154,39 @@ def test_processes_that_share_a_gpu_are_refused(monkeypatch):
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_first_signal_requests_a_stop_and_the_second_exits(signum, status):
     before = signal.getsignal(signum)
-    with GracefulShutdown() as shutdown:
-        assert not shutdown.requested(Distributed())
+    with GracefulShutdown(Distributed()) as shutdown:
+        assert not shutdown.agree()
         os.kill(os.getpid(), signum)
-        assert shutdown.requested(Distributed()) and shutdown.exit_status == status
+        assert shutdown.agree() and shutdown.exit_status == status
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signum)
     assert signal.getsignal(signum) is before
 
 
 def test_first_ctrl_c_says_what_happens_next(capfd):
-    with GracefulShutdown():
+    with GracefulShutdown(Distributed()):
         os.kill(os.getpid(), signal.SIGINT)
         expected = "finishing this step, then saving; press Ctrl-C again to exit at once\n"
         assert capfd.readouterr().err.lstrip() == expected
-    with GracefulShutdown():
+    with GracefulShutdown(Distributed()):
         os.kill(os.getpid(), signal.SIGTERM)
         assert capfd.readouterr().err == ""
 
 
 def test_ctrl_c_with_a_closed_terminal_still_stops_cleanly(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
-    with GracefulShutdown() as shutdown:
+    with GracefulShutdown(Distributed()) as shutdown:
         os.kill(os.getpid(), signal.SIGINT)
-        assert shutdown.requested(Distributed())
+        assert shutdown.agree()
 
 
 def test_closed_terminal_requests_a_stop_however_often_sighup_arrives():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        with GracefulShutdown() as shutdown:
+        with GracefulShutdown(Distributed()) as shutdown:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGHUP)
-            assert shutdown.requested(Distributed()) and shutdown.exit_status == 129
+            assert shutdown.agree() and shutdown.exit_status == 129
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -196,9 +197,9 @@ def test_signals_that_the_parent_ignored_stay_ignored(name):
     signum = getattr(signal, name)
     before = signal.signal(signum, signal.SIG_IGN)
     try:
-        with GracefulShutdown() as shutdown:
+        with GracefulShutdown(Distributed()) as shutdown:
             os.kill(os.getpid(), signum)
-            assert not shutdown.requested(Distributed())
+            assert not shutdown.agree()
         assert signal.getsignal(signum) == signal.SIG_IGN
     finally:
         signal.signal(signum, before)
@@ -206,16 +207,16 @@ def test_signals_that_the_parent_ignored_stay_ignored(name):
 
 def test_signal_during_the_all_reduce_counts_at_the_next_step(monkeypatch):
     dist = Distributed()
-    with GracefulShutdown() as shutdown:
+    with GracefulShutdown(dist) as shutdown:
 
         def all_reduce_max(status):
             os.kill(os.getpid(), signal.SIGTERM)
             return status
 
         monkeypatch.setattr(dist, "all_reduce_max", all_reduce_max)
-        assert not shutdown.requested(dist)  # the other processes do not know yet
+        assert not shutdown.agree()  # the other processes do not know yet
         monkeypatch.setattr(dist, "all_reduce_max", lambda status: status)
-        assert shutdown.requested(dist)
+        assert shutdown.agree()
         assert shutdown.exit_status == 143
 
 
@@ -228,8 +229,8 @@ def test_main_process_says_that_torchrun_died_if_another_process_noticed_first(m
         return 143
 
     monkeypatch.setattr(dist, "all_reduce_max", all_reduce_max)
-    with GracefulShutdown() as shutdown:
-        assert shutdown.requested(dist) and shutdown.exit_status == 143
+    with GracefulShutdown(dist) as shutdown:
+        assert shutdown.agree() and shutdown.exit_status == 143
     assert capfd.readouterr().err.count("torchrun has died: saving, then exiting") == 1
 
 
@@ -294,8 +295,8 @@ def test_error_of_the_main_process_is_printed_once():
     assert result.stderr.count("no such dataset") == result.stderr.count("\n") == 1
 
 
-def print_gradient_syncs() -> None:
-    """Run two training steps of 4 micro-batches, and count what DDP sends."""
+def print_exchanges() -> None:
+    """Run two training steps of 4 micro-batches, and count what the processes send."""
     with Distributed() as dist:
         model = GPT(GPTConfig(block_size=8, vocab_size=13, n_layer=1, n_head=1, n_embd=8))
         ddp_model = dist.wrap_ddp(model, torch.device("cpu"))
@@ -310,18 +311,23 @@ def print_gradient_syncs() -> None:
         device = train.choose_device("cpu", "float32")
         optimizer = train.make_optimizer(model, config, device.dtype)
         idx = torch.arange(8).view(1, 8)
+        all_reduce, calls = torch.distributed.all_reduce, []
+        torch.distributed.all_reduce = lambda *args, **kwargs: (
+            calls.append(1) or all_reduce(*args, **kwargs)
+        )
         for step in range(2):
             batches = iter([(idx, idx + 1)] * 2)
-            parts = (batches, config, step, device, dist)
+            parts = (batches, config, step, device, dist, GracefulShutdown(dist))
             train.train_step(ddp_model, optimizer, device.grad_scaler(), *parts)
-        print(f"{sum(sent)} gradient syncs", flush=True)
+        print(f"{len(calls)} exchanges, {sum(sent)} of them of gradients", flush=True)
 
 
-def test_gradients_are_sent_once_per_step():
-    """Of two micro-batches in each process, only the last backward pass sends gradients."""
-    result = start_job(print_gradient_syncs, n_processes=2).wait()
+def test_a_step_has_one_exchange_of_gradients_and_one_of_numbers():
+    """Of two micro-batches in each process, only the last backward pass sends gradients. Loss and
+    signals travel together."""
+    result = start_job(print_exchanges, n_processes=2).wait()
     assert result.exit_codes == [0, 0], result.stderr
-    assert result.stdout == "2 gradient syncs\n" * 2
+    assert result.stdout == "4 exchanges, 2 of them of gradients\n" * 2
 
 
 # --- The same numbers ---
@@ -414,7 +420,7 @@ def run_train_with_faults(faults: dict[int, tuple[int, int]], *flags: str) -> No
             os.kill(os.getpid(), signum)
 
     def train_step_with_fault(*args):
-        *_, step, _, dist = args
+        *_, step, _, dist, _ = args
         raise_signal(dist.rank, step)
         return train_step(*args)
 

@@ -4,6 +4,7 @@ The tests need Chromium from the system's packages (Debian: apt install chromium
 playwright. Without them, they are skipped and say so; the tests of the Python side always run.
 """
 
+import base64
 import json
 import re
 import shutil
@@ -15,25 +16,29 @@ import torch
 
 import explain
 from data.prepare import split_text, write_dataset
-from data.tokenizer import CharTokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer
 from engine.checkpoint import load_model, save_model, save_tokenizer
 from engine.inference import sampling_probs
+from engine.log_file import COLUMNS, write_log
 from model import GPT, GPTConfig, attention_weights
+from tests import hub_server
 from tests.conftest import assert_one_line_error
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\n"
 TEXT = "ROMEO: but soft,\nwhat light!\té🙂 " + HOSTILE + "</script>&amp;"
 
 
-def make_model_folder(folder: Path, text: str = TEXT, **sizes: int) -> Path:
+def make_model_folder(
+    folder: Path, text: str = TEXT, tokenizer=None, step: int | None = None, **sizes: int
+) -> Path:
     """A model with random weights that are large enough for attention to differ."""
-    tokenizer = CharTokenizer.from_text(text)
+    tokenizer = tokenizer or CharTokenizer.from_text(text)
     sizes = {"block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 32} | sizes
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    save_model(model, folder)
+    save_model(model, folder, step=step)
     save_tokenizer(tokenizer, folder, sizes["block_size"])
     return folder
 
@@ -44,11 +49,25 @@ def page_data(page: Path) -> dict:
 
 
 def decode(encoded: dict) -> np.ndarray:
-    import base64
-
     if "float32" in encoded:
         return np.frombuffer(base64.b64decode(encoded["float32"]), "<f4")
     return np.frombuffer(base64.b64decode(encoded["int16"]), "<i2") * encoded["scale"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """A run of 300 steps with a snapshot every 100; the best weights are those of step 200."""
+    torch.manual_seed(0)
+    folder = make_model_folder(tmp_path_factory.mktemp("page") / "run", step=200)
+    shutil.copytree(folder, folder / "step_000200")
+    for step in (100, 300):
+        make_model_folder(folder / f"step_{step:06}", step=step)
+    settings = {"dataset": "none", "max_iters": 300, "n_layer": 2, "init_from": "scratch"}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    rows = [dict.fromkeys(COLUMNS) | {"step": 100, "val_loss": 2.5}]
+    rows += [dict.fromkeys(COLUMNS) | {"step": 200, "val_loss": 2.0}]
+    write_log(folder / "log.csv", rows)
+    return folder
 
 
 # --- Without a browser ---
@@ -82,22 +101,24 @@ def test_the_numbers_of_the_page_are_those_of_the_model(tmp_path, call):
 @pytest.mark.parametrize(
     ("token", "shown"),
     [
-        (b" the\n", "␣the↵"), ("é🙂".encode(), "é🙂"), (b"\xe2\x80", "<E2><80>"), (b"\t\r", "⇥␍"),
+        (b" the\n", "␣the↵"), ("é🙂".encode(), "é🙂"), (b"\xe2\x80", "<E2><80>"),
+        (b"\t\r", "⇥<CR>"), (b" \xf0\x9f", "␣<F0><9F>"), ("é".encode() + b"\xe2", "é<E2>"),
         (b"a\x00", "a<U+0000>"), ("\u202e".encode(), "<U+202E>"), (b"", ""),
+        ("\u0301".encode(), "◌\u0301"), ("e\u0301".encode(), "e\u0301"),
+        ("\u2764\ufe0f".encode(), "\u2764<U+FE0F>"),
     ],
 )  # fmt: skip
 def test_special_characters_are_shown_clearly(token, shown):
     assert explain.visible(token) == shown
 
 
-def test_no_text_can_end_the_data_element(tmp_path, call):
-    folder = make_model_folder(tmp_path / "model")
-    output = tmp_path / "page.html"
-    call(explain, f"--init_from={folder}", f"--start={TEXT}", f"--output={output}")
-    html = output.read_text(encoding="utf-8")
+def test_no_token_can_end_the_data_element(tmp_path):
+    data = {"title": HOSTILE, "vocab": {"0": "</script>", "1": "<!--<script>", "2": "\\u003c"}}
+    explain.write_page(data, tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert html.count("</script>") == 2  # of the data, and of the program
-    data = page_data(output)
-    assert "".join(data["vocab"][str(i)] for i in data["ids"]).startswith("ROMEO:␣but␣soft,↵what")
+    assert html.count("<script") == 2 and "<!--" not in html
+    assert page_data(tmp_path / "page.html") == data
 
 
 def test_without_start_the_page_shows_the_validation_text(tmp_path, call):
@@ -105,7 +126,9 @@ def test_without_start_the_page_shows_the_validation_text(tmp_path, call):
     folder = make_model_folder(tmp_path / "run", text)
     splits = split_text(text, 0.2)
     write_dataset(tmp_path / "letters", CharTokenizer.from_text(text), splits, {"source": "test"})
-    (folder / "settings.json").write_text(json.dumps({"dataset": str(tmp_path / "letters")}))
+    settings = {"max_iters": 1, "n_layer": 2, "init_from": "scratch"}
+    settings["dataset"] = str(tmp_path / "letters")
+    (folder / "settings.json").write_text(json.dumps(settings))
     assert call(explain, f"--out_dir={folder}", "--max_tokens=30").returncode == 0
     data = page_data(folder / "explain.html")
     shown = "".join(data["vocab"][str(i)] for i in data["ids"])
@@ -126,24 +149,81 @@ def test_texts_that_cannot_be_shown_are_refused_or_cut(tmp_path, call):
         assert_one_line_error(call(explain, source, output, *flags), words)
 
 
-def test_pages_are_small(tmp_path, call):
-    """2 MB for 128 tokens at 4 layers and 4 heads; 5 MB for 64 tokens at GPT-2's sizes."""
+def test_a_page_of_128_tokens_has_at_most_2_megabytes(tmp_path, call):
     text = "".join(map(chr, range(32, 97))) * 2
-    folder = make_model_folder(
-        tmp_path / "char", text, block_size=128, n_layer=4, n_head=4, n_embd=128
-    )
-    output = tmp_path / "page.html"
+    sizes = {"block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128}
+    folder, output = make_model_folder(tmp_path / "model", text, **sizes), tmp_path / "page.html"
+    for step in range(1, 6):  # a training run with five snapshots: not all of them fit into it
+        make_model_folder(folder / f"step_{step}", text, step=step, **sizes)
     flags = [f"--output={output}", "--max_tokens=128", f"--start={text[:128]}"]
     assert call(explain, f"--init_from={folder}", *flags).returncode == 0
     assert len(page_data(output)["ids"]) == 128
-    assert output.stat().st_size < 2e6
-    characters = "".join(map(chr, range(0x10000, 0x10000 + 50_257)))  # as many as GPT-2's tokens
-    folder = make_model_folder(
-        tmp_path / "gpt2", characters, block_size=64, n_layer=12, n_head=12, n_embd=768 // 4
-    )
-    flags = [f"--output={output}", f"--start={characters[:64]}"]
-    assert call(explain, f"--init_from={folder}", *flags).returncode == 0
-    assert output.stat().st_size < 5e6
+    assert len(page_data(output)["checkpoints"]) > 1
+    assert output.stat().st_size <= 2e6
+
+
+def test_a_page_of_gpt2_from_the_hub_has_at_most_5_megabytes(gpt2, tmp_path, call, monkeypatch):
+    """GPT-2's layers and heads; a quarter of its channels, and its first 2,048 tokens.
+
+    The page shows 16 channels of a value and 1,000 tokens of a vocabulary, so the size of the file
+    does not depend on the other ones.
+    """
+    ranks = {token: i for token, i in gpt2.mergeable_ranks.items() if i < 2048}
+    tokenizer, sizes = BPETokenizer(ranks, 2048), {"n_layer": 12, "n_head": 12, "n_embd": 768 // 4}
+    folder = make_model_folder(tmp_path / "gpt2", tokenizer=tokenizer, **sizes)
+    output, text = tmp_path / "page.html", "The quick brown 🦊 jumps over 3 naïve dogs.\n" * 9
+    with hub_server.HubServer() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        hub.add_folder("openai-community/gpt2", folder)
+        result = call(explain, "--init_from=gpt2", f"--start={text}", f"--output={output}")
+    assert result.returncode == 0, result.stderr
+    assert "first 64 of" in result.stdout and "computing gpt2" in result.stdout
+    data = page_data(output)
+    assert (data["title"], data["n_layer"], data["n_head"]) == ("gpt2", 12, 12)
+    shown = [data["vocab"][str(i)] for i in data["ids"]]
+    assert "".join(shown).startswith("The␣quick␣brown␣<F0><9F><A6><8A>␣jumps")
+    assert {"The", "␣qu"} <= set(shown)  # tokens of several characters
+    assert len(data["ids"]) == 64
+    assert 2e6 < output.stat().st_size <= 5e6
+
+
+def test_snapshots_are_shown_in_the_order_of_steps_and_the_best_weights_once(run_folder):
+    checkpoints = explain.choose_checkpoints(run_folder, max_snapshots=7)
+    names = {step: path.name for step, path in checkpoints.items()}
+    assert list(names.items()) == [(100, "step_000100"), (200, "run"), (300, "step_000300")]
+    labels = [explain.checkpoint_label(step, run_folder, step == 200) for step in checkpoints]
+    assert labels == [
+        "step 100 of 300, validation loss 2.5000",
+        "step 200 of 300, validation loss 2.0000 (best weights)",
+        "step 300 of 300, not evaluated",
+    ]
+
+
+def test_the_page_of_one_snapshot_names_its_step_and_loss(run_folder, tmp_path, call):
+    output = tmp_path / "page.html"
+    flags = [f"--out_dir={run_folder / 'step_000100'}", f"--start={TEXT[:9]}"]
+    assert call(explain, *flags, f"--output={output}").returncode == 0
+    labels = [checkpoint["label"] for checkpoint in page_data(output)["checkpoints"]]
+    assert labels == ["step 100 of 300, validation loss 2.5000"]
+
+
+def test_of_many_snapshots_the_first_the_last_and_some_between_are_shown(tmp_path, monkeypatch):
+    for step in range(1, 14):
+        (tmp_path / f"step_{step}").mkdir()
+        (tmp_path / f"step_{step}" / "model.safetensors").touch()
+    steps = {path: int(path.name[5:]) for path in tmp_path.glob("step_*")} | {tmp_path: 8}
+    monkeypatch.setattr(explain, "saved_step", steps.get)
+    assert list(explain.choose_checkpoints(tmp_path, 4)) == [1, 5, 8, 9, 13]
+    assert list(explain.choose_checkpoints(tmp_path, 12)) == list(range(1, 14))
+
+
+def test_printed_lines_fit_80_columns(run_folder, call):
+    """The path of the file can be longer; it stands alone on the last line."""
+    result = call(explain, f"--out_dir={run_folder}", f"--start={TEXT * 9}", "--max_tokens=9")
+    *lines, last = result.stdout.splitlines()
+    assert last.strip() == (run_folder / "explain.html").as_uri()
+    lines = [line.replace(str(run_folder), "out/shakespeare_char") for line in lines]
+    assert len(lines) == 5 and max(map(len, lines)) <= 80, lines
 
 
 # --- In the browser ---
@@ -165,16 +245,6 @@ def browser():
         browser = p.chromium.launch(executable_path=executable, args=args)
         yield browser
         browser.close()
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """A run with two snapshots."""
-    torch.manual_seed(0)
-    folder = make_model_folder(tmp_path_factory.mktemp("page") / "run")
-    for step in (100, 200):
-        make_model_folder(folder / f"step_{step:06}")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -215,18 +285,30 @@ def open_page(browser):
     assert messages == []
 
 
+def residual_streams(folder: Path, ids: list[int]) -> list[torch.Tensor]:
+    """After the embedding and after each block, (1, T, C) each."""
+    transformer = load_model(folder).transformer
+    streams = [transformer.wte(torch.tensor([ids])) + transformer.wpe(torch.arange(len(ids)))]
+    for block in transformer.h:
+        streams.append(block(streams[-1]).detach())
+    return streams
+
+
+def attention(folder: Path, ids: list[int]) -> list[torch.Tensor]:
+    """The weights of each layer, (n_head, T, T) each."""
+    blocks = load_model(folder).transformer.h
+    pairs = zip(blocks, residual_streams(folder, ids), strict=False)
+    tables = [attention_weights(*block.attn.qkv(block.ln_1(x))[:2])[0] for block, x in pairs]
+    return [table.detach() for table in tables]
+
+
 def test_attention_in_the_page_equals_attention_weights(open_page, page_file, run_folder):
     page, data = open_page(page_file), page_data(page_file)
-    model, idx = load_model(run_folder), torch.tensor([page_data(page_file)["ids"]])
-    x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(idx.size(1)))
-    for layer, block in enumerate(model.transformer.h):
-        q, k, _ = block.attn.qkv(block.ln_1(x))
-        expected = attention_weights(q, k)[0]
+    for layer, expected in enumerate(attention(run_folder, data["ids"])):
         for head in range(data["n_head"]):
             for t in (0, 7, 31):
                 row = page.evaluate(f"attentionWeights({layer}, {head}, {t})")
                 assert row == pytest.approx(expected[head, t, : t + 1].tolist(), abs=1e-3)
-        x = block(x)
 
 
 @pytest.mark.parametrize("max_logits", [1000, 6])
@@ -246,7 +328,7 @@ def test_sliders_reshape_probabilities_as_sampling_does(
         probs = sampling_probs(logits, temperature, top_k, top_p)
         for t in (0, 20):
             shown = page.evaluate(f"samplingProbs({t}, {temperature}, {top_k}, {top_p})")
-            ids = data["checkpoints"][-1]["logit_ids"][t]
+            ids = data["checkpoints"][1]["logit_ids"][t]  # the best weights
             assert len(shown) == len(ids) == min(max_logits, logits.size(1))
             if top_p < 1 and sum(probs[t, ids] > 0) == len(ids) < logits.size(1):
                 continue  # the nucleus ends among tokens that the page does not have one by one
@@ -266,29 +348,134 @@ def test_clicks_and_keys_change_what_they_should(open_page, page_file):
     page.keyboard.press("h")
     assert "layer 2 of 2, head 2 of 2" in page.inner_text(".current-head >> nth=0")
     page.keyboard.press("H")
+    page.keyboard.press("L")
+    assert "layer 1 of 2, head 1 of 2" in page.inner_text(".current-head >> nth=0")
     page.click('#heads button[data-layer="0"][data-head="1"]')
     assert "layer 1 of 2, head 2 of 2" in page.inner_text(".current-head >> nth=0")
-    assert (
-        page.get_attribute('#heads button[data-layer="0"][data-head="1"]', "aria-pressed") == "true"
+    button = page.locator('#heads button[data-layer="0"][data-head="1"]')
+    assert button.get_attribute("aria-pressed") == "true"
+    page.click('#graph text[data-position="2"]')
+    assert page.evaluate("state.position") == 2
+    page.click("#table", position={"x": 5, "y": 300})
+    assert page.evaluate("state.position") == int(300 / (420 // 50))
+
+
+def test_in_a_slider_arrows_move_the_slider_and_letters_still_work(open_page, page_file):
+    page = open_page(page_file)
+    for slider in ("temperature", "top-k", "top-p", "checkpoint"):
+        page.focus(f"#{slider}")
+        before, position = page.input_value(f"#{slider}"), page.evaluate("state.position")
+        page.keyboard.press("ArrowLeft")
+        assert float(page.input_value(f"#{slider}")) < float(before)
+        assert page.evaluate("state.position") == position
+    page.keyboard.press("l")
+    assert page.evaluate("state.layer") == 1
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("state.position") == position - 1
+
+
+def test_heads_are_numbered_from_1_above_their_tables(open_page, page_file):
+    page = open_page(page_file)
+    centers = "nodes => nodes.map(n => n.getBoundingClientRect()).map(b => b.left + b.width / 2)"
+    assert page.locator("#heads .number").all_inner_texts() == ["1", "2"]
+    assert page.locator("#heads .head-row > span:first-child").all_inner_texts() == [
+        "head", "layer 1", "layer 2",
+    ]  # fmt: skip
+    numbers = page.eval_on_selector_all("#heads .number", centers)
+    tables = page.eval_on_selector_all('#heads button[data-layer="1"]', centers)
+    assert numbers == pytest.approx(tables, abs=1)
+
+
+def test_the_table_of_weights_is_labeled_and_names_the_cell_under_the_mouse(
+    open_page, page_file, run_folder
+):
+    page, data = open_page(page_file), page_data(page_file)
+    assert "weight 0" in page.inner_text("#scale") and "100%" in page.inner_text("#scale")
+    assert "token that sends" in page.inner_text(".axis-x")
+    assert "token that receives" in page.inner_text(".axis-y")
+    names = [data["vocab"][str(i)] for i in data["ids"]]
+    size = 420 // len(names)  # pixels of a cell
+    weight = attention(run_folder, data["ids"])[0][0, 40, 3].item()
+    page.hover("#table", position={"x": 3.5 * size, "y": 40.5 * size})
+    assert re.fullmatch(
+        rf"{names[40]}\s\(40\) attends to {names[3]}\s\(3\) with the weight (.*)%",
+        page.inner_text("#cell"),
     )
-    rows = page.locator("#message tr").count()
-    assert rows == 9  # a header, seven tokens, the sum
-    page.click('.token[data-position="30"]')
+    shown = float(page.inner_text("#cell").split()[-1].strip("<%"))
+    assert shown == pytest.approx(100 * weight, abs=0.1)
+    assert page.locator(".token.hovered").get_attribute("data-position") == "3"
+    cell, table = (page.locator(s).bounding_box() for s in ("#cell-box", "#table"))
+    assert cell["x"] - table["x"] == pytest.approx(3 * size, abs=1)
+    assert cell["y"] - table["y"] == pytest.approx(40 * size, abs=1)
+    page.hover("#table", position={"x": 40.5 * size, "y": 3.5 * size})
+    assert "cannot attend" in page.inner_text("#cell")
+    page.hover('.token[data-position="7"]')
+    page.evaluate("select({ position: 9 })")
+    assert re.match(r"..\(9\) attends to .*\(7\)", page.inner_text("#cell"))
+    pixels = page.evaluate("""() => {
+        const image = $("table").getContext("2d").getImageData(0, 0, T, T).data;
+        return [[40, 3], [3, 40]].map(([t, s]) => [...image.slice(4 * (t * T + s)).slice(0, 4)]);
+    }""")
+    blue = [8, 81, 156]  # on white; the square root makes small weights visible
+    expected = [round(255 + (c - 255) * weight**0.5) for c in blue]
+    assert pixels[0] == pytest.approx([*expected, 255], abs=2)
+    assert pixels[1][3] == 0  # the future: nothing is drawn
+
+
+def test_the_arcs_of_the_graph_are_as_wide_as_the_weights(open_page, page_file, run_folder):
+    page, data = open_page(page_file), page_data(page_file)
+    page.evaluate("select({ position: 30, layer: 1, head: 1 })")
+    weights = attention(run_folder, data["ids"])[1][1, 30, :31].tolist()
+    widths = page.eval_on_selector_all(
+        "#graph path",
+        "arcs => arcs.map(a => [+a.dataset.position, +a.getAttribute('stroke-width')])",
+    )
+    assert [s for s, _ in widths] == [s for s, w in enumerate(weights) if w >= 0.002]
+    assert [w for _, w in widths] == pytest.approx(
+        [max(0.5, 12 * weights[s]) for s, _ in widths], abs=0.02
+    )
+    largest = max(range(31), key=weights.__getitem__)
+    assert page.inner_text("#largest").split("(")[1].startswith(f"{largest})")
+    page.hover(f'.token[data-position="{largest}"]')
+    opaque = page.locator('#graph path[stroke-opacity="1"]')
+    assert opaque.get_attribute("data-position") == str(largest)
+
+
+def test_the_numbers_of_a_message_equal_the_models(open_page, page_file, run_folder):
+    page, data = open_page(page_file), page_data(page_file)
+    page.evaluate("select({ position: 30, layer: 1, head: 0 })")
+    assert page.locator("#message tr").count() == 10  # a header, eight tokens, the sum
     page.click("#more")
     assert page.locator("#message tr").count() == 33
-    page.hover("#table", position={"x": 5, "y": 300})
-    assert "←" in page.inner_text("#cell")
-    assert page.locator(".token.hovered").count() == 1
-    page.hover("#table", position={"x": 400, "y": 5})
-    assert "the future" in page.inner_text("#cell")
+    model, (x, _) = load_model(run_folder), residual_streams(run_folder, data["ids"])[1:]
+    block = model.transformer.h[1]
+    q, k, v = (part[0, 0].detach() for part in block.attn.qkv(block.ln_1(x)))
+    scores = k[:31] @ q[30]
+    weights = (scores / 16**0.5).softmax(0)  # head_dim is 32 / 2 = 16
+    for row in page.locator("#message tr[data-position]").all()[:5]:
+        token, *numbers, _ = row.locator("td").all_inner_texts()
+        s = int(numbers[0])
+        assert token == data["vocab"][str(data["ids"][s])]
+        shown = [float(number.strip("%")) for number in numbers[1:]]
+        assert shown[0] == pytest.approx(scores[s].item(), abs=0.02)
+        assert shown[1] == pytest.approx(scores[s].item() / 4, abs=0.01)
+        assert shown[2] == pytest.approx(100 * weights[s].item(), abs=0.1)
+    message = page.get_attribute("#message tr.summary .cells", "title")
+    expected = (weights[:, None] * v[:31]).sum(0).tolist()
+    assert [float(x) for x in message.split(", ")] == pytest.approx(expected, abs=0.02)
 
 
 def test_the_prediction_table_marks_the_actual_next_token(open_page, page_file, run_folder):
     page, data = open_page(page_file), page_data(page_file)
     page.click('.token[data-position="9"]')
-    row = page.locator("#prediction tr.actual")
-    assert data["vocab"][str(data["ids"][10])] in row.inner_text()
+    row, actual = page.locator("#prediction tr.actual"), data["ids"][10]
+    assert data["vocab"][str(actual)] in row.inner_text()
     logits = load_model(run_folder)(torch.tensor([data["ids"]]))[0, 9]
+    rank = int((logits > logits[actual]).sum()) + 1
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(actual)).item()
+    assert f"rank {rank}, " in page.inner_text("#actual")
+    assert f"loss {loss:.2f}." in page.inner_text("#actual")
     page.evaluate('document.getElementById("top-k").value = 2')
     page.dispatch_event("#top-k", "input")
     page.evaluate('document.getElementById("temperature").value = 4')  # 0.5
@@ -297,25 +484,56 @@ def test_the_prediction_table_marks_the_actual_next_token(open_page, page_file, 
     expected = sampling_probs(logits[None], temperature=0.5, top_k=2).max().item()
     assert float(first.get_attribute("data-probability")) == pytest.approx(expected, abs=1e-4)
     assert page.inner_text("#top-k-value") == "2"
+    page.click(f'.token[data-position="{len(data["ids"]) - 1}"]')
+    assert "The text ends here" in page.inner_text("#actual")
 
 
-def test_the_training_slider_shows_earlier_weights(open_page, page_file, run_folder):
+def test_the_page_says_from_which_layer_on_the_final_prediction_is_the_likeliest(
+    open_page, page_file, run_folder
+):
+    page, data = open_page(page_file), page_data(page_file)
+    model = load_model(run_folder)
+    streams = residual_streams(run_folder, data["ids"])
+    first = [model.lm_head(model.transformer.ln_f(x))[0].argmax(-1) for x in streams]
+    seen = set()
+    for t in range(0, len(data["ids"]), 3):
+        page.evaluate(f"select({{ position: {t} }})")
+        changes = [i for i in (1, 2) if first[i][t] != first[i - 1][t]]
+        since = max(changes, default=0)
+        words = "after the embedding" if since == 0 else f"from layer {since} on"
+        assert words in page.inner_text("#sure")
+        seen.add(since)
+    assert {1, 2} <= seen
+    rows = page.locator("#layers tr td:first-child").all_inner_texts()
+    assert rows == ["embedding", "layer 1", "layer 2"]
+
+
+def test_the_training_slider_shows_earlier_weights_and_their_loss(open_page, page_file):
     page = open_page(page_file)
-    assert page.inner_text("#checkpoint-label") == "best weights"
-    final = page.evaluate("attentionWeights(0, 0, 9)")
-    page.evaluate('document.getElementById("checkpoint").value = 0')
-    page.dispatch_event("#checkpoint", "input")
-    assert page.inner_text("#checkpoint-label") == "step 100"
+    assert page.inner_text("#checkpoint-label").endswith("validation loss 2.0000 (best weights)")
+    best = page.evaluate("attentionWeights(0, 0, 9)")
+    page.focus("#checkpoint")
+    page.keyboard.press("ArrowLeft")
+    assert page.inner_text("header output") == "step 100 of 300, validation loss 2.5000"
+    assert "2.0000" not in page.inner_text("header")
     early = page.evaluate("attentionWeights(0, 0, 9)")
-    assert max(abs(a - b) for a, b in zip(early, final, strict=True)) > 0.01
+    assert max(abs(a - b) for a, b in zip(early, best, strict=True)) > 0.01
 
 
-def test_texts_with_html_do_nothing(open_page, tmp_path):
-    page = open_page(write_page(make_model_folder(tmp_path / "model"), TEXT[30:90]))
+def test_tokens_with_html_do_nothing(open_page, page_file, tmp_path):
+    data = page_data(page_file)
+    data["title"] = HOSTILE
+    data["vocab"] = {id_: f"{HOSTILE}{token}" for id_, token in data["vocab"].items()}
+    for checkpoint in data["checkpoints"]:
+        checkpoint["label"] = HOSTILE
+    explain.write_page(data, tmp_path / "page.html")
+    page = open_page(tmp_path / "page.html")
     page.keyboard.press("ArrowRight")
+    page.hover('.token[data-position="1"]')
+    page.hover("#table")
     assert page.evaluate("window.hacked") is None
-    assert page.locator("#text script, #text img").count() == 0
-    assert "<script>" in page.inner_text("#text").replace("\n", "")
+    assert page.locator("img, body script").count() == 2  # the data and the program
+    assert "<script>window.hacked" in page.inner_text("#text")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -323,6 +541,13 @@ def test_texts_with_html_do_nothing(open_page, tmp_path):
 def test_the_page_fits_the_screen_and_is_readable(open_page, page_file, theme, width, height):
     page = open_page(page_file, width, height, theme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # Only the graph may be scrolled sideways: a token is a node of it, however many there are.
+    too_wide = """[...document.querySelectorAll("main *")].filter((node) =>
+        !node.closest("#graph") && (node.getBoundingClientRect().right > innerWidth ||
+        getComputedStyle(node).overflowX === "auto" && node.scrollWidth > node.clientWidth + 1)
+        ).map((node) => node.id || node.className || node.tagName)"""
+    page.evaluate("select({ position: 40, all: true })")
+    assert page.evaluate(too_wide) == []
     # Contrast of 4.5 (WCAG AA) for every token and for the notes.
     contrasts = page.evaluate("""() => {
         const rgb = (text) => text.match(/[\\d.]+/g).slice(0, 3).map(Number);

@@ -34,9 +34,8 @@ import train
 from configurator import FolioError, run_main
 from data.files import atomic_write
 from engine import checkpoint, metrics
-from engine.checkpoint import (
-    CHECKPOINT_FILE, SETTINGS_FILE, WEIGHTS_FILE, load_checkpoint, load_model, prepare_out_dir,
-)  # fmt: skip
+from engine.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, load_checkpoint, load_model
+from engine.run_folder import SETTINGS_FILE, prepare_out_dir
 from tests.conftest import ROOT, assert_one_line_error, make_tiny_flags, prepare_tiny_dataset
 from tests.processes import Job, run_train, start
 from tests.test_train import assert_same_state, read_log, without_times
@@ -169,11 +168,13 @@ def train_with_phases(phase: Phase, flags: tuple[str, ...]) -> None:
 
         return wrapped
 
-    def train_step(model, optimizer, scaler, batches, config, step, device, dist):
+    def train_step(model, optimizer, scaler, batches, config, step, device, dist, shutdown):
         phase.begin("training")
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(step + 1)
+        if shutdown.local_exit_status():
+            shutdown.agree()
         return metrics.StepMetrics(1.0, 1.0, 1.0)
 
     def evaluate(model, *args):

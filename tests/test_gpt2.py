@@ -12,8 +12,9 @@ import transformers
 import sample
 import train
 from data.prepare import split_text, write_dataset
-from engine.checkpoint import WEIGHTS_FILE, load_model, load_model_and_tokenizer
-from engine.checkpoint import save_model, save_tokenizer
+from engine.checkpoint import (
+    WEIGHTS_FILE, load_model, load_model_and_tokenizer, save_model, save_tokenizer,
+)  # fmt: skip
 from model import GPT, GPTConfig
 from tests.conftest import assert_one_line_error
 from tests.hub_server import HubServer, use_hub
@@ -160,7 +161,7 @@ def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gpt2") / "run"
     tokenizer = toy_bpe()
     model = GPT(GPTConfig(block_size=16, vocab_size=262, n_layer=1, n_head=1, n_embd=8))
-    save_model(model, folder, tokenizer.eos_token_id)
+    save_model(model, folder, tokenizer)
     save_tokenizer(tokenizer, folder, block_size=16)
     return folder
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -18,19 +19,28 @@ from engine.inference import (
     next_token_logits,
     packing_is_faster,
     packing_is_supported,
+    read_ids,
     sample_next_token,
     sampling_probs,
 )
 from model import GPT, GPTConfig
 from tests.conftest import VOCAB_SIZE
+from tests.test_device_placement import GPU as FAKE_GPU
+from tests.test_device_placement import FakeGPU
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TINY = GPTConfig(block_size=8, vocab_size=VOCAB_SIZE, n_layer=2, n_head=2, n_embd=16)
 
 
 @pytest.fixture
-def inference(model) -> InferenceModel:
-    return InferenceModel(model, dtype="float64")
+def inference(model, request) -> InferenceModel:
+    return InferenceModel(model, dtype="float64", static_cache=getattr(request, "param", False))
+
+
+# Computed as on a CPU, and as on CUDA
+both_caches = pytest.mark.parametrize(
+    "inference", [False, True], indirect=True, ids=["growing", "static"]
+)
 
 
 def seeded(seed: int = 1) -> torch.Generator:
@@ -46,9 +56,11 @@ def generate(inference: InferenceModel, idx: torch.Tensor, n: int, **options) ->
 # --- The same tokens as the simple form ---
 
 
+@both_caches
 @pytest.mark.parametrize("prompt_length", [1, 5, 8, 20])
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.8}, {"temperature": 2.0, "top_k": 3}, {"top_k": 1}]
+    "options",
+    [{}, {"temperature": 0.8}, {"temperature": 2.0, "top_k": 3}, {"top_k": 1}, {"top_k": 99}],
 )
 def test_generates_the_tokens_of_model_generate(model, inference, options, prompt_length):
     idx = torch.randint(VOCAB_SIZE, (3, prompt_length))
@@ -59,6 +71,7 @@ def test_generates_the_tokens_of_model_generate(model, inference, options, promp
         assert len(set(expected.flatten().tolist())) > 2
 
 
+@both_caches
 def test_generates_the_tokens_of_model_generate_for_rows_with_one_prompt(model, inference):
     idx = torch.randint(VOCAB_SIZE, (1, 5)).expand(3, -1)
     expected = model.generate(idx, 40, generator=seeded())[:, 5:]
@@ -66,6 +79,7 @@ def test_generates_the_tokens_of_model_generate_for_rows_with_one_prompt(model, 
     assert len(set(map(tuple, expected.tolist()))) == 3  # the rows become different
 
 
+@both_caches
 @pytest.mark.parametrize("overlap", [None, 0, 3, 7])
 @pytest.mark.parametrize("prompt_length", [1, 8, 20])
 def test_the_cache_changes_no_token(model, inference, overlap, prompt_length):
@@ -89,6 +103,18 @@ def test_a_step_with_the_cache_gives_the_logits_of_the_model(model, inference, t
     for t in range(5, 8):
         logits.append(next_token_logits(inference.weights, tokens[:, t : t + 1], cache))
     torch.testing.assert_close(torch.stack(logits, dim=1), model(tokens)[:, 4:])
+
+
+@both_caches
+def test_places_of_the_cache_without_a_token_are_never_used(inference, tokens, monkeypatch):
+    class CacheOfNaN(KVCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.kv.fill_(math.nan)
+
+    expected = generate(inference, tokens[:, :3], 20)
+    monkeypatch.setattr(inference_module, "KVCache", CacheOfNaN)
+    assert torch.equal(generate(inference, tokens[:, :3], 20), expected)
 
 
 def test_greedy_generation_takes_the_likeliest_token(model, inference, tokens):
@@ -159,6 +185,53 @@ def test_the_cache_is_no_longer_than_needed(inference, steps):
     generate(inference, torch.zeros(1, 2, dtype=torch.long), 30)
     assert {size for _, size in steps[:3]} == {5}
     assert {size for _, size in steps[3:]} == {8}
+
+
+# --- One step, compiled once, without waiting for the GPU ---
+
+
+def test_the_step_is_compiled_once_for_all_positions_and_prompts(model, monkeypatch):
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    inference = InferenceModel(model, dtype="float64", compile=True)
+    expected = InferenceModel(model, dtype="float64")
+    for prompt_length, n in ((1, 4), (5, 30), (20, 9)):
+        idx = torch.randint(VOCAB_SIZE, (3, prompt_length))
+        assert torch.equal(generate(inference, idx, n), generate(expected, idx, n))
+    assert len(graphs) == 1
+
+
+def test_no_step_waits_for_the_gpu(model):
+    inference = InferenceModel(model.to(FAKE_GPU), FAKE_GPU, "float32", static_cache=True)
+    with FakeGPU() as gpu:
+        ids = list(inference.generate(torch.zeros(2, 3, dtype=torch.long), 12, top_k=3))
+    assert {i.device for i in ids} == {FAKE_GPU}
+    assert gpu.reads == ["item"]  # before the first step: are the prompts of all rows equal?
+
+
+@pytest.mark.parametrize(
+    ("late", "expected"),
+    [(True, "compute compute read compute read read"), (None, 3 * "compute read ")],
+)
+def test_ids_are_read_while_the_next_step_runs(late, expected):
+    events = []
+
+    def steps():
+        for i in range(3):
+            events.append("compute")
+            yield torch.tensor([i, 10 + i])
+
+    ids = []
+    for step in read_ids(steps(), late):
+        ids.append(step)
+        events.append("read")
+    assert ids == [[0, 10], [1, 11], [2, 12]]
+    assert events == expected.split()
 
 
 # --- Beginning and end ---
@@ -264,22 +337,29 @@ def test_tokens_are_sampled_as_often_as_sampling_probs_says(options):
 )
 def test_sampling_gives_the_ids_of_torch_multinomial(options):
     logits, ours, theirs = 3 * torch.randn(7, 1000), seeded(), seeded()
+    ids = logits.sort(descending=True).indices[:, : options.get("top_k")]
+    if not options:
+        ids = torch.arange(1000).expand(7, -1)
+    probs = sampling_probs(logits, **options).gather(1, ids)
     for _ in range(5):
-        ids = sample_next_token(logits, generator=ours, **options)
-        expected = torch.multinomial(sampling_probs(logits, **options), 1, generator=theirs)
-        assert torch.equal(ids, expected[:, 0])
+        choice = torch.multinomial(probs, 1, generator=theirs)
+        expected = ids.gather(1, choice)[:, 0]
+        assert torch.equal(sample_next_token(logits, generator=ours, **options), expected)
 
 
-def test_the_noise_is_that_of_torch():
-    noise = exponential_noise(torch.zeros(3, 5000), None, seeded())
-    assert torch.equal(noise, torch.empty(3, 5000).exponential_(generator=seeded()))
-    ids = torch.tensor([[7, 2], [0, 1], [4999, 3]])
-    some = exponential_noise(torch.zeros(3, 5000), ids, seeded())
-    assert torch.equal(some, noise.gather(1, ids))
+@pytest.mark.parametrize("shape", [(3, 5000), (1, 200), (2, 3), (1, 1)])
+def test_the_noise_is_that_of_torch(shape):
+    noise = exponential_noise(torch.zeros(shape), seeded())
+    assert torch.equal(noise, torch.empty(shape).exponential_(generator=seeded()))
 
 
-def test_top_k_keeps_k_tokens_even_if_others_are_as_likely():
+def test_top_k_keeps_k_tokens_even_if_others_are_as_likely(model, tokens):
     assert len(set(sample_next_token(torch.zeros(4000, 4), top_k=2).tolist())) == 2
+    with torch.no_grad():
+        model.transformer.wte.weight.zero_()  # all tokens are equally likely
+    expected = model.generate(tokens, 20, top_k=2, generator=seeded())[:, 8:]
+    assert len(expected.unique()) == 2
+    assert torch.equal(generate(InferenceModel(model), tokens, 20, top_k=2), expected)
 
 
 def test_generation_with_a_generator_does_not_touch_the_global_one(inference, tokens):

@@ -12,11 +12,13 @@ import tiktoken
 import torch
 
 import data.bpe
-import engine.checkpoint
+import engine.run_folder
+import train
 from configurator import FolioError
+from data.dataset import training_batch
 from data.prepare import write_dataset
 from data.tokenizer import GPT2_SPLIT_PATTERN, CharTokenizer
-from engine.checkpoint import save_model, save_tokenizer
+from engine.checkpoint import load_checkpoint, save_model, save_tokenizer
 from engine.inference import sampling_probs
 from engine.optimizer import Muon, orthogonalize
 from lessons import (
@@ -31,8 +33,10 @@ from lessons import (
 )
 from model import GPT, CausalSelfAttention, GPTConfig
 from tests.conftest import ROOT, SHAKESPEARE, run_script
+from tests.test_train import start_training
 
 PLAY = (ROOT / "data" / "replacement.txt").read_text(encoding="utf-8")[:50_000]
+SYLLABUS = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8")
 LESSONS = sorted(path for path in (ROOT / "lessons").glob("*.py") if path.stem != "__init__")
 
 
@@ -76,9 +80,24 @@ def test_a_lesson_runs_as_a_file_from_any_folder_and_as_a_module(tmp_path, capsy
 
 
 def test_each_lesson_is_in_the_syllabus():
-    syllabus = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8")
     for path in LESSONS:
-        assert f"[{path.name}]({path.name})" in syllabus
+        assert f"[{path.name}]({path.name})" in SYLLABUS
+
+
+def test_no_word_is_twice_in_the_glossary():
+    rows = SYLLABUS.split("## Glossary")[1].split("|---|---|\n")[1].splitlines()
+    words = Counter(word.strip() for row in rows for word in re.split("[,()]", row.split("|")[1]))
+    words.pop("", None)
+    assert len(words) > 80
+    assert words.most_common(1)[0][1] == 1
+
+
+def test_each_exercise_changes_code_that_occurs_once_in_the_one_page():
+    source = Path(gpt_in_one_page.__file__).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+ \| `(.+?)` \| `.+?` \|", SYLLABUS, flags=re.MULTILINE)
+    assert len(rows) == 10
+    for code in rows:
+        assert source.count(code) == 1, code
 
 
 # --- attention.py ---
@@ -192,6 +211,22 @@ def test_one_page_generates_the_tokens_of_the_model():
     assert torch.equal(ours, model.generate(idx, 50))
 
 
+def test_one_page_trains_as_train_py_does(tiny_flags, tmp_path, call, monkeypatch):
+    """With AdamW in float64 and the same batches: the same weights after 20 steps."""
+    flags = (*tiny_flags, "--optimizer=adamw", "--dtype=float64", "--weight_decay=0")
+    flags = (*flags, "--max_iters=20", "--warmup_iters=1", "--eval_interval=20")
+    assert call(train, *flags).returncode == 0
+    run = start_training(*flags)
+    batches = iter([training_batch(run.dataset.train, 4, 8, 1337, step, 0) for step in range(20)])
+    monkeypatch.setattr(gpt_in_one_page, "random_batch", lambda ids: next(batches))
+    peak, betas = run.config.learning_rate, (run.config.beta1, run.config.beta2)
+    optimizer = torch.optim.AdamW(run.model.parameters(), peak, betas, weight_decay=0)
+    gpt_in_one_page.train(run.model, optimizer, torch.empty(0), steps=20)
+    trained = load_checkpoint(tmp_path / "run")["model"]
+    for name, parameter in run.model.state_dict().items():
+        torch.testing.assert_close(parameter, trained[name], rtol=1e-9, atol=1e-12)
+
+
 def test_one_page_trains_and_generates(capsys):
     val_loss = gpt_in_one_page.main(steps=40)
     assert val_loss < 3.0  # a guess: ln 60 = 4.1
@@ -265,6 +300,7 @@ def test_sampled_frequencies_are_the_probabilities(printed):
 def test_bpe_prints_what_it_claims(printed):
     bpe.main(num_merges=40)
     output = printed()
+    assert """ -> "We", "'ll", " go", ",", " 2", " of", " us\"""" in output
     assert "Equal merges and ids: True" in output
     assert "Decoded: What light through yonder window?" in output
 
@@ -314,6 +350,13 @@ def test_orthogonalize_equals_arithmetic_by_hand():
     torch.testing.assert_close(result, torch.tensor([[4.0, -1.0], [1.0, 4.0]]) / math.sqrt(17))
 
 
+def test_an_orthogonalized_tall_matrix_has_smaller_numbers():
+    """The example of muon(): 0.5 in a 4 x 4 matrix, 0.25 in 16 x 4."""
+    for rows, size in ((4, 0.5), (16, 0.25)):
+        numbers = optimizers.orthogonalize(torch.randn(rows, 4))
+        torch.testing.assert_close(numbers.square().mean().sqrt(), torch.tensor(size))
+
+
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (6, 6)])
 def test_orthogonalize_with_svd_is_close_to_that_of_the_strong_form(shape):
     matrix = torch.randn(shape, dtype=torch.float64)
@@ -321,7 +364,7 @@ def test_orthogonalize_with_svd_is_close_to_that_of_the_strong_form(shape):
     assert torch.linalg.svdvals(difference).max() < 0.2  # all singular values are in 0.8 ... 1.2
 
 
-@pytest.mark.parametrize("shape", [(7, 4), (4, 7)])
+@pytest.mark.parametrize("shape", [(28, 7), (4, 7)])  # 28 x 7: twice as large steps
 def test_muon_is_close_to_the_strong_form_for_several_steps(shape):
     ours, state = torch.randn(shape), {}
     theirs = ours.clone().requires_grad_()
@@ -350,10 +393,11 @@ def test_muon_learns_the_short_directions(printed):
 
 def test_ablations_runs(printed):
     losses = ablations.main(steps=4)
-    assert list(losses) == list(ablations.PARTS)
+    assert list(losses) == list(ablations.MODELS)
     output = printed()
-    for part in losses:
-        assert f"\n{part:11}" in output
+    for name in losses:
+        assert f"\n{name:24}" in "\n" + output
+        assert f"\n    {name:24}" in ablations.__doc__  # the measured table
 
 
 @torch.no_grad()
@@ -366,23 +410,23 @@ def test_ablated_models_lack_the_part_and_nothing_else():
     changed = idx.clone()
     changed[:, 8] = (idx[:, 8] + 1) % 65  # the last token
     equal_to_model, sees_the_future = [], []
-    for without in ablations.PARTS:
-        ablated = ablations.GPT(65, without)
+    for name in ablations.MODELS:
+        ablated = ablations.GPT(65, name)
         matrices = [parameter for parameter in ablated.parameters() if parameter.dim() == 2]
         sources = [parameter for parameter in model.parameters() if parameter.dim() == 2]
         gains = [parameter for parameter in ablated.parameters() if parameter.dim() == 1]
         gain_sources = [parameter for parameter in model.parameters() if parameter.dim() == 1]
         for ours, theirs in zip(matrices, sources, strict=True):
             ours.copy_(theirs)
-        for ours, theirs in zip(gains, gain_sources, strict=without != "layer norm"):
+        for ours, theirs in zip(gains, gain_sources, strict=name != "without layer norm"):
             ours.copy_(theirs)
         logits = ablated(idx)
         if torch.allclose(logits, model(idx), atol=1e-3):
-            equal_to_model.append(without)
+            equal_to_model.append(name)
         if not torch.allclose(ablated(changed)[:, :8], logits[:, :8], atol=1e-3):
-            sees_the_future.append(without)
-    assert equal_to_model == ["nothing", "warmup"]  # without warmup, only the training differs
-    assert sees_the_future == ["mask"]
+            sees_the_future.append(name)
+    assert equal_to_model == ["all parts", "without warmup"]  # warmup belongs to training
+    assert sees_the_future == ["without mask"]
 
 
 # --- in_context.py ---
@@ -418,11 +462,11 @@ def run_folder(tmp_path, monkeypatch):
     write_dataset(tmp_path / "lines", tokenizer, splits, {"source": "test"})
     folder = tmp_path / "run"
     model = GPT(GPTConfig(block_size=24, vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=12))
-    save_model(model, folder, tokenizer.eos_token_id)
+    save_model(model, folder, tokenizer)
     save_tokenizer(tokenizer, folder, block_size=24)
     settings = {"dataset": str(tmp_path / "lines"), "max_iters": 0, "n_layer": 1, "init_from": ""}
     (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-    monkeypatch.setattr(engine.checkpoint, "newest_run", lambda: folder)
+    monkeypatch.setattr(engine.run_folder, "newest_run", lambda: folder)
     return folder
 
 
@@ -448,7 +492,7 @@ def test_lessons_name_the_command_if_there_is_no_run(monkeypatch, capsys):
     def no_run() -> Path:
         raise FolioError("no trained model")
 
-    monkeypatch.setattr(engine.checkpoint, "newest_run", no_run)
+    monkeypatch.setattr(engine.run_folder, "newest_run", no_run)
     sampling.show_model()
     assert "python train.py config/shakespeare_char.py" in capsys.readouterr().out
     in_context.main(steps=1)

@@ -1,5 +1,6 @@
 """MetricsLogger: log.csv, progress, warnings; the banner and the summary; FLOPs and MFU."""
 
+import dataclasses
 import math
 import os
 import sys
@@ -51,6 +52,22 @@ def make_step(
 
 
 # --- log.csv ---
+
+
+def test_train_loss_is_the_mean_since_the_row_before_and_survives_a_restart(make_logger):
+    with make_logger() as logger:
+        for step, loss in ((1, 4.0), (2, 2.0), (3, 1.0)):
+            logger.state.step = step
+            logger.log_step(StepMetrics(loss, 1.0, 1e-3))
+            if step == 2:
+                logger.log_row()
+    assert logger.rows[-1]["train_loss"] == 3.0
+    saved = dataclasses.asdict(logger.state)
+    with make_logger() as resumed:
+        resumed.state = TrainState(**{**saved, "step": 4})
+        resumed.log_step(StepMetrics(0.5, 1.0, 1e-3))
+        resumed.log_row()
+    assert resumed.rows[-1]["train_loss"] == 0.75
 
 
 def test_log_rows_describe_the_state_after_a_step(make_logger, tmp_path):
@@ -316,7 +333,7 @@ def test_the_banner_warns_about_the_replacement_text():
 def run_folders(tmp_path, monkeypatch) -> Path:
     """A repository with the runs out/older and out/newer, as the working directory."""
     root = tmp_path / "a copy"
-    for module in ("metrics", "checkpoint"):
+    for module in ("metrics", "run_folder"):
         monkeypatch.setattr(f"engine.{module}.REPO_ROOT", root)
     for name, modified in (("older", 1e9), ("newer", 2e9)):
         weights = root / "out" / name / "model.safetensors"

@@ -1,8 +1,13 @@
 """Muon keeps the directions of a gradient and makes them equally large; AdamW has the others."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from engine import optimizer as optimizer_module
+from engine.distributed import Distributed
 from engine.optimizer import (
     POLAR_EXPRESS_COEFFICIENTS,
     SAFETY_FACTOR,
@@ -13,10 +18,21 @@ from engine.optimizer import (
 )
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
+from tests.processes import start_job
 
 
-def tiny_model() -> GPT:
-    return GPT(GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=16))
+def tiny_model(n_layer: int = 2) -> GPT:
+    return GPT(GPTConfig(block_size=8, vocab_size=13, n_layer=n_layer, n_head=2, n_embd=16))
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        torch.manual_seed(step)
+        idx = torch.randint(13, (4, 9))
+        model(idx[:, :-1], idx[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 64), (64, 16)])
@@ -109,15 +125,6 @@ def test_the_lr_multiplier_scales_the_peak_of_each_group():
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_training_continues_exactly_after_saving_and_loading(name, tmp_path):
-    def train(model, optimizer, steps):
-        for step in steps:
-            torch.manual_seed(step)
-            idx = torch.randint(13, (4, 9))
-            model(idx[:, :-1], idx[:, 1:]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return model, optimizer
-
     config = TrainConfig(optimizer=name)
     torch.manual_seed(0)
     model = tiny_model()
@@ -135,3 +142,60 @@ def test_training_continues_exactly_after_saving_and_loading(name, tmp_path):
     train(resumed, optimizer, range(3, 6))
     for parameter_name, tensor in uninterrupted.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[parameter_name]), parameter_name
+
+
+# --- Several processes ---
+
+
+def one_layer(dtype: torch.dtype, dist: Distributed | None = None):
+    """A model of 4 square matrices, 1 wide and 1 tall one; dtype: of Muon's products."""
+    model = tiny_model(n_layer=1).to(torch.float32 if dtype == torch.bfloat16 else dtype)
+    return model, make_optimizer(model, TrainConfig(optimizer="muon"), dtype, dist)
+
+
+def train_and_save(folder: Path, steps: range, dtype: torch.dtype) -> None:
+    """Resume from the state that process 0 saved. Save it again, and count orthogonalizations."""
+    n_matrices = 0
+
+    def count(matrices):
+        nonlocal n_matrices
+        n_matrices += len(matrices)
+        return orthogonalize(matrices)
+
+    optimizer_module.orthogonalize = count  # this is a process of its own
+    with Distributed() as dist:
+        model, optimizer = one_layer(dtype, dist)
+        weights, state, _ = torch.load(folder / "process_0", weights_only=True)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        dist.barrier()  # all have read the file
+        train(model, optimizer, steps)
+        torch.save(
+            [model.state_dict(), optimizer.state_dict(), n_matrices],
+            folder / f"process_{dist.rank}",
+        )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo and fork are for Unix here")
+@pytest.mark.parametrize(
+    # A library may compute batches of different sizes in different orders. So a weight may differ
+    # by rounding: in bfloat16 by about 1% of an entry (up to 1) times the learning rate, 0.02.
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-9), (torch.bfloat16, 1e-3)],
+)
+def test_any_number_of_processes_resumes_and_gets_the_weights_of_one(dtype, tolerance, tmp_path):
+    model, optimizer = train(*one_layer(dtype), range(2))
+    torch.save([model.state_dict(), optimizer.state_dict(), 0], tmp_path / "process_0")
+    # Per step, process 0 has the first of the square matrices, and the wide and the tall one.
+    expected_counts = {2: [4, 2], 4: [3, 1, 1, 1], 3: [4, 1, 1]}
+    for i, (n_processes, counts) in enumerate(expected_counts.items(), start=1):
+        steps = range(2 * i, 2 * i + 2)
+        result = start_job(train_and_save, tmp_path, steps, dtype, n_processes=n_processes).wait()
+        assert set(result.exit_codes) == {0}, result.stderr
+        train(model, optimizer, steps)
+        states = [torch.load(tmp_path / f"process_{rank}") for rank in range(n_processes)]
+        assert [state.pop() for state in states] == [2 * count for count in counts]
+        expected = [model.state_dict(), optimizer.state_dict()]
+        torch.testing.assert_close(states[0], expected, rtol=0, atol=tolerance)
+        for state in states[1:]:
+            torch.testing.assert_close(state, states[0], rtol=0, atol=0)

@@ -4,6 +4,7 @@ import builtins
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ BYTES = BPETokenizer({bytes([i]): i for i in range(256)}, eos_token_id=256)
 def save_run(folder, tokenizer):
     torch.manual_seed(0)
     config = GPTConfig(block_size=8, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8)
-    save_model(GPT(config), folder, tokenizer.eos_token_id)
+    save_model(GPT(config), folder, tokenizer)
     save_tokenizer(tokenizer, folder, block_size=8)
     return folder
 
@@ -67,7 +68,22 @@ def test_a_sample_is_prompt_and_continuation_far_beyond_the_block_size(run_sampl
 
 def test_stderr_says_which_weights_are_used(run_sample, folder):
     result = run_sample(folder, "--max_new_tokens=1")
-    assert result.stderr.count("\n") == 1 and folder.name in result.stderr
+    assert result.stderr.split() == sample.describe_run(folder).split()
+    assert folder.name in result.stderr
+
+
+def test_the_line_about_the_weights_fits_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = "out/" + 90 * "a" + ", step 100 of 20,000 (trained to step 1,100), loss 2.139"
+    assert sample.wrap(text).splitlines() == [
+        "out/" + 90 * "a" + ",",
+        "step 100 of 20,000 (trained to step 1,100), loss 2.139",
+    ]
+
+
+def test_config_files_of_train_py_are_refused_with_the_way_to_their_run(call):
+    result = call(sample, ROOT / "config" / "shakespeare_quick.py")
+    assert_one_line_error(result, "max_iters", "to sample from a run: --out_dir=out/RUN")
 
 
 def test_the_seed_decides_the_sample(run_sample, folder):
@@ -113,6 +129,14 @@ def test_text_is_printed_while_it_is_generated(capsys):
     assert capsys.readouterr().out == "\n---------------\nAB\n"
 
 
+def test_the_threads_adapt_to_other_programs_after_each_token(run_sample, folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sample.ThreadAdapter, "after_step", lambda self: calls.append(1) or "text")
+    result = run_sample(folder, "--start=ab", "--max_new_tokens=20")
+    assert len(calls) >= 20
+    assert len(result.stdout) == 2 + 20 + 1  # the line about threads is not in the text
+
+
 # --- The prompt ---
 
 
@@ -149,20 +173,27 @@ def test_the_default_prompt_works_with_a_vocabulary_without_newline(run_sample, 
     assert len(result.stdout) == 9 + 1
 
 
-def test_interactive_reads_prompts_until_the_end_of_input(run_sample, folder, monkeypatch):
+@pytest.mark.parametrize(("is_terminal", "separator"), [(True, ""), (False, "---------------\n")])
+def test_interactive_reads_prompts_until_the_end_of_input(
+    run_sample, folder, monkeypatch, is_terminal, separator
+):
     lines = iter(["ab", "xyz", "cd\\n"])
 
     def read_line(prompt):
+        assert prompt == ("prompt: " if is_terminal else "")
         for line in lines:
             return line
         raise EOFError
 
     monkeypatch.setattr(builtins, "input", read_line)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: is_terminal))
     result = run_sample(folder, "--interactive", "--max_new_tokens=4")
     assert result.returncode == 0, result.stderr
     first, second = result.stdout[:7], result.stdout[7:]
     assert first.startswith("ab") and first.endswith("\n")
-    assert second.startswith("cd\n") and len(second) == 3 + 4 + 1
+    assert second.startswith(separator + "cd\n")
+    # After Ctrl-D in a terminal, the next output begins on a new line.
+    assert len(second) == len(separator) + 3 + 4 + 1 + is_terminal
     assert "'x'" in result.stderr and "Traceback" not in result.stderr  # the second prompt
 
 
@@ -235,7 +266,7 @@ def test_errors_are_one_line(run_sample, folder, tmp_path):
     assert_one_line_error(run_sample(folder, "--temperature=-1"), "temperature")
     assert_one_line_error(run_sample(folder, "--num_samples=1000000000"), "from 1 to 1000")
     assert_one_line_error(run_sample(folder, "--num_samples=0"), "num_samples")
-    assert_one_line_error(run_sample(folder, "--compile=False"), "compile")
+    assert_one_line_error(run_sample(folder, "--compile"), "compile", "CUDA")
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(run_sample, tmp_path):
@@ -264,10 +295,11 @@ def test_forever_ends_with_ctrl_c_or_a_closed_pipe_without_a_traceback(folder):
     for process in processes:
         assert len(process.stdout.read(2000)) == 2000
     interrupted.send_signal(signal.SIGINT)
+    assert interrupted.stdout.read().endswith("\n")  # what the shell prints is on a new line
     closed.stdout.close()
     for process in processes:
-        error_lines = process.stderr.read().splitlines()
-        assert len(error_lines) == 1 and folder.name in error_lines[0]  # which weights are used
+        error_text = process.stderr.read()
+        assert error_text.split() == sample.describe_run(folder).split()
         process.wait(timeout=30)
     assert (interrupted.returncode, closed.returncode) == (130, 141)
 

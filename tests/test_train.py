@@ -24,17 +24,13 @@ from data.dataset import training_batch
 from data.prepare import split_text, write_dataset
 from data.tokenizer import BPETokenizer, CharTokenizer
 from engine.checkpoint import (
-    CHECKPOINT_FILE,
-    SETTINGS_FILE,
-    WEIGHTS_FILE,
-    load_checkpoint,
-    load_model,
-    save_checkpoint,
-)
+    CHECKPOINT_FILE, WEIGHTS_FILE, load_checkpoint, load_model, save_checkpoint,
+)  # fmt: skip
 from engine.device import choose_device
-from engine.distributed import Distributed
+from engine.distributed import Distributed, GracefulShutdown
 from engine.optimizer import make_optimizer
 from engine.run import TrainState, build_model, check_divisible, load_dataset, resolve_config
+from engine.run_folder import SETTINGS_FILE
 from engine.train_config import TrainConfig
 from model import GPT
 from tests import processes
@@ -63,7 +59,7 @@ def start_training(*flags: str) -> SimpleNamespace:
     run.dataset = load_dataset(run.config)
     run.model = build_model(run.config, run.dataset.tokenizer, run.device)
     run.optimizer = make_optimizer(run.model, run.config, run.device.dtype)
-    run.scaler = run.device.grad_scaler()
+    run.scaler, run.shutdown = run.device.grad_scaler(), GracefulShutdown(run.dist)
     return run
 
 
@@ -73,8 +69,9 @@ def batches_of(run: SimpleNamespace) -> train.Batches:
 
 def train_step(run: SimpleNamespace, batches: train.Batches, step: int = 0) -> train.StepMetrics:
     return train.train_step(
-        run.model, run.optimizer, run.scaler, batches, run.config, step, run.device, run.dist
-    )
+        run.model, run.optimizer, run.scaler, batches, run.config, step, run.device, run.dist,
+        run.shutdown,
+    )  # fmt: skip
 
 
 def evaluate(run: SimpleNamespace) -> tuple[float, float]:
@@ -514,7 +511,9 @@ def test_eval_only_prints_the_loss_and_writes_nothing(tiny_flags, tmp_path, run_
     folder = tmp_path / "run"
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     output = run_train(*tiny_flags, "--eval_only", "--init_from=resume")
-    assert f"validation loss {float(read_log(folder)[-1]['val_loss']):.4f}" in output
+    val_loss = float(read_log(folder)[-1]["val_loss"])
+    assert f"validation loss {val_loss:.4f}" in output
+    assert f"perplexity {2.718281828**val_loss:,.2f}" in output
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     run_train(*tiny_flags, "--eval_only", f"--out_dir={tmp_path / 'none'}")
     assert not (tmp_path / "none").exists()

@@ -1,22 +1,27 @@
 "use strict";
-// Shows what explain.py has computed. This program computes softmax, temperature, top-k and top-p.
+// Shows what explain.py has computed. This program computes softmax, temperature, top-k, top-p and means.
 // Texts of tokens reach the page by textContent only, so nothing in them can be executed.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const T = data.ids.length, L = data.n_layer, H = data.n_head;
-const state = { checkpoint: data.checkpoints.length - 1, position: 0, layer: 0, head: 0,
-                temperature: 1, topK: 0, topP: 1, hovered: -1, all: false };
+// row, column: of the cell of the attention table under the mouse; -1: none.
+const state = { checkpoint: data.checkpoints.findIndex((checkpoint) => checkpoint.selected), position: 0,
+                layer: 0, head: 0, temperature: 1, topK: 0, topP: 1, row: -1, column: -1, all: false };
 const $ = (id) => document.getElementById(id);
 const name = (id) => data.vocab[id];
 const percent = (p) => p >= 0.9995 ? "100%" : p >= 0.1 ? (100 * p).toFixed(1) + "%" :
   p === 0 ? "0" : p < 0.0001 ? "<0.01%" : (100 * p).toFixed(2) + "%";
 
 function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
+  const isSvg = ["svg", "path", "text"].includes(tag);
+  const node = isSvg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
   node.append(...children);
   return node;
 }
+
+// A token with its position, as the sentences of the page name it: "R (0)", with a space that does not break.
+const named = (t) => `${name(data.ids[t])}\u00a0(${t})`;
 
 // --- Numbers of the model ---
 
@@ -85,14 +90,18 @@ function samplingProbs(t, temperature, topK, topP) {
 
 // --- Colors ---
 
-function color(variable) {
-  const hex = getComputedStyle(document.documentElement).getPropertyValue(variable).trim();
-  return [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+let palette = {};
+
+function readPalette() {
+  const style = getComputedStyle(document.documentElement);
+  for (const name of ["empty", "loss", "attention"]) {
+    const hex = style.getPropertyValue(`--${name}`).trim();
+    palette[name] = [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+  }
 }
 
-function mix(variable, fraction) {
-  const from = color("--empty"), to = color(variable);
-  return from.map((c, i) => Math.round(c + (to[i] - c) * Math.min(Math.max(fraction, 0), 1)));
+function mix(name, fraction) {
+  return palette.empty.map((c, i) => Math.round(c + (palette[name][i] - c) * Math.min(fraction, 1)));
 }
 
 function luminance(rgb) {
@@ -102,6 +111,8 @@ function luminance(rgb) {
 }
 
 const css = (rgb) => `rgb(${rgb.join(",")})`;
+const swatch = (name) => element("span", { class: "swatch",
+  style: `background: linear-gradient(to right, ${css(mix(name, 0))}, ${css(mix(name, 1))})` });
 const textColor = (rgb) => luminance(rgb) > 0.179 ? "#000000" : "#ffffff";
 
 // --- 1. Text ---
@@ -110,11 +121,7 @@ const MAX_LOSS = 5;
 
 function buildText() {
   data.ids.forEach((id, t) => {
-    const token = element("button", { class: "token", type: "button", "data-position": t }, name(id));
-    token.addEventListener("click", () => select({ position: t }));
-    token.addEventListener("mouseenter", () => select({ hovered: t }));
-    token.addEventListener("mouseleave", () => select({ hovered: -1 }));
-    $("text").append(token);
+    $("text").append(element("button", { class: "token", type: "button", "data-position": t }, name(id)));
     if (name(id).includes("↵")) $("text").append(element("br"));
   });
 }
@@ -123,31 +130,25 @@ function showText() {
   const losses = now().losses;
   for (const token of $("text").querySelectorAll(".token")) {
     const t = Number(token.dataset.position);
-    const rgb = mix("--loss", t > 0 ? losses[t - 1] / MAX_LOSS : 0);
+    const rgb = mix("loss", t > 0 ? losses[t - 1] / MAX_LOSS : 0);
     token.style.background = css(rgb);
     token.style.color = textColor(rgb);
     token.classList.toggle("selected", t === state.position);
-    token.classList.toggle("hovered", t === state.hovered);
+    token.classList.toggle("hovered", t === state.column);
     token.tabIndex = t === state.position ? 0 : -1;
-    token.title = t > 0 ? `position ${t}, loss ${losses[t - 1].toFixed(2)}` : "the first token";
+    token.title = `position ${t}, ${t > 0 ? `loss ${losses[t - 1].toFixed(2)}` : "no loss: nothing predicts it"}`;
   }
   const mean = losses.reduce((a, b) => a + b, 0) / losses.length;
-  const swatch = element("span", { class: "swatch" });
-  swatch.style.background = `linear-gradient(to right, ${css(mix("--loss", 0))}, ${css(mix("--loss", 1))})`;
-  $("legend").replaceChildren("loss 0", swatch, `${MAX_LOSS} or more`,
-    ` · mean loss of this passage: ${mean.toFixed(4)} nats per token`);
+  $("legend").replaceChildren("loss 0", swatch("loss"), `${MAX_LOSS} or more`, element("span", {},
+    `mean loss of this text: ${mean.toFixed(4)} nats per token (the first token has no loss)`));
   for (const node of document.querySelectorAll(".selected-token"))
     node.textContent = name(data.ids[state.position]);
 }
 
 function showSurprises() {
   const losses = now().losses, order = losses.map((_, i) => i).sort((a, b) => losses[b] - losses[a]);
-  const buttons = order.slice(0, 3).map((i) => {
-    const button = element("button", { type: "button" },
-      `${name(data.ids[i + 1])} after ${name(data.ids[i])} (position ${i + 1}): ${losses[i].toFixed(2)}`);
-    button.addEventListener("click", () => select({ position: i }));
-    return button;
-  });
+  const buttons = order.slice(0, 3).map((i) => element("button", { type: "button", "data-position": i },
+    `${named(i + 1)} after ${named(i)}: ${losses[i].toFixed(2)}`));
   $("surprises").replaceChildren("The largest losses: ", ...buttons);
 }
 
@@ -156,24 +157,23 @@ function showSurprises() {
 function showPrediction() {
   const { position: t, temperature, topK, topP } = state;
   const ids = now().logit_ids[t], probs = samplingProbs(t, temperature, topK, topP);
-  const actual = t + 1 < T ? data.ids[t + 1] : null;
+  const actual = t + 1 < T ? data.ids[t + 1] : null, place = ids.indexOf(actual), loss = now().losses[t];
   const order = probs.map((p, i) => i).slice(0, 10);
-  const place = ids.indexOf(actual);
   if (place >= 10) order.push(place);
   const rows = order.map((i) => {
-    const bar = element("span", { class: "bar" });
-    bar.style.width = `${100 * probs[i]}%`;
+    const bar = element("span", { class: "bar", style: `width: ${100 * probs[i]}%` });
     const row = element("tr", { "data-id": ids[i], "data-probability": probs[i] },
       element("td", { class: "tokens" }, name(ids[i])),
       element("td", { class: "number" }, percent(probs[i])), element("td", { class: "bar-cell" }, bar),
-      element("td", {}, ids[i] === actual ? `← actual next token${i >= 10 ? `, rank ${i + 1}` : ""}` : ""));
+      element("td", { class: "mark" }, ids[i] === actual ? "← actual next token" : ""));
     if (ids[i] === actual) row.className = "actual";
     return row;
   });
-  if (actual !== null && place < 0)
-    rows.push(element("tr", { class: "actual" }, element("td", { class: "tokens" }, name(actual)),
-      element("td", { colspan: 3 }, `actual next token, not among the ${ids.length} likeliest`)));
   $("prediction").replaceChildren(...rows);
+  const rank = place < 0 ? `not among the ${ids.length.toLocaleString("en")} likeliest` : `rank ${place + 1}`;
+  $("actual").textContent = actual === null ? "The text ends here, so no token is the actual next one." :
+    `The actual next token is ${name(actual)}: ${rank}, probability ${percent(Math.exp(-loss))}, ` +
+    `loss ${loss.toFixed(2)}.`;
   $("temperature-value").textContent = temperature.toFixed(1);
   $("top-k-value").textContent = topK === 0 ? "all" : topK;
   $("top-p-value").textContent = topP.toFixed(2);
@@ -191,7 +191,7 @@ function buildSliders() {
     select({ topK: $("top-k").value === $("top-k").max ? 0 : Number($("top-k").value) }));
   $("top-p").addEventListener("input", () => select({ topP: Number($("top-p").value) }));
   if (data.checkpoints.length > 1) {
-    $("training").hidden = false;
+    $("training-slider").hidden = false;
     Object.assign($("checkpoint"), { max: data.checkpoints.length - 1, value: state.checkpoint });
     $("checkpoint").addEventListener("input", () => select({ checkpoint: Number($("checkpoint").value) }));
   }
@@ -200,107 +200,109 @@ function buildSliders() {
 // --- 3. Layer by layer ---
 
 function showLayers() {
-  const t = state.position;
+  const t = state.position, layers = now().layers;
   const head = element("tr", {}, element("th", {}, "after"), element("th", {}, "would predict"),
-    element("th", { class: "bar-cell", colspan: 2 }, "p(actual next token)"));
-  const rows = now().layers.map((layer, i) => {
-    const guesses = layer.ids[t].map((id, j) => `${name(id)} ${percent(layer.probs[t][j])}`);
-    const actual = layer.actual[t], bar = element("span", { class: "bar" });
-    bar.style.width = `${100 * (actual ?? 0)}%`;
-    return element("tr", {}, element("td", {}, i === 0 ? "embedding" : `block ${i}`),
-      element("td", { class: "tokens" }, guesses.join("  ")),
+    element("th", { colspan: 2 }, "p(actual next token)"),
+    element("th", {}, "mean p in this text"));
+  const rows = layers.map((layer, i) => {
+    const guesses = layer.ids[t].map((id, j) => 
+      element("span", {}, `${name(id)} ${percent(layer.probs[t][j])}`));
+    const actual = layer.actual[t], known = layer.actual.slice(0, -1);
+    const bar = element("span", { class: "bar", style: `width: ${100 * (actual ?? 0)}%` });
+    return element("tr", {}, element("td", {}, i === 0 ? "embedding" : `layer ${i}`),
+      element("td", { class: "tokens guesses" }, ...guesses),
       element("td", { class: "number" }, actual === null ? "" : percent(actual)),
-      element("td", { class: "bar-cell" }, bar));
+      element("td", { class: "bar-cell" }, bar),
+      element("td", { class: "number" }, percent(known.reduce((a, b) => a + b, 0) / known.length)));
   });
   $("layers").replaceChildren(head, ...rows);
+  const first = layers.map((layer) => layer.ids[t][0]), final = first[L];
+  let since = L;
+  while (since > 0 && first[since - 1] === final) since--;
+  $("sure").textContent = `The final prediction ${name(final)} is the likeliest one ` +
+    (since === 0 ? "after the embedding and after every layer." : `from layer ${since} on.`);
 }
 
 // --- 4. Attention ---
 
 function showGraph() {
-  const t = state.position, height = 150, svgTag = "http://www.w3.org/2000/svg", centers = [];
+  const t = state.position, height = 150, centers = [];
   let width = 8;
   for (const id of data.ids) {
     const own = 8 * [...name(id)].length + 10;
     centers.push(width + own / 2);
     width += own;
   }
-  const x = (i) => centers[i], svg = document.createElementNS(svgTag, "svg");
-  svg.setAttribute("width", width);
-  svg.setAttribute("height", height + 24);
-  svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", "arcs from the selected token to the tokens that it attends to");
-  attentionWeights(state.layer, state.head, t).forEach((weight, s) => {
+  const x = (i) => centers[i], svg = element("svg", { width, height: height + 24, role: "img",
+    "aria-label": "arcs from the selected token to the tokens that it attends to" });
+  const weights = attentionWeights(state.layer, state.head, t), farthest = Math.max(x(t) - x(0), 300);
+  weights.forEach((weight, s) => {
     if (weight < 0.002) return;
-    const path = document.createElementNS(svgTag, "path"), rise = s === t ? 16 :
-      Math.min(20 + 6 * Math.sqrt(x(t) - x(s)), height - 6);
-    const [a, b, y] = [x(s), x(t), height];
-    path.setAttribute("d", s === t ? `M${a - 5} ${y} C${a - 14} ${y - rise * 1.6} ${a + 14} ${y - rise * 1.6} ${a + 5} ${y}` :
-      `M${a} ${y} C${a} ${y - rise * 1.3} ${b} ${y - rise * 1.3} ${b} ${y}`);
-    path.setAttribute("stroke-width", Math.max(12 * weight, 0.5));
-    path.setAttribute("stroke-opacity", s === state.hovered ? 1 : 0.35 + 0.5 * weight);
-    svg.append(path);
+    const a = x(s), b = x(t), y = height;
+    const rise = 1.3 * (20 + (height - 28) * Math.sqrt((b - a) / farthest));
+    const [left, right] = s === t ? [-14, 14] : [0, 0];  // a loop from the selected token to itself
+    svg.append(element("path", {
+      d: `M${a + left / 3} ${y} C${a + left} ${y - rise} ${b + right} ${y - rise} ${b + right / 3} ${y}`,
+      "stroke-width": Math.max(12 * weight, 0.5),
+      "stroke-opacity": s === state.column ? 1 : 0.35 + 0.5 * weight, "data-position": s }));
   });
   data.ids.forEach((id, i) => {
-    const label = document.createElementNS(svgTag, "text");
-    label.setAttribute("x", x(i));
-    label.setAttribute("y", height + 16);
-    label.setAttribute("text-anchor", "middle");
-    if (i === t || i === state.hovered) label.setAttribute("class", "chosen");
-    label.textContent = name(id);
-    label.addEventListener("click", () => select({ position: i }));
-    svg.append(label);
+    svg.append(element("text", { x: x(i), y: height + 16, "data-position": i,
+      class: i === t || i === state.column ? "chosen" : "" }, name(id)));
   });
-  const before = $("graph").scrollLeft;
+  const before = $("graph").scrollLeft, moved = $("graph").dataset.selected !== String(t);
   $("graph").replaceChildren(svg);
-  const center = x(t) - $("graph").clientWidth / 2;
-  $("graph").scrollLeft = state.hovered >= 0 ? before : center;
+  $("graph").dataset.selected = t;
+  $("graph").scrollLeft = moved ? x(t) - $("graph").clientWidth / 2 : before;
+  const order = weights.map((_, s) => s).sort((a, b) => weights[b] - weights[a]).slice(0, 4);
+  $("largest").textContent = order.map((s) => `${named(s)}\u00a0${percent(weights[s])}`).join(", ");
 }
 
-function paint(canvas, layer, head, size) {
-  const context = canvas.getContext("2d"), shades = [];
-  for (let i = 0; i <= 20; i++) shades.push(css(mix("--attention", i / 20)));
-  canvas.width = canvas.height = size * T;
-  context.fillStyle = shades[0];
-  context.fillRect(0, 0, canvas.width, canvas.height);
+// One pixel for each weight; the style sheet enlarges it. sqrt makes small weights visible.
+function paint(canvas, layer, head) {
+  canvas.width = canvas.height = T;
+  const context = canvas.getContext("2d"), image = context.createImageData(T, T);
   for (let t = 0; t < T; t++)
-    attentionWeights(layer, head, t).forEach((weight, s) => {
-      context.fillStyle = shades[Math.round(20 * Math.sqrt(weight))];  // sqrt: shows small weights
-      context.fillRect(size * s, size * t, size, size);
-    });
-  return context;
+    attentionWeights(layer, head, t).forEach((weight, s) =>
+      image.data.set([...mix("attention", Math.sqrt(weight)), 255], 4 * (t * T + s)));
+  context.putImageData(image, 0, 0);
 }
 
-function showTable() {
-  const size = Math.max(2, Math.floor(420 / T)), context = paint($("table"), state.layer, state.head, size);
-  context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--loss");
-  context.strokeRect(0.5, size * state.position + 0.5, size * T - 1, size - 1);
-  if (state.hovered >= 0 && state.hovered <= state.position)
-    context.strokeRect(size * state.hovered + 0.5, size * state.position + 0.5, size - 1, size - 1);
-  for (const node of document.querySelectorAll(".current-head"))
-    node.textContent = `layer ${state.layer + 1} of ${L}, head ${state.head + 1} of ${H}`;
+// A box around cells of the table; in percent, because the table is smaller on a phone.
+function moveBox(box, top, left, width) {
+  const style = { top: 100 * top / T, left: 100 * left / T, width: 100 * width / T, height: 100 / T };
+  for (const [key, value] of Object.entries(style)) box.style[key] = `${value}%`;
+}
+
+function showCell() {
+  const t = state.row >= 0 ? state.row : state.position, s = state.column;
+  moveBox($("row-box"), t, 0, t + 1);
+  $("cell-box").hidden = s < 0;
+  moveBox($("cell-box"), t, s, 1);
+  $("cell").textContent = s < 0 ? "Point at a cell to read its weight; a click selects its row." :
+    s > t ? `${named(t)} cannot attend to ${named(s)}: it comes later` :
+    `${named(t)} attends to ${named(s)} with the weight ${percent(attentionWeights(state.layer, state.head, t)[s])}`;
 }
 
 function cellAt(event) {
   const box = $("table").getBoundingClientRect();
-  const place = (offset, length) => Math.min(T - 1, Math.max(0, Math.floor(offset / length * T)));
-  return [place(event.clientY - box.top, box.height), place(event.clientX - box.left, box.width)];
+  const index = (offset, length) => Math.min(T - 1, Math.max(0, Math.floor(offset / length * T)));
+  return { row: index(event.clientY - box.top, box.height), column: index(event.clientX - box.left, box.width) };
 }
 
 function buildTable() {
-  $("table").addEventListener("mousemove", (event) => {
-    const [t, s] = cellAt(event);
-    $("cell").textContent = s > t ? `${name(data.ids[t])} (${t}) cannot see ${name(data.ids[s])} (${s}): the future` :
-      `${name(data.ids[t])} (${t}) ← ${name(data.ids[s])} (${s}): ${percent(attentionWeights(state.layer, state.head, t)[s])}`;
-    select({ hovered: s });
-  });
-  $("table").addEventListener("mouseleave", () => { $("cell").textContent = ""; select({ hovered: -1 }); });
-  $("table").addEventListener("click", (event) => select({ position: cellAt(event)[0] }));
+  $("table-box").style.width = `${Math.max(2, Math.floor(420 / T)) * T}px`;
+  $("table").addEventListener("mousemove", (event) => select(cellAt(event)));
+  $("table").addEventListener("click", (event) => select({ position: cellAt(event).row }));
+  $("heads").style.setProperty("--n", H);
+  const numbers = Array.from({ length: H }, (_, head) => element("span", { class: "number" }, `${head + 1}`));
+  $("heads").append(element("div", { class: "head-row" }, element("span", {}, "head"), ...numbers));
   for (let layer = 0; layer < L; layer++) {
     const row = element("div", { class: "head-row" }, element("span", {}, `layer ${layer + 1}`));
     for (let head = 0; head < H; head++) {
+      const label = `layer ${layer + 1}, head ${head + 1}`;
       const button = element("button", { type: "button", "data-layer": layer, "data-head": head,
-        "aria-label": `layer ${layer + 1}, head ${head + 1}` }, element("canvas"));
+        "aria-label": label, title: label }, element("canvas"));
       button.addEventListener("click", () => select({ layer, head }));
       row.append(button);
     }
@@ -309,50 +311,47 @@ function buildTable() {
 }
 
 function showHeads(repaint) {
-  const side = Math.max(28, Math.min(72, Math.floor(440 / H)));
+  paint($("table"), state.layer, state.head);
+  $("scale").replaceChildren("weight 0", swatch("attention"), "100% (middle: 25%)");
   for (const button of $("heads").querySelectorAll("button")) {
     const layer = Number(button.dataset.layer), head = Number(button.dataset.head);
     button.setAttribute("aria-pressed", layer === state.layer && head === state.head);
-    if (repaint) {
-      paint(button.firstChild, layer, head, 1);
-      button.firstChild.style.width = button.firstChild.style.height = `${side}px`;
-    }
+    if (repaint) paint(button.firstChild, layer, head);
   }
+  for (const node of document.querySelectorAll(".current-head"))
+    node.textContent = `layer ${state.layer + 1} of ${L}, head ${state.head + 1} of ${H}`;
 }
 
 // --- 5. One message ---
 
-function cells(numbers) {
-  const largest = Math.max(...numbers.map(Math.abs), 1e-9);
+function cells(numbers, largest) {
   const node = element("span", { class: "cells", title: Array.from(numbers, (x) => x.toFixed(2)).join(", ") });
-  for (const x of numbers) {
-    const cell = element("i");
-    cell.style.background = css(mix(x < 0 ? "--loss" : "--attention", Math.abs(x) / largest));
-    node.append(cell);
-  }
+  for (const x of numbers)
+    node.append(element("i", { style:
+      `background: ${css(mix(x < 0 ? "loss" : "attention", Math.abs(x) / largest))}` }));
   return node;
 }
 
 function showMessage() {
-  const { layer, head, position: t } = state, SHORT = 8;
+  const { layer, head, position: t } = state, SHORT = 8, scale = Math.sqrt(data.head_dim);
   const raw = scores(layer, head, t), weights = attentionWeights(layer, head, t);
+  const values = weights.map((_, s) => channels("values", layer, head, s));
+  const largest = Math.max(...values.map((value) => Math.max(...value.map(Math.abs))), 1e-9);
   let order = weights.map((_, s) => s).sort((a, b) => weights[b] - weights[a] || a - b);
   if (!state.all) order = order.slice(0, SHORT);
-  const shown = `first ${now().channels} of ${data.head_dim} channels; blue: above 0, orange: below`;
-  const header = element("tr", {}, ...["from token", "position", "query · key", `÷ √${data.head_dim}`,
-    "softmax", `value (${shown})`].map((text) => element("th", {}, text)));
-  const rows = order.map((s) => {
-    const row = element("tr", { "data-position": s }, element("td", { class: "tokens" }, name(data.ids[s])),
-      ...[s, raw[s].toFixed(2), (raw[s] / Math.sqrt(data.head_dim)).toFixed(2), percent(weights[s])]
-        .map((text) => element("td", { class: "number" }, String(text))),
-      element("td", {}, cells(channels("values", layer, head, s))));
-    row.addEventListener("mouseenter", () => select({ hovered: s }));
-    return row;
-  });
+  const titles = ["from", "position", "query · key", `÷ √${data.head_dim}`, "softmax", "value"];
+  const header = element("tr", {}, ...titles.map((text) => element("th", {}, text)));
+  const rows = order.map((s) => element("tr", { "data-position": s },
+    element("td", { class: "tokens" }, name(data.ids[s])),
+    ...[String(s), raw[s].toFixed(2), (raw[s] / scale).toFixed(2), percent(weights[s])]
+      .map((text) => element("td", { class: "number" }, text)),
+    element("td", {}, cells(values[s], largest))));
   const sum = element("tr", { class: "summary" }, element("td", { colspan: 4 }, "the message: sum of weight × value"),
     element("td", { class: "number" }, percent(weights.reduce((a, b) => a + b, 0))),
-    element("td", {}, cells(channels("messages", layer, head, t))));
+    element("td", {}, cells(channels("messages", layer, head, t), largest)));
   $("message").replaceChildren(header, ...rows, sum);
+  $("values").textContent = `Of each value, ${now().channels} of ${data.head_dim} numbers are shown: ` +
+    `blue above 0, orange below, the strongest color is ±${largest.toFixed(2)}.`;
   $("more").hidden = t < SHORT;
   $("more").textContent = state.all ? "show the largest weights only" : `show all ${t + 1} tokens`;
 }
@@ -364,24 +363,35 @@ function select(changes) {
   Object.assign(state, changes);
   const changed = Object.keys(state).filter((key) => state[key] !== before[key]);
   if (changed.length === 0) return;
-  if (changed.length === 1 && changed[0] === "hovered") { showText(); showGraph(); showTable(); return; }
-  show(changed.includes("checkpoint"));
+  if (changed.some((key) => key !== "row" && key !== "column")) show(changed.includes("checkpoint"));
+  else { showText(); showGraph(); showCell(); }
 }
 
 function show(repaint) {
   $("checkpoint-label").textContent = now().label;
+  $("checkpoint").setAttribute("aria-valuetext", now().label);
   showText();
   showSurprises();
   showPrediction();
   showLayers();
   showGraph();
-  showTable();
   showHeads(repaint);
+  showCell();
   showMessage();
 }
 
+document.addEventListener("mouseover", (event) => {
+  if (event.target === $("table")) return;
+  const node = event.target.closest("[data-position]");
+  select({ row: -1, column: node ? Number(node.dataset.position) : -1 });
+});
+document.addEventListener("click", (event) => {
+  const node = event.target.closest(".token, #surprises button, #graph [data-position]");
+  if (node) select({ position: Number(node.dataset.position) });
+});
 document.addEventListener("keydown", (event) => {
-  if (event.target instanceof HTMLInputElement || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target instanceof HTMLInputElement && event.key.startsWith("Arrow")) return;  // moves the slider
   const moves = {
     ArrowLeft: () => ({ position: Math.max(0, state.position - 1) }),
     ArrowRight: () => ({ position: Math.min(T - 1, state.position + 1) }),
@@ -394,11 +404,12 @@ document.addEventListener("keydown", (event) => {
   select(moves[event.key]());
   if (inText) $("text").querySelector(".selected").focus();
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => show(true));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readPalette(); show(true); });
 $("more").addEventListener("click", () => select({ all: !state.all }));
 
-$("model").textContent = `${data.title} · ${L} layers, ${H} heads, ${T} tokens`;
+$("model").textContent = `${data.title} · ${L} layers with ${H} heads each · ${T} tokens`;
 state.position = Math.min(T - 1, Math.floor(T / 2));
+readPalette();
 buildText();
 buildSliders();
 buildTable();

@@ -21,7 +21,7 @@ import torch
 from configurator import NonNegativeFloat, PositiveInt, configure, run_main
 from data.dataset import ShardedTokens, prefetch
 from engine.device import ComputeDevice, choose_device
-from engine.distributed import Distributed
+from engine.distributed import Distributed, GracefulShutdown
 from engine.metrics import flops_per_token
 from engine.optimizer import make_optimizer
 from engine.run import wrap_model
@@ -124,6 +124,7 @@ def make_step(
 ) -> Callable[[], None]:
     """A function that makes one training step as train.py does, with a new model."""
     dist = Distributed()  # one process
+    shutdown = GracefulShutdown(dist)
     torch.manual_seed(0)
     shape.float32_attention = device.use_float32_attention(shape.block_size)
     model = GPT(shape).to(device.torch_device, device.param_dtype)
@@ -132,7 +133,7 @@ def make_step(
     batches = prefetch(training_batches(tokens, config, 0, device, dist))
 
     def step() -> None:
-        train_step(wrapped_model, optimizer, scaler, batches, config, 0, device, dist)
+        train_step(wrapped_model, optimizer, scaler, batches, config, 0, device, dist, shutdown)
 
     return step
 

@@ -1,0 +1,122 @@
+"""Use fewer CPU threads while other programs compete for the cores.
+
+    thread_adapter = ThreadAdapter(device)
+    for batch in batches:
+        train_step(...)
+        if message := thread_adapter.after_step():
+            print(message)
+
+torch's threads wait for one another after each operation, and keep their cores busy while they
+wait. If one thread shares its core with another program, all threads wait for it, in every
+operation: the program becomes many times slower. With one thread fewer it is much faster.
+train.py calls after_step() after each training step, sample.py after each piece of text.
+"""
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.device import ComputeDevice
+
+
+class ThreadAdapter:
+    """Changes torch's number of threads when other programs start or stop to use the cores.
+
+    Call after_step() after each training step, and print the line that it returns, if any.
+
+    The number of threads changes the order of sums, and so the last digits of all numbers. Runs
+    are equal bit by bit only if nothing was adapted. Nothing is if num_threads is not 0, if
+    OMP_NUM_THREADS or MKL_NUM_THREADS is set, with several processes, on GPUs, and on Windows.
+    """
+
+    WINDOW_SECONDS = 0.5  # the CPU usage is measured in windows of at least this length
+    REDUCE_AFTER, RESTORE_AFTER = 2, 20  # so many windows in a row must agree
+
+    def __init__(self, device: ComputeDevice, num_threads: int = 0, world_size: int = 1):
+        self.max_threads = torch.get_num_threads()
+        is_fixed = num_threads or {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys()
+        is_cpu = device.torch_device.type == "cpu" and not device.compile
+        self.enabled = is_cpu and not is_fixed and world_size == 1 and self.max_threads > 1
+        self.n_windows = 0  # windows in a row that call for another number of threads
+        self.first = self.start = CpuUsage.now()
+
+    def after_step(self) -> str:
+        """Change the number of threads if needed; then returns a line that says so, else ""."""
+        if not self.enabled or time.monotonic() - self.start.wall < self.WINDOW_SECONDS:
+            return ""
+        now = CpuUsage.now()
+        wall = now.wall - self.start.wall
+        own = (now.own - self.start.own) / wall  # cores in use, such as 1.9 of 2
+        if now.total is None:
+            other = min(now.load, self.first.load)
+        else:
+            other = (now.total - self.start.total) / wall - own
+        self.start = now
+        threads = torch.get_num_threads()
+        new = fitting_num_threads(threads, self.max_threads, len(own_cpus()), own, other)
+        self.n_windows = self.n_windows + 1 if new != threads else 0
+        if self.n_windows < (self.REDUCE_AFTER if new < threads else self.RESTORE_AFTER):
+            return ""
+        torch.set_num_threads(new)
+        if new == self.max_threads:
+            return f"threads  {new} again: other programs leave the CPU free"
+        return (
+            f"threads  {new} instead of {self.max_threads}: other programs use the CPU "
+            f"(--num_threads={self.max_threads} keeps {self.max_threads})"
+        )
+
+
+def fitting_num_threads(
+    threads: int, max_threads: int, cores: int, own: float, other: float
+) -> int:
+    """How many threads torch should use, given what it and other programs get from the CPU.
+
+    own, other: cores that this process and all others have used on average. For example, on two
+    cores, two threads beside one busy program get 1.3 cores, the other program 0.7.
+    """
+    if other < 0.25:  # an idle desktop
+        return max_threads
+    if own > 0.9 * threads:  # all threads get their cores
+        return threads
+    return max(1, min(threads, cores - math.ceil(other - 0.25)))
+
+
+@dataclass(frozen=True)
+class CpuUsage:
+    """CPU seconds at one moment; the difference of two moments is what was used between them."""
+
+    wall: float  # of a clock
+    own: float  # used by all threads of this process
+    total: float | None  # used by all programs on the cores of this process; only Linux tells
+    load: float  # programs that want to run, an average over a minute; 0 if unknown (Windows)
+
+    @staticmethod
+    def now() -> "CpuUsage":
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        return CpuUsage(time.monotonic(), time.process_time(), total_cpu_seconds(), load)
+
+
+def own_cpus() -> set[int]:
+    """The CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def total_cpu_seconds() -> float | None:
+    """CPU seconds that all programs have used on own_cpus() since the start of Linux, or None.
+
+    Reads lines such as "cpu0 user nice system idle iowait irq softirq ..." of /proc/stat (proc(5)).
+    """
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+    except OSError:
+        return None
+    names = {f"cpu{number}" for number in own_cpus()}
+    fields = [line.split() for line in lines]
+    ticks = sum(int(f[1]) + int(f[3]) + int(f[6]) + int(f[7]) for f in fields if f[0] in names)
+    return ticks / os.sysconf("SC_CLK_TCK")

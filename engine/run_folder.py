@@ -1,0 +1,195 @@
+"""The folder of a run: where it is, which process may write there, and what it holds.
+
+    folder = resolve_out_dir("out/shakespeare_char")  # relative to the repository
+    with lock_run_folder(folder):                     # no other process trains here
+        prepare_out_dir(folder, resume=False)         # an old run is moved aside
+
+engine/checkpoint.py reads and writes the files in it.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from configurator import FolioError, did_you_mean
+from data.files import explain_os_error, file_lock, rename_to_backup, user_path
+from data.hub import GPT2_MODELS, hub_model
+from engine.hf_format import WEIGHTS_FILE
+from engine.log_file import LOG_FILE, read_log
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+SETTINGS_FILE = "settings.json"
+
+
+# --- Paths ---
+
+
+def resolve_path(path: str | Path) -> Path:
+    """An absolute path without symbolic links; a relative one is relative to the repository."""
+    try:
+        return (REPO_ROOT / user_path(path)).resolve()
+    except (RuntimeError, OSError) as error:  # links in a circle
+        raise FolioError(f"{path}: not a valid path ({error})") from None
+
+
+def resolve_out_dir(out_dir: str | Path) -> Path:
+    """The absolute path of a run folder; a relative one is relative to the repository.
+
+    Symbolic links are followed: the lock, and moving an old run aside, act on the real folder.
+    Raises FolioError if no run can be there.
+    """
+    folder = resolve_path(out_dir)
+    if folder == REPO_ROOT or folder in REPO_ROOT.parents:
+        raise FolioError(f"--out_dir={out_dir}: name a folder for the run, such as out/my_run")
+    return folder
+
+
+def resolve_model_dir(source: str | Path) -> Path:
+    """A run folder, any other model folder, or the name of a model on the Hugging Face hub.
+
+    "gpt2" and "openai-community/gpt2" are names. A name is downloaded if it is not in the cache.
+    Raises FolioError if there is no such folder and no such model.
+    """
+    name = str(source)
+    if name in GPT2_MODELS:
+        return hub_model(name)
+    folder = resolve_path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FolioError(f"{source}: a file; a folder with a model in it is needed")
+    if name == "distilgpt2" or is_hub_name(name):
+        return hub_model(name)
+    runs = [f"out/{path.parent.name}" for path in saved_weights()]
+    guess = did_you_mean(name, ("scratch", "resume", "auto", *GPT2_MODELS, *runs))
+    raise FolioError(f"{source}: neither a folder ({folder}) nor a model on the hub{guess}")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it has the form owner/name, and is not a misspelled folder such as out/shakspere."""
+    parts = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*", name)
+    return parts is not None and parts[1] != "out" and not (REPO_ROOT / parts[1]).exists()
+
+
+def saved_weights() -> list[Path]:
+    """The weights of all runs under out/, the oldest first."""
+    paths = (REPO_ROOT / "out").glob(f"*/{WEIGHTS_FILE}")
+    return sorted(paths, key=lambda path: path.stat().st_mtime)
+
+
+def newest_run() -> Path:
+    """The folder under out/ whose weights were saved last. Raises FolioError if there is none."""
+    if paths := saved_weights():
+        return paths[-1].parent
+    raise FolioError(
+        f"no trained model in {REPO_ROOT / 'out'}; train one: "
+        "python train.py config/shakespeare_char.py"
+    )
+
+
+def describe_run(folder: str | Path) -> str:
+    """Which weights a folder holds, in one line; only its path if they are not from a run.
+
+    "out/shakespeare_char, step 1,750 of 2,000, validation loss 1.5560"
+    """
+    folder = Path(folder)
+    description, settings = shown_path(folder), read_run_settings(folder)
+    with contextlib.suppress(OSError, ValueError, KeyError, safetensors.SafetensorError):
+        with safetensors.safe_open(folder / WEIGHTS_FILE, "pt") as file:
+            metadata = file.metadata() or {}
+        step, val_loss = int(metadata["step"]), metadata.get("val_loss")
+        description += f", step {step:,}"
+        if settings is not None:
+            description += f" of {settings['max_iters']:,}"
+            last_step = max((row["step"] for row in read_log(folder / LOG_FILE)), default=step)
+            if last_step < settings["max_iters"]:
+                description += f" (trained to step {last_step:,})"
+        description += f", validation loss {float(val_loss):.4f}" if val_loss else ", not evaluated"
+    return description
+
+
+def shown_path(folder: Path) -> str:
+    """Relative to the repository if possible, with forward slashes: 'out/shakespeare_char'."""
+    folder = folder.resolve()
+    if folder.is_relative_to(REPO_ROOT):
+        folder = folder.relative_to(REPO_ROOT)
+    return folder.as_posix()
+
+
+# --- Preparing the folder for a run ---
+
+
+@contextlib.contextmanager
+def lock_run_folder(folder: str | Path) -> Iterator[None]:
+    """Hold the run folder for this process; FolioError if another process trains there.
+
+    The lock is on a file beside the folder, which stays there when an old run is moved aside. The
+    operating system releases the lock when the process ends, for any reason.
+    """
+    folder = Path(folder)
+    lock_file = folder.with_name(f".{folder.name}.lock")
+    message = f"{folder}: another process is training here; choose another --out_dir"
+    with file_lock(lock_file, message):
+        yield
+
+
+def prepare_out_dir(folder: str | Path, resume: bool) -> None:
+    """Make the folder ready for a run. If resume is False, an old run in it is moved aside.
+
+    Raises FolioError if the folder holds files that are not a run.
+    """
+    folder = Path(folder)
+    make_folder(folder)
+    with explain_os_error(folder, "cannot be made ready for a run"):
+        # A run that was killed while it saved its settings has left a temporary file, and no run.
+        existing = sorted(p.name for p in folder.iterdir() if not is_temporary(p.name))
+        if existing and not resume:
+            check_is_run(folder, existing)
+            print(f"the previous run is now in {shown_path(rename_to_backup(folder))}")
+            make_folder(folder)
+        for path in (*folder.iterdir(), *folder.glob("step_*/*")):
+            if is_temporary(path.name):
+                path.unlink()
+
+
+def check_is_run(folder: Path, filenames: list[str]) -> None:
+    """Raises FolioError if these files in the folder are not a run of Folio's."""
+    if read_run_settings(folder) is None:
+        refuse_nanogpt_checkpoint(folder)
+        raise FolioError(
+            f"{folder}: holds files that are not a run of Folio's ({filenames[0]}); choose another "
+            "--out_dir"
+        )
+
+
+def is_temporary(name: str) -> bool:
+    """Whether the name is one of atomic_write() (.resume.pt.tmp) or safetensors (.tmpAbCdEf)."""
+    return re.fullmatch(r"\..*\.tmp|\.tmp\w{6}", name) is not None
+
+
+def read_run_settings(folder: Path) -> dict[str, Any] | None:
+    """settings.json, if this folder holds a run of Folio's; other programs use that name, too."""
+    try:
+        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        is_run = {"dataset", "max_iters", "n_layer", "init_from"} <= settings.keys()
+        return settings if is_run and type(settings["max_iters"]) is int else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def make_folder(folder: Path) -> None:
+    with explain_os_error(folder, "this folder cannot be created"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_nanogpt_checkpoint(folder: Path) -> None:
+    if (folder / "ckpt.pt").exists():
+        raise FolioError(
+            f"{folder / 'ckpt.pt'}: a checkpoint of nanoGPT, which Folio does not read; to train "
+            "a new model: --init_from=scratch and another --out_dir"
+        )

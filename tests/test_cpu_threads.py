@@ -1,0 +1,134 @@
+"""Fewer CPU threads while other programs are busy."""
+
+import dataclasses
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine import cpu_threads
+from engine.cpu_threads import CpuUsage, ThreadAdapter, fitting_num_threads, own_cpus
+from engine.device import ComputeDevice
+
+
+@pytest.mark.parametrize(
+    ("threads", "max_threads", "cores", "own", "other", "expected"),
+    [
+        (2, 2, 2, 1.9, 0.1, 2),  # alone, but for an idle desktop
+        (2, 2, 2, 1.3, 0.7, 1),  # beside one busy program
+        (2, 2, 2, 1.0, 1.0, 1),  # beside two
+        (1, 2, 2, 1.0, 1.0, 1),  # after the first change: the other program is still there
+        (1, 2, 2, 1.0, 0.1, 2),  # and now it is gone
+        (8, 8, 8, 7.2, 0.8, 7),
+        (8, 8, 8, 5.0, 3.0, 5),
+        (8, 8, 8, 0.5, 7.5, 1),
+        (4, 4, 8, 4.0, 3.0, 4),  # enough cores for both
+        (5, 8, 8, 4.0, 4.0, 4),  # a program more
+        (5, 8, 8, 4.0, 1.0, 5),  # never more again, until the CPU is free
+        (1, 1, 1, 0.5, 0.5, 1),
+    ],
+)
+def test_number_of_threads_leaves_other_programs_their_cores(
+    threads, max_threads, cores, own, other, expected
+):
+    assert fitting_num_threads(threads, max_threads, cores, own, other) == expected
+
+
+@pytest.fixture
+def fake_cpu(monkeypatch):
+    """Two cores, two threads, and a clock: step(seconds, own, other) -> what after_step() says."""
+    state = SimpleNamespace(threads=2, usage=CpuUsage(0.0, 0.0, 0.0, 0.0))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: state.threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(state, "threads", n))
+    monkeypatch.setattr(cpu_threads, "own_cpus", lambda: {0, 1})
+    monkeypatch.setattr(CpuUsage, "now", lambda: state.usage)
+    monkeypatch.setattr(time, "monotonic", lambda: state.usage.wall)
+
+    def step(adapter, seconds: float, own: float, other: float) -> str:
+        wall, total_own, total, _ = dataclasses.astuple(state.usage)
+        if state.knows_total:
+            total += (own + other) * seconds
+        else:
+            total = None
+        state.usage = CpuUsage(wall + seconds, total_own + own * seconds, total, own + other)
+        return adapter.after_step()
+
+    state.step, state.knows_total = step, True
+    return state
+
+
+CPU_DEVICE = ComputeDevice(torch.device("cpu"), torch.float32, False, "")
+
+
+def test_threads_are_reduced_within_ten_steps_and_restored_when_the_cpu_is_free(fake_cpu):
+    adapter = ThreadAdapter(CPU_DEVICE)
+    lines = [fake_cpu.step(adapter, 0.15, own=1.3, other=0.7) for _ in range(10)]
+    assert fake_cpu.threads == 1
+    assert [line for line in lines if line] == [
+        "threads  1 instead of 2: other programs use the CPU (--num_threads=2 keeps 2)"
+    ]
+    assert [fake_cpu.step(adapter, 5, own=1.0, other=1.0) for _ in range(9)] == [""] * 9
+    lines = [fake_cpu.step(adapter, 0.6, own=1.0, other=0.1) for _ in range(25)]
+    assert fake_cpu.threads == 2
+    assert [line for line in lines if line] == [
+        "threads  2 again: other programs leave the CPU free"
+    ]
+
+
+def test_short_disturbances_change_nothing(fake_cpu):
+    adapter = ThreadAdapter(CPU_DEVICE)
+    for _ in range(10):
+        assert fake_cpu.step(adapter, 0.6, own=1.3, other=0.7) == ""
+        assert fake_cpu.step(adapter, 0.6, own=1.9, other=0.1) == ""
+    assert fake_cpu.threads == 2
+
+
+def test_load_average_serves_where_the_system_tells_no_more(fake_cpu):
+    """As on macOS. What counts is the load before the run, which adds to the load by itself."""
+    fake_cpu.knows_total = False
+    fake_cpu.usage = CpuUsage(0.0, 0.0, None, load=1.0)
+    adapter = ThreadAdapter(CPU_DEVICE)
+    for _ in range(3):
+        fake_cpu.step(adapter, 0.6, own=1.3, other=0.7)
+    assert fake_cpu.threads == 1
+    fake_cpu.threads = 2
+    fake_cpu.usage = CpuUsage(0.0, 0.0, None, load=0.1)
+    adapter = ThreadAdapter(CPU_DEVICE)
+    for _ in range(3):
+        fake_cpu.step(adapter, 0.6, own=1.9, other=0.1)
+    assert fake_cpu.threads == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "environment"),
+    [
+        (CPU_DEVICE, {"num_threads": 2}, {}),
+        (CPU_DEVICE, {"world_size": 2}, {}),
+        (CPU_DEVICE, {}, {"OMP_NUM_THREADS": "2"}),
+        (CPU_DEVICE, {}, {"MKL_NUM_THREADS": "2"}),
+        (ComputeDevice(torch.device("cuda"), torch.float32, False, ""), {}, {}),
+    ],
+)
+def test_threads_that_are_set_are_never_changed(
+    fake_cpu, monkeypatch, device, options, environment
+):
+    """Runs that are to be repeated bit by bit need the same number of threads all along."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    adapter = ThreadAdapter(device, **options)
+    assert [fake_cpu.step(adapter, 0.6, own=1.3, other=0.7) for _ in range(5)] == [""] * 5
+    assert fake_cpu.threads == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/stat is Linux's")
+def test_cpu_time_of_all_programs_contains_that_of_this_one():
+    before = CpuUsage.now()
+    while time.process_time() - before.own < 0.3:
+        pass
+    after = CpuUsage.now()
+    assert after.total - before.total >= 0.9 * (after.own - before.own) - 0.05
+    assert after.total - before.total <= len(own_cpus()) * (after.wall - before.wall) + 0.1
