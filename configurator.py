@@ -47,6 +47,11 @@ class FolioError(Exception):
     """An error that the user can fix. The message says what is wrong, the value, and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if there is no message."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class ConfigError(FolioError):
     """A setting that is unknown, of the wrong type, or out of range."""
 

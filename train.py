@@ -37,7 +37,7 @@ from engine.optimizer import make_optimizer, set_lr_multiplier
 from engine.run import OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, checkpoint_state
 from engine.run import load_dataset, resolve_config, restore, save_run_tokenizer
 from engine.run import start_run_folder, wrap_model
-from engine.run_folder import lock_run_folder, resolve_out_dir
+from engine.run_folder import lock_run_folder, move_old_run_aside, resolve_out_dir
 from engine.train_config import TrainConfig
 from model import GPT
 
@@ -60,6 +60,9 @@ def main() -> None:
             lambda: resolve_config(overrides, restarted, dist.world_size)
         )
         dist.broadcast_from_main(lambda: check_trackers(config))  # wandb, TensorBoard
+        if config.init_from == "scratch" and not config.eval_only:
+            # Before anything can fail: a restarted job must not resume an older run.
+            dist.broadcast_from_main(lambda: move_old_run_aside(folder))
 
         # Device, dataset, model, optimizer
         exit_stack.enter_context(explain_out_of_memory(OUT_OF_MEMORY_HINT))
@@ -125,7 +128,7 @@ def train(
                     show_sample(config, dataset, model, device, dist, logger)
                     if is_patience_exhausted(state, config):
                         break
-            if state.step >= config.max_iters or shutdown.agreed:
+            if state.step >= config.max_iters or shutdown.should_stop:
                 break
             start_time = time.perf_counter()
             metrics = train_step(
@@ -180,13 +183,15 @@ def train_step(
     """Update the weights once, with the mean gradient of all micro-batches.
 
     The four numbered lines are what every training step does. `dist` has an effect with several
-    processes only, `scaler` in float16 only, and autocast has no effect in float32.
+    processes only, `scaler` in float16 only, and autocast has no effect in float32. If one process
+    has received a signal, such as Ctrl-C, all processes stop after this step (`shutdown`).
     """
     lr_multiplier = get_lr_multiplier(step, config)
     set_lr_multiplier(optimizer, lr_multiplier)
     grad_accum_steps = config.gradient_accumulation_steps
     mean_loss = 0.0
-    for micro_batch in dist.shard(range(grad_accum_steps)):  # the order of training_batches()
+    # With 4 processes, process 1 takes micro-batches 1, 5, 9, ..., as in training_batches().
+    for micro_batch in dist.shard(range(grad_accum_steps)):
         inputs, targets = next(batches)  # (B, T) each
         # Processes exchange gradients once per step, in the backward pass of the last micro-batch.
         is_last = micro_batch + dist.world_size >= grad_accum_steps
@@ -211,7 +216,7 @@ def train_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     if n_stopped > 0:  # equal in all processes
-        shutdown.agree()
+        shutdown.sync()
     return StepMetrics(mean_loss, grad_norm, lr_multiplier * config.learning_rate)
 
 
@@ -304,7 +309,7 @@ def evaluate(
         with device.autocast():
             losses.append(model(*device.to_device(inputs, targets)))
     model.train()
-    if shutdown is not None and shutdown.agree():
+    if shutdown is not None and shutdown.sync():
         return None
     # Only here does the CPU wait for the device. A loss is a mean: times its tokens, it is a sum.
     batch_losses = torch.stack(losses).tolist() if losses else []

@@ -21,6 +21,7 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import tqdm
 
+from configurator import first_line
 from data.download import DownloadError
 
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -124,7 +125,6 @@ def describe(error: BaseException) -> str:
             return f"not found on {hub}"
         case errors.HfHubHTTPError():
             return f"HTTP {error.response.status_code} from {hub}"
-    first_line = str(error).strip().partition("\n")[0] or type(error).__name__
     if isinstance(error, errors.HTTPError):
-        return f"no connection to {hub} ({first_line})"
-    return getattr(error, "strerror", None) or first_line
+        return f"no connection to {hub} ({first_line(error)})"
+    return getattr(error, "strerror", None) or first_line(error)

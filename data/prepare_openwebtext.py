@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configurator import FolioError, NonNegativeInt, configure, run_main
+from configurator import FolioError, NonNegativeInt, configure, first_line, run_main
 from data.download import DownloadError
 from data.files import explain_os_error
 from data.hub import hub_file, hub_files
@@ -129,7 +129,7 @@ def read_documents(path: Path) -> Iterator[str]:
                 yield from batch.column("text").to_pylist()
     except (pyarrow.ArrowException, KeyError) as error:
         path.unlink()
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise FolioError(f"{path}: corrupt file deleted ({reason}); try again") from None
 
 

@@ -105,7 +105,8 @@ def choose_device(
 ) -> ComputeDevice:
     """Choose device, dtype and compile, and prepare this process for them.
 
-    With CUDA, this process's GPU becomes the current one, and float32 matrix products use TF32.
+    With CUDA, this process's GPU becomes the current one; with dtype=float32, matrix products use
+    TF32.
     On a Linux CPU, freed memory stays with the process.
     local_rank, world_size: of the process among those of the job; each takes its own GPU.
     num_threads: CPU threads; 0: torch's default (OMP_NUM_THREADS, or the number of cores).

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as torch_dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import FolioError
+from configurator import FolioError, first_line
 
 T = TypeVar("T")
 
@@ -40,7 +40,8 @@ class Distributed:
     """The process group of the job, as a context manager.
 
     rank: number of this process, from 0 to world_size - 1. local_rank: its number on this node.
-    Raises FolioError if the processes cannot connect, or when one of the others has died.
+    Raises FolioError if the processes cannot connect, or when another process has died. (NCCL
+    notices a lost process after its timeout only; torchrun sends signals before that.)
     """
 
     def __init__(self):
@@ -280,10 +281,6 @@ def is_restarted() -> bool:
     return any(count.isdecimal() and int(count) > 0 for count in counts)
 
 
-def first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
-
-
 # --- Signals ---
 
 
@@ -291,27 +288,27 @@ class GracefulShutdown:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a request that the training loop can see.
 
     with GracefulShutdown(dist) as shutdown:
-        while not shutdown.agree(): ...
+        while not shutdown.sync(): ...
     sys.exit(shutdown.exit_status)
 
     exit_status: 130, 143 or 129 (128 + the signal's number, as in a shell); 0 without a signal.
-    A second SIGINT or SIGTERM raises KeyboardInterrupt at once. Signals that this process ignores,
-    because it was started by nohup or in the background, stay ignored.
+    A second SIGINT or SIGTERM raises KeyboardInterrupt at once, except under torchrun. Signals that
+    this process ignores, because it was started by nohup or in the background, stay ignored.
     """
 
     def __init__(self, dist: Distributed):
         self.dist, self.exit_status = dist, 0
-        self.agreed = False  # whether all processes know that one has received a signal
+        self.should_stop = False  # equal in all processes, after sync()
 
-    def agree(self) -> bool:
+    def sync(self) -> bool:
         """True if any process has received a signal; the answer is equal in all processes."""
         status = self.dist.all_reduce_max(self.local_exit_status())
         # A signal that arrived during the all-reduce is not in `status`: the next call sees it.
-        self.exit_status, self.agreed = status or self.exit_status, status != 0
+        self.exit_status, self.should_stop = status or self.exit_status, status != 0
         # Another process may have noticed it first, so local_exit_status() does not say it.
-        if self.agreed and self.dist.is_main and self.dist.launcher_died():
+        if self.should_stop and self.dist.is_main and self.dist.launcher_died():
             print_stderr("torchrun has died: saving, then exiting")
-        return self.agreed
+        return self.should_stop
 
     def local_exit_status(self) -> int:
         """The exit status that this process alone asks for; 0: none. No communication.
@@ -342,7 +339,7 @@ class GracefulShutdown:
         )
         if self.exit_status and can_force:
             raise KeyboardInterrupt
-        if not self.exit_status and signum == signal.SIGINT and is_main_process():
+        if not self.exit_status and signum == signal.SIGINT and self.dist.is_main:
             again = "; press Ctrl-C again to exit at once" if can_force else ""
             print_stderr(f"finishing this step, then saving{again}")
         self.exit_status = self.exit_status or 128 + signum
@@ -350,10 +347,6 @@ class GracefulShutdown:
     def __exit__(self, *_) -> None:
         for signum, handler in self._previous_handlers.items():
             signal.signal(signum, handler)
-
-
-def is_main_process() -> bool:
-    return not torch_dist.is_initialized() or torch_dist.get_rank() == 0
 
 
 def print_stderr(message: str) -> None:

@@ -20,7 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from configurator import FolioError
+from configurator import FolioError, first_line
 from data.files import shell_command
 from model import GPT, GPTConfig
 
@@ -287,10 +287,10 @@ def load_torch_file(path: Path) -> dict[str, Any]:
     except (MemoryError, KeyboardInterrupt):
         raise
     except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise FolioError(f"{path}: damaged, or not only weights and numbers ({reason})") from None
     except Exception as error:  # whatever the unpickler stumbles over, the file is at fault
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise FolioError(f"{path}: damaged ({reason})") from None
     if not isinstance(loaded, dict):
         raise FolioError(f"{path}: damaged (it holds a {type(loaded).__name__}, not a dict)")

@@ -17,7 +17,8 @@ Why the cache does not last forever: see crop_start().
 
 On a CPU a new token attends to the filled part of the cache. On CUDA, starting an operation takes
 longer than computing it. There a step attends to the whole cache with a mask, so that no shape
-depends on the position: decode_step() is recorded once and repeated for each token.
+depends on the position: decode_step() is captured once, as a CUDA graph, and replayed for each
+token.
 """
 
 import platform
@@ -35,7 +36,7 @@ from engine.device import DTypeName, choose_dtype, has_bfloat16, is_intel_cpu
 from model import GPT, GPTConfig
 
 SMALL_MODEL_PARAMETERS = 2_000_000  # the weights of a smaller model stay in the CPU's caches
-FINISHED_CHECK_INTERVAL = 16  # steps between two questions to a GPU whether all rows are finished
+FINISHED_CHECK_INTERVAL = 16  # steps between checks whether all rows are finished, on a GPU
 
 
 class InferenceModel:
@@ -46,8 +47,7 @@ class InferenceModel:
     depends on it. Each way adds numbers in its own order, so the logits differ in their last
     digits. A token changes only where two tokens are almost equally likely.
     static_cache: compute one token with decode_step(); always on CUDA, and slower on a CPU.
-    compile: compile decode_step() with torch.compile, for CUDA. The first call of generate() then
-    takes about half a minute longer.
+    compile: compile decode_step() with torch.compile, for CUDA. The first token then takes longer.
     After more training of the model, build a new InferenceModel: some of the weights are copies.
     Raises FolioError if the device does not support dtype.
     """
@@ -71,6 +71,8 @@ class InferenceModel:
         self.weights = prepare_weights(model, self.device, self.dtype, packed)
         self.static_cache = static_cache or compile or self.device.type == "cuda"
         self.decode_step = torch.compile(decode_step, dynamic=False) if compile else decode_step
+        is_cuda = self.device.type == "cuda"
+        self.capture_stream = torch.cuda.Stream(self.device) if is_cuda else None
 
     def generate(
         self,
@@ -139,16 +141,17 @@ class InferenceModel:
         if max_new_tokens is not None and not self.static_cache:
             max_length = min(block_size, context.size(1) + max_new_tokens)
         cache = KVCache(self.config, B, max_length, self.device, self.dtype)
-        decode = self._make_decode(cache)
+        decode = None  # made when the second token is computed
         new = context  # (B, T): tokens that are not in the cache yet
         if (context == context[:1]).all():
             new = context[:1]  # (1, T): all rows have the same prompt, which is computed once
         finished = torch.zeros(B, dtype=torch.bool, device=self.device)
         check_interval = 1 if self.device.type == "cpu" else FINISHED_CHECK_INTERVAL
         for step in count(1) if max_new_tokens is None else range(1, max_new_tokens + 1):
-            if cache.length == 0:
+            if cache.length == 0 or not self.static_cache:
                 logits = next_token_logits(self.weights, new, cache)  # (B, V), or (1, V)
             else:
+                decode = decode or self._make_decode(cache)
                 logits = decode(new)  # (B, V)
             ids = sample(logits.expand(B, -1))  # (B,)
             if len(stop):
@@ -166,14 +169,14 @@ class InferenceModel:
 
     def _make_decode(self, cache: "KVCache") -> Callable[[torch.Tensor], torch.Tensor]:
         """A function: one new token for each row (B, 1) -> logits (B, V). It fills the cache."""
-        if not self.static_cache:
-            return lambda new: next_token_logits(self.weights, new, cache)
-        cache.kv.zero_()  # a masked place has the weight 0, but 0 times NaN would be NaN
-        idx = torch.zeros(cache.kv.size(2), 1, dtype=torch.long, device=self.device)
-        position = torch.zeros(1, dtype=torch.long, device=self.device)
+        for kv in cache.kv:  # a masked place has the weight 0, but 0 times NaN would be NaN
+            kv[..., cache.length :, :].zero_()
+        idx = torch.zeros(cache.kv[0].size(1), 1, dtype=torch.long, device=self.device)
+        # The place of the next token: it is written again after the capture.
+        position = torch.full((1,), cache.length, dtype=torch.long, device=self.device)
         step = partial(self.decode_step, self.weights, idx, cache.kv, position)
-        if self.device.type == "cuda":
-            step = capture_cuda_graph(step, self.device)
+        if self.capture_stream is not None:
+            step = capture_cuda_graph(step, self.capture_stream)
 
         def decode(new: torch.Tensor) -> torch.Tensor:
             idx.copy_(new)
@@ -261,7 +264,8 @@ class Weights(NamedTuple):
 class KVCache:
     """The keys and values of all blocks for the tokens that have been computed.
 
-    kv: (n_layer, 2, B, n_head, max_length, head_dim); the 2 are keys and values.
+    kv: for each block (2, B, n_head, max_length, head_dim); the 2 are keys and values. (One tensor
+    for all blocks would be copied whole, for each block, by a compiled decode_step().)
     length: number of tokens in the cache. Set it to 0 to empty the cache.
     """
 
@@ -274,8 +278,8 @@ class KVCache:
         dtype: torch.dtype,
     ):
         head_dim = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, batch_size, config.n_head, max_length, head_dim)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        shape = (2, batch_size, config.n_head, max_length, head_dim)
+        self.kv = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length = 0
 
 
@@ -289,33 +293,32 @@ def next_token_logits(weights: Weights, idx: torch.Tensor, cache: KVCache) -> to
     T = idx.size(1)
     start, end = cache.length, cache.length + T
     assert start == 0 or T == 1, "is_causal below is right for these cases only"
-    all_kv = cache.kv[..., :end, :].unbind(0)  # for each block (2, B, n_head, end, head_dim)
-    new_kv = cache.kv[..., start:end, :].unbind(0)  # the places of the new tokens in the cache
 
     def attend(i: int, qkv: torch.Tensor) -> torch.Tensor:
-        new_kv[i].copy_(qkv[1:])
+        cache.kv[i].narrow(3, start, T).copy_(qkv[1:])  # the places of the new tokens
         q, k, v = qkv.unbind(0)
         if start > 0:
-            k, v = all_kv[i].unbind(0)  # (B, n_head, end, head_dim)
+            k, v = cache.kv[i].narrow(3, 0, end).unbind(0)  # (B, n_head, end, head_dim)
         # A single new token attends to all tokens, so it needs no mask. (torch's causal mask
         # would let it attend to the first token only.)
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
 
     x = F.embedding(idx, weights.wte) + weights.wpe[start:end]  # (B, T, C)
-    logits = run_blocks(weights, x, cache.kv.size(3), attend)
+    logits = run_blocks(weights, x, cache.kv[0].size(2), attend)
     cache.length = end
     return logits
 
 
 def decode_step(
-    weights: Weights, idx: torch.Tensor, kv: torch.Tensor, position: torch.Tensor
+    weights: Weights, idx: torch.Tensor, kv: list[torch.Tensor], position: torch.Tensor
 ) -> torch.Tensor:
     """(B, 1) new tokens -> (B, V): what next_token_logits() computes for T = 1.
 
     kv: of a KVCache. position: (1,), of the new tokens. Only numbers on the device change from
-    token to token, and no shape. So the step is compiled once and recorded once.
+    token to token, and no shape. So the step is compiled once and captured once.
     """
-    mask = torch.arange(kv.size(4), device=kv.device) <= position  # (max_length,): filled places
+    places = torch.arange(kv[0].size(3), device=idx.device)  # (max_length,)
+    mask = places <= position  # the filled places
 
     def attend(i: int, qkv: torch.Tensor) -> torch.Tensor:
         kv[i].index_copy_(3, position, qkv[1:])
@@ -323,7 +326,7 @@ def decode_step(
         return F.scaled_dot_product_attention(qkv[0], k, v, attn_mask=mask[None])
 
     x = F.embedding(idx, weights.wte) + F.embedding(position, weights.wpe)  # (B, 1, C)
-    return run_blocks(weights, x, kv.size(3), attend)
+    return run_blocks(weights, x, kv[0].size(2), attend)
 
 
 def run_blocks(
@@ -349,24 +352,25 @@ def run_blocks(
 
 
 def capture_cuda_graph(
-    step: Callable[[], torch.Tensor], device: torch.device
+    step: Callable[[], torch.Tensor], stream: torch.cuda.Stream
 ) -> Callable[[], torch.Tensor]:
-    """Record what step() starts on the GPU. The function that is returned repeats it at once.
+    """Capture step() as a CUDA graph; the function that is returned replays it with one launch.
 
-    It reads its inputs from the tensors that step() has read, and overwrites the tensor that it
-    returned before. Starting some hundred operations one by one would take longer than computing
-    them for one token.
+    A replay reads its inputs from the tensors that step() has read, and overwrites the tensor that
+    the replay before has returned; the caller keeps these tensors. Launching some hundred kernels
+    one by one would take longer than computing them for one token.
+    stream: for the capture; one for all captures, because cuBLAS keeps memory for each stream.
     """
-    with torch.cuda.device(device):
-        # Before the recording, everything is compiled and allocated, on a stream of its own.
-        stream = torch.cuda.Stream()
+    with torch.cuda.device(stream.device):
+        # Before the capture, everything is compiled and allocated.
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # thread_local: in training, another thread may copy a batch to the GPU meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             logits = step()
 
     def replay() -> torch.Tensor:

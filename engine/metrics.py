@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from configurator import FolioError
+from configurator import FolioError, first_line
 from data.dataset import Dataset
 from data.files import rename_to_backup, shell_command
 from data.prepare import plural
@@ -478,7 +478,3 @@ def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

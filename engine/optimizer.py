@@ -202,9 +202,9 @@ def group_by_shape(
         yield shape, list(group)
 
 
-# Coefficients a, b, c of one polynomial a s + b s^3 + c s^5 after another. Each is the best one for
-# what the polynomials before it leave (Polar Express, Amsel et al. 2025, for singular values from
-# 0.001 to 1). After the five of them, each singular value is between 0.84 and 1.13.
+# Coefficients a, b, c of five polynomials a s + b s^3 + c s^5, applied one after another. Each is
+# optimal for the range of singular values that the polynomials before it leave (Polar Express,
+# Amsel et al. 2025). Singular values from 0.001 to 1 end between 0.84 and 1.13.
 POLAR_EXPRESS_COEFFICIENTS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from configurator import FolioError, configure, format_value, read_settings, to_json
+from configurator import FolioError, configure, first_line, format_value, read_settings, to_json
 from data.dataset import Dataset, open_dataset
 from data.files import write_text
 from data.shakespeare import DATASETS, ensure_shakespeare
@@ -264,7 +264,7 @@ def restore(
                 raise TypeError(f"{field.name} is {format_value(value)}")
         return state
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise FolioError(
             f"{folder / CHECKPOINT_FILE}: does not fit this run ({reason}); to start from its "
             f"weights instead: --init_from={folder} and another --out_dir"

@@ -144,17 +144,29 @@ def prepare_out_dir(folder: str | Path, resume: bool) -> None:
     Raises FolioError if the folder holds files that are not a run.
     """
     folder = Path(folder)
+    if not resume:
+        move_old_run_aside(folder)
     make_folder(folder)
     with explain_os_error(folder, "cannot be made ready for a run"):
-        # A run that was killed while it saved its settings has left a temporary file, and no run.
-        existing = sorted(p.name for p in folder.iterdir() if not is_temporary(p.name))
-        if existing and not resume:
-            check_is_run(folder, existing)
-            print(f"the previous run is now in {shown_path(rename_to_backup(folder))}")
-            make_folder(folder)
         for path in (*folder.iterdir(), *folder.glob("step_*/*")):
             if is_temporary(path.name):
                 path.unlink()
+
+
+def move_old_run_aside(folder: str | Path) -> None:
+    """Rename the folder if there is a run in it, and print its new name.
+
+    Raises FolioError if the folder holds files that are not a run.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    with explain_os_error(folder, "cannot be made ready for a run"):
+        # A run that was killed while it saved its settings has left a temporary file, and no run.
+        existing = sorted(p.name for p in folder.iterdir() if not is_temporary(p.name))
+        if existing:
+            check_is_run(folder, existing)
+            print(f"the previous run is now in {shown_path(rename_to_backup(folder))}")
 
 
 def check_is_run(folder: Path, filenames: list[str]) -> None:

@@ -18,7 +18,7 @@ Each line of the table is a tiny GPT, trained for 400 steps with the same batche
 
 To compare: a guess has a loss of ln 65 = 4.17. If you know how frequent each character is, it is
 3.31 on the training text and 3.35 on the validation text. If you know the character before, too, it
-is 2.45 and 2.48.
+is 2.45 and 2.48. "without MLP" is worse than that.
 
 Shapes: B = 16 sequences, T = 32 tokens, C = 64 channels, V = 65 tokens; 3 blocks, 4 heads of 16.
 """
@@ -54,7 +54,8 @@ MODELS = {  # each model, and what happens without the part
     "one head instead of four": "One head of 64 channels replaces four of 16. At this size it "
     'makes no difference. In "Attention Is All You Need", translation has a BLEU of 24.9 with one '
     "head and 25.8 with eight. (BLEU: agreement with translations by people, at most 100.)",
-    "without MLP": "Tokens exchange information, but each token computes nothing from it.",
+    "without MLP": "Tokens exchange information, but each token computes nothing from it. This "
+    "model has also lost two thirds of the weights of its blocks.",
 }
 
 

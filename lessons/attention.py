@@ -114,7 +114,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple
 
     mask (T, S): True where row t receives from column s. None: each row receives from all columns.
     """
-    scores = q @ k.mT / math.sqrt(q.size(-1))  # (4, 2) @ (2, 4) -> (4, 4)
+    # mT exchanges the last two dimensions: (4, 2) @ (2, 4) -> (4, 4).
+    scores = q @ k.mT / math.sqrt(q.size(-1))
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)  # exp(-inf) = 0
     weights = scores.softmax(dim=-1)
@@ -149,8 +150,9 @@ def why_divide() -> None:
         scores = queries @ keys.mT  # (500, 1, 8)
         largest = [s.softmax(dim=-1).amax(dim=-1).mean() for s in (scores / math.sqrt(d), scores)]
         print(f"    {d:4} {largest[0]:9.2f} {largest[1]:13.2f}")
-    print("A dot product has d terms, so it grows with d. Without the division, one weight")
-    print("is almost 1: the node receives from one sender only. Then the gradient of the")
+    print("A dot product is a sum of d terms. Here each term has variance 1, so the sum has")
+    print("variance d: its size is about sqrt(d). Without the division, one weight is")
+    print("almost 1: the node receives from one sender only. Then the gradient of the")
     print("softmax is almost 0, and the node can hardly learn to look elsewhere.")
 
 
@@ -237,7 +239,8 @@ text so far      whole text         6 German words           4 English words
 Each column shows one block. A model is a stack of blocks. All blocks of the
 encoder run first. Each block of the decoder makes keys and values from the
 vectors of the encoder's last block, with its own W_KEY and W_VALUE.
-In all of them, x = x + attention(layer_norm(x)) and x = x + mlp(layer_norm(x))."""
+In a GPT, x = x + attention(layer_norm(x)) and x = x + mlp(layer_norm(x)).
+(BERT normalizes after the sum: x = layer_norm(x + attention(x)).)"""
 
 # --- 8. Equal to model.py ---
 
@@ -246,14 +249,15 @@ def message_loop(attention: torch.nn.Module, x: Tensor) -> Tensor:
     """What CausalSelfAttention in model.py computes, as nodes in loops: (T, C) -> (T, C)."""
     T, C = x.shape
     d = C // attention.n_head
-    queries, keys, values = attention.c_attn(x).split(C, dim=1)  # (T, C) each
+    # One linear layer makes the queries, keys and values of all heads: (T, C) each.
+    queries, keys, values = attention.c_attn(x).split(C, dim=1)
     messages = torch.zeros(T, C, dtype=x.dtype)
     for head in range(attention.n_head):
         own = slice(head * d, (head + 1) * d)  # the channels of this head
         nodes = [Node(queries[t, own], keys[t, own], values[t, own]) for t in range(T)]
         for t in range(T):
             messages[t, own], _ = nodes[t].receive(nodes[: t + 1])
-    return attention.c_proj(messages)  # mix the heads
+    return attention.c_proj(messages)  # a linear layer mixes the heads
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
     python lessons/bpe.py                       # about ten seconds
 
 A tokenizer by characters makes long sequences. BPE makes them shorter: frequent groups of letters
-become one token. It starts with the 256 possible bytes as tokens 0 ... 255. Each merge adds one.
+become one token. BPE starts with the 256 possible bytes as tokens 0 ... 255 (in GPT-2's order).
+Each merge adds one token.
 """
 
 import re
@@ -13,12 +14,14 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-# The 256 bytes in GPT-2's order: first those that are visible characters in Latin-1.
+# The 256 bytes in GPT-2's order: first those that are visible characters in Latin-1. The id of a
+# byte is its position in this order, not its value: "e" is byte 101 and token 68. Any order works.
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES = [bytes([b]) for b in [*VISIBLE, *(b for b in range(256) if b not in VISIBLE)]]
 
 # GPT-2's pattern (for English) splits a text into words: 's, 't and so on, letters, digits, other
-# signs, white space. A word includes the space before it. No merge crosses the border of a word.
+# signs, white space. A word includes the space before it: of several spaces, only the last belongs
+# to the next word. No merge crosses the border of a word.
 #     "We'll go, 2 of us" -> "We", "'ll", " go", ",", " 2", " of", " us"
 WORD = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
 
@@ -141,8 +144,10 @@ def main(num_merges: int = 100) -> None:
     print("Decoded:", decode(ids, merges))
 
     print("\nA token is a group of bytes, so any text has ids. A rare letter has several:")
-    for letter in ("e", "\u00e9", "\u732b"):  # e; e with an accent; Chinese for cat
-        print(f"   {letter!a:9} {letter.encode()!s:16} {encode(letter, merges)}")
+    names = {"e": "e", "\u00e9": "e with an accent", "\u732b": "Chinese for cat"}
+    for letter, name in names.items():
+        print(f"   {name:17} {letter.encode()!s:16} {encode(letter, merges)}")
+    print("The ids of bytes are positions in GPT-2's order, not byte values: e is byte 101.")
 
     part = text[:20_000]
     ratio = len(part) / len(encode(part, merges))
@@ -150,7 +155,7 @@ def main(num_merges: int = 100) -> None:
     print(f"holds {64 * ratio:.0f} characters. The price: the embedding has {len(tokens)} rows.")
 
     print("\nThe strong forms: data/bpe.py learns; after a merge it counts only the words")
-    print("that have changed. data/tokenizer.py encodes with tiktoken.")
+    print("that have changed. data/tokenizer.py encodes with tiktoken, OpenAI's library.")
     print("Equal merges and ids:", equal_to_strong_form(text, words, merges))
 
 

@@ -45,7 +45,7 @@ class Block(nn.Module):
         self.query_key_value = nn.Linear(C, 3 * C, bias=False)
         self.attention_out = nn.Linear(C, C, bias=False)
         self.norm_2 = nn.LayerNorm(C, bias=False)
-        self.mlp_in = nn.Linear(C, 4 * C, bias=False)
+        self.mlp_in = nn.Linear(C, 4 * C, bias=False)  # 4: a convention
         self.mlp_out = nn.Linear(4 * C, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,6 +60,7 @@ class Block(nn.Module):
         parts = self.query_key_value(x).split(C, dim=2)  # three times (16, 32, 96)
         # Cut the 96 channels into 4 heads of 24: (16, 4, 32, 24).
         q, k, v = (part.view(B, T, N_HEAD, C // N_HEAD).transpose(1, 2) for part in parts)
+        # mT exchanges the last two dimensions: (16, 4, 32, 24) @ (16, 4, 24, 32).
         scores = q @ k.mT / math.sqrt(C // N_HEAD)  # (16, 4, 32, 32)
         future = torch.ones(T, T, dtype=torch.bool).triu(diagonal=1)  # above the diagonal
         weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # each row sums to 1
@@ -82,8 +83,8 @@ class GPT(nn.Module):
         x = self.token_embedding(idx) + self.position_embedding.weight[: idx.size(1)]
         for block in self.blocks:
             x = block(x)  # (16, 32, 96) -> (16, 32, 96)
-        # The output layer is the token embedding again: a token that is similar as an input is
-        # similar as a prediction, and no more parameters are needed. (16, 32, 96) -> (16, 32, 65)
+        # The output layer is the token embedding again: tokens that are similar as inputs are
+        # similar as predictions, and no more parameters are needed. (16, 32, 96) -> (16, 32, 65)
         return self.final_norm(x) @ self.token_embedding.weight.T
 
 

@@ -4,7 +4,7 @@
     python lessons/in_context.py out/shakespeare_char   # with this trained model
 
 The weights do not change while a text is read. What is learned from the text is in the keys and
-values of its tokens, and an end-of-text token ends its effect.
+values of its tokens. The model must learn that an end-of-text token ends the effect of a document.
 
 Shapes: B = 32 sequences, T = 30 tokens, C = 64 channels, V = 27 tokens: 26 letters and end-of-text.
 """
@@ -74,15 +74,19 @@ def secret_words(steps: int = 400) -> list[float]:
     letters = string.ascii_lowercase + "."
     print("  tokens" + "".join(f" {letters[i]}" for i in windows[0, 1:].tolist()))
     print("  loss  " + "".join(f" {round(loss)}" for loss in losses[0].tolist()))
-    print("\nFor a new word the loss is about 3: the model can only guess, and a guess of")
-    print("one of 26 letters costs ln 26 = 3.26. Then the loss is small: the word is in")
-    print("the context.\n")
+    print("\nThe window starts inside a document, so the model has not seen its word. For a")
+    print("new word the loss is about 3: the model can only guess, and a guess of one of 26")
+    print("letters costs ln 26 = 3.26. Then the loss is small: the word is in the context.\n")
 
     since = tokens_since(windows, END)
     means = [float(losses[since == k].mean()) for k in range(10)]
     print("Mean of 1,000 sequences:")
     print("  token of the document" + "".join(f"{k + 1:5}" for k in range(10)))
     print("  loss                 " + "".join(f"{mean:5.2f}" for mean in means))
+    print("\nThe 2nd letter costs about 3.9, more than a guess, because the model copies too")
+    print("early: it expects the last letter of the old word, which stands two places back,")
+    print("too, with a probability of 0.3. A wrong expectation costs more than none. With")
+    print("800 steps of training, the 2nd letter costs 3.3.")
     print("\nThe weights cannot know these words: each document has a new one. After the end")
     print("of a document the loss is high again, although the context still has the old")
     print("word.")
@@ -92,10 +96,6 @@ def secret_words(steps: int = 400) -> list[float]:
     print("Where the distance varies, two heads work together: the first tells each token")
     print("which token precedes it; the second looks for a token whose predecessor equals")
     print("the current token, and copies it.")
-    print("\nThe 2nd letter costs about 3.9, more than a guess, because the model copies too")
-    print("early: it expects the last letter of the old word, which stands two places back,")
-    print("too, with a probability of 0.3. A wrong expectation costs more than none. With")
-    print("800 steps of training, the 2nd letter costs 3.3.")
     return means
 
 
@@ -119,10 +119,13 @@ def trained_model(folder: Path) -> None:
     losses = torch.cat([loss_of_each_token(model, part) for part in windows.split(20)])
 
     print(f"\nThe model in {folder}, on {len(windows)} windows of its validation text:")
-    print_by_position(losses, torch.arange(T).expand_as(losses), "tokens before the target")
+    before = torch.arange(1, T + 1)  # the first target has one token before it
+    print_by_position(losses, before.expand_as(losses), "tokens before the target")
     if tokenizer.eos_token_id is not None and (windows == tokenizer.eos_token_id).any():
         since = tokens_since(windows, tokenizer.eos_token_id)
         print_by_position(losses, since, "tokens since end-of-text")
+    print("\nThe weights are the same in each row. Where the loss falls from row to row, the")
+    print("model has learned from its context.")
 
 
 def print_by_position(losses: Tensor, position: Tensor, title: str) -> None:
@@ -149,7 +152,7 @@ def main(steps: int = 400, folder: str = "") -> None:
         trained_model(Path(folder) if folder else newest_run())
     except FolioError as error:
         print(f"\nThe second part shows a trained model on real text.\n{error}")
-    print("\nThe strong form: evaluate() in train.py, the mean over all tokens.")
+    print("\nThe strong form: evaluate() in train.py, the mean over all positions.")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ def probabilities(
     """Logits (V,) -> the probabilities with which the next token is sampled (V,).
 
     top_k: keep the k likeliest tokens (0: keep all).
-    top_p: keep the likeliest tokens, as few as reach a total probability of top_p.
+    top_p: keep the likeliest tokens until their total probability is at least top_p.
     """
-    exponentials = (logits / temperature).exp()
+    # Only differences of logits count. Without the subtraction, exp(100) would be inf in float32.
+    exponentials = ((logits - logits.max()) / temperature).exp()
     probs = exponentials / exponentials.sum()  # the softmax
     order = probs.argsort(descending=True).tolist()  # the likeliest token first
     if top_k > 0:

@@ -92,7 +92,7 @@ def walk_attention(block: torch.nn.Module, x: Tensor) -> Tensor:
 def walk_mlp(block: torch.nn.Module, x: Tensor) -> Tensor:
     print("\nThe first block: MLP")
     hidden = F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh")
-    show("hidden", hidden, "four times as many channels; each token alone")
+    show("hidden", hidden, "4 x 128 (4: a convention); each token alone")
     x = x + block.mlp.c_proj(hidden)
     show("x", x, "x + c_proj(hidden). No block changes the shape.")
     return x

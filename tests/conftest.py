@@ -43,6 +43,24 @@ def pytest_addoption(parser):
     )
 
 
+# Their tests start processes by the fork server of tests/processes.py.
+FORKING = {
+    "test_distributed", "test_fault_tolerance", "test_optimizer", "test_prepare_shakespeare",
+    "test_prepare_text",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """pytest-xdist: one worker has the fork server; each file is in one worker.
+
+    So the fork server is started once, and each file's shared setup is made once.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            is_forking = item.path.stem in FORKING or "uninterrupted" in item.fixturenames
+            item.add_marker(pytest.mark.xdist_group("processes" if is_forking else item.path.stem))
+
+
 @pytest.fixture
 def n_trials(request) -> Callable[[int, int], int]:
     """n_trials(4, 100): how often to repeat something, ordinarily and with --nightly."""

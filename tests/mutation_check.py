@@ -147,7 +147,7 @@ MUTATIONS = [
     ),
     Mutation(
         "with a shared prompt that only the first sample has", "engine/inference.py",
-        "new_kv[i].copy_(qkv[1:])", "new_kv[i][:, : qkv.size(1)].copy_(qkv[1:])",
+        ".copy_(qkv[1:])  # the places", "[:, : qkv.size(1)].copy_(qkv[1:])  # the places",
         "test_inference.py::test_generates_the_tokens_of_model_generate_for_rows_with_one_prompt",
         "All samples except the first continue a prompt that was never computed for them.",
     ),

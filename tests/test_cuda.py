@@ -161,7 +161,7 @@ def test_two_processes_on_one_gpu_are_refused(tiny_dataset, tmp_path, monkeypatc
     flags += [f"--device={DEVICE}", "--compile=False", "--gradient_accumulation_steps=2"]
     result = start_job(run_train, *flags, n_processes=2).wait()
     assert set(result.exit_codes) == {2}, result.stderr
-    assert "2 processes for 1 GPU" in result.stderr
+    assert "2 processes, but only 1 GPU" in result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -5,6 +5,7 @@ The jobs run on this machine, connected by gloo. See tests/processes.py.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -155,9 +156,9 @@ def test_processes_that_share_a_gpu_are_refused(monkeypatch):
 def test_first_signal_requests_a_stop_and_the_second_exits(signum, status):
     before = signal.getsignal(signum)
     with GracefulShutdown(Distributed()) as shutdown:
-        assert not shutdown.agree()
+        assert not shutdown.sync()
         os.kill(os.getpid(), signum)
-        assert shutdown.agree() and shutdown.exit_status == status
+        assert shutdown.sync() and shutdown.exit_status == status
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signum)
     assert signal.getsignal(signum) is before
@@ -177,7 +178,7 @@ def test_ctrl_c_with_a_closed_terminal_still_stops_cleanly(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     with GracefulShutdown(Distributed()) as shutdown:
         os.kill(os.getpid(), signal.SIGINT)
-        assert shutdown.agree()
+        assert shutdown.sync()
 
 
 def test_closed_terminal_requests_a_stop_however_often_sighup_arrives():
@@ -186,7 +187,7 @@ def test_closed_terminal_requests_a_stop_however_often_sighup_arrives():
         with GracefulShutdown(Distributed()) as shutdown:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGHUP)
-            assert shutdown.agree() and shutdown.exit_status == 129
+            assert shutdown.sync() and shutdown.exit_status == 129
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -199,7 +200,7 @@ def test_signals_that_the_parent_ignored_stay_ignored(name):
     try:
         with GracefulShutdown(Distributed()) as shutdown:
             os.kill(os.getpid(), signum)
-            assert not shutdown.agree()
+            assert not shutdown.sync()
         assert signal.getsignal(signum) == signal.SIG_IGN
     finally:
         signal.signal(signum, before)
@@ -214,9 +215,9 @@ def test_signal_during_the_all_reduce_counts_at_the_next_step(monkeypatch):
             return status
 
         monkeypatch.setattr(dist, "all_reduce_max", all_reduce_max)
-        assert not shutdown.agree()  # the other processes do not know yet
+        assert not shutdown.sync()  # the other processes do not know yet
         monkeypatch.setattr(dist, "all_reduce_max", lambda status: status)
-        assert shutdown.agree()
+        assert shutdown.sync()
         assert shutdown.exit_status == 143
 
 
@@ -230,7 +231,7 @@ def test_main_process_says_that_torchrun_died_if_another_process_noticed_first(m
 
     monkeypatch.setattr(dist, "all_reduce_max", all_reduce_max)
     with GracefulShutdown(dist) as shutdown:
-        assert shutdown.agree() and shutdown.exit_status == 143
+        assert shutdown.sync() and shutdown.exit_status == 143
     assert capfd.readouterr().err.count("torchrun has died: saving, then exiting") == 1
 
 
@@ -454,14 +455,19 @@ def test_lost_process_ends_the_job_with_one_line(dataset, tmp_path):
 
 
 def test_restarted_job_ends_like_an_undisturbed_one(reference, dataset, tmp_path):
-    """Process 1 is killed before the first checkpoint, right after it, and after that of step 8."""
+    """Process 1 is killed before the first checkpoint, right after it, and after that of step 8.
+
+    An older run in the folder is not resumed, although no new one is there at the first restart.
+    """
     flags = (*make_tiny_flags(dataset, tmp_path / "run"), *TWO_PROCESSES)
+    shutil.copytree(reference[TWO_PROCESSES, 2][0], tmp_path / "run")
     faults = {attempt: (step, signal.SIGKILL) for attempt, step in enumerate((-1, 0, 9))}
     result = run_torchrun(run_train_with_faults, faults, *flags, n_processes=2, max_restarts=3)
     assert result.exit_codes == [0], result.stderr
     assert result.stdout.count("step 0:") == 1, result.stdout  # then resumed from its checkpoint
     assert result.stdout.count("4 left after step 8 of 12") == 1
     assert_same_run(reference[TWO_PROCESSES, 2][0], tmp_path / "run")
+    assert (tmp_path / "run.1" / WEIGHTS_FILE).exists()
 
 
 @pytest.fixture

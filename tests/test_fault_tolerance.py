@@ -174,7 +174,7 @@ def train_with_phases(phase: Phase, flags: tuple[str, ...]) -> None:
             for parameter in model.parameters():
                 parameter.fill_(step + 1)
         if shutdown.local_exit_status():
-            shutdown.agree()
+            shutdown.sync()
         return metrics.StepMetrics(1.0, 1.0, 1.0)
 
     def evaluate(model, *args):

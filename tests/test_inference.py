@@ -110,7 +110,8 @@ def test_places_of_the_cache_without_a_token_are_never_used(inference, tokens, m
     class CacheOfNaN(KVCache):
         def __init__(self, *args):
             super().__init__(*args)
-            self.kv.fill_(math.nan)
+            for kv in self.kv:
+                kv.fill_(math.nan)
 
     expected = generate(inference, tokens[:, :3], 20)
     monkeypatch.setattr(inference_module, "KVCache", CacheOfNaN)
@@ -156,7 +157,7 @@ def steps(monkeypatch) -> list[tuple[tuple[int, ...], int]]:
     steps = []
 
     def record(weights, idx, cache):
-        steps.append((tuple(idx.shape), cache.kv.size(4)))
+        steps.append((tuple(idx.shape), cache.kv[0].size(3)))
         return next_token_logits(weights, idx, cache)
 
     monkeypatch.setattr(inference_module, "next_token_logits", record)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
+import transformers
 
 import data.bpe
 import engine.run_folder
@@ -119,6 +120,12 @@ def test_messages_equal_arithmetic_by_hand():
     torch.testing.assert_close(messages, torch.tensor(by_hand))  # (animal, verb)
 
 
+def test_the_order_of_the_words_does_not_change_a_message(monkeypatch):
+    message = attention.nodes_and_messages()[3]
+    monkeypatch.setattr(attention, "X", attention.X[[1, 0, 2, 3]])  # "the" and "cat" exchanged
+    torch.testing.assert_close(attention.nodes_and_messages()[3], message)
+
+
 @torch.no_grad()
 def test_message_loop_equals_attention_of_the_model(model):
     layer, x = model.transformer.h[0].attn, torch.randn(8, 16, dtype=torch.float64)
@@ -175,6 +182,15 @@ def test_cross_attention_finds_the_words_of_the_same_kind(printed):
     assert weights[:2].argmax(dim=1).tolist() == [0, 1]  # the: die; cat: Katze
     assert sorted(weights[2].topk(2).indices.tolist()) == [2, 5]  # sat: hat, gesetzt
     assert weights[3].argmax() == 4  # down: hin
+
+
+def test_bert_normalizes_after_the_sum_as_the_picture_says():
+    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    layer = transformers.BertModel(config).eval().encoder.layer[0].attention.output
+    x, attended = torch.randn(5, 16), torch.randn(5, 16)
+    expected = torch.nn.functional.layer_norm(x + layer.dense(attended), (16,), eps=1e-12)
+    torch.testing.assert_close(layer(attended, x), expected)
+    assert "BERT normalizes after the sum: x = layer_norm(x + attention(x))" in attention.PICTURE
 
 
 # --- gpt_in_one_page.py ---
@@ -271,6 +287,8 @@ def test_probabilities_equal_arithmetic_by_hand():
     torch.testing.assert_close(probabilities(logits, top_k=2), by_hand(2, 1))
     torch.testing.assert_close(probabilities(logits, top_p=0.8), by_hand(2, 1))
     torch.testing.assert_close(probabilities(logits, 2, top_p=0.8), by_hand(1, 0.5, 0))
+    torch.testing.assert_close(probabilities(logits + 100), by_hand(2, 1, 0, -1))
+    assert probabilities(logits, temperature=0.001).tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5])
@@ -302,6 +320,7 @@ def test_bpe_prints_what_it_claims(printed):
     output = printed()
     assert """ -> "We", "'ll", " go", ",", " 2", " of", " us\"""" in output
     assert "Equal merges and ids: True" in output
+    assert "e                 b'e'             [68]" in output  # from "!", byte 33, on: 101 - 33
     assert "Decoded: What light through yonder window?" in output
 
 
@@ -337,12 +356,14 @@ def test_words_of_shakespeare_are_those_of_gpt2():
 # --- optimizers.py ---
 
 
-def test_optimizers_prints_what_it_claims(printed):
+def test_optimizers_prints_what_it_claims(printed, monkeypatch):
+    monkeypatch.setattr(optimizers, "compare", lambda: None)  # its test is below
     optimizers.main()
     output = printed()
     assert "AdamW is equal to torch's: True" in output
     assert "singular values 3.86, 0.26" in output
-    assert "steps          0.1   and  -0.1" in output
+    assert "gradients     1000   and  -0.001\n" in output
+    assert "steps         -0.1   and   0.1\n" in output  # against the gradients
 
 
 def test_orthogonalize_equals_arithmetic_by_hand():
@@ -383,9 +404,30 @@ def test_adamw_equals_torch():
 
 
 def test_muon_learns_the_short_directions(printed):
-    left = optimizers.compare()
-    assert left["sgd"][-1] > 0.8 > left["adamw"][-1] > 0.5 > 0.15 > left["muon"][-1]
-    assert all(errors[0] < 0.01 for errors in left.values())
+    results = optimizers.compare()
+    assert "SGD: the gradient of a short direction is tiny" in printed()
+    left = {name: result[3] for name, result in results.items()}  # in the shortest direction
+    assert min(left["sgd"], left["normalized"]) > 0.8 > left["adamw"] > 0.5 > 0.3 > left["muon"]
+    assert all(result[0] < 0.05 for result in results.values())
+    loss = {name: float(result[-1]) for name, result in results.items()}
+    assert loss["normalized"] > loss["sgd"] > 3 * loss["muon"]
+
+
+def test_muon_is_not_better_than_normalized_if_each_step_sees_all_examples():
+    solution, inputs, _ = optimizers.problem()
+
+    def loss(optimizer, lr: float) -> float:
+        w, state = torch.zeros(7, 4), {}
+        for step in range(300):
+            gradient = (w - solution) @ inputs @ inputs.T
+            w = optimizer(w, gradient, state, lr * (1 - step / 300))
+        return float(((w - solution) @ inputs).square().sum() / 2)
+
+    normalized, muon = (
+        min(loss(optimizer, lr) for lr in (0.03, 0.1, 0.3))
+        for optimizer in (optimizers.normalized, optimizers.muon)
+    )
+    assert normalized < 2 * muon < 1e-6
 
 
 # --- ablations.py ---
@@ -473,11 +515,13 @@ def run_folder(tmp_path, monkeypatch):
 def test_loss_by_position_of_a_trained_run(run_folder, capsys):
     in_context.trained_model(run_folder)
     output = capsys.readouterr().out
-    by_position, since_end = output.split("tokens since end-of-text")
-    for table in (by_position, since_end):
+    before, since_end = output.split("tokens since end-of-text")
+    names_before = ["1", "2 to 3", "4 to 7", "8 to 15", "16 to 24"]  # the first input is read
+    names_since = ["0", "1", "2 to 3", "4 to 7", "8 to 15"]
+    for table, expected in ((before, names_before), (since_end, names_since)):
         rows = [line.rsplit(maxsplit=2) for line in table.splitlines() if "#" in line]
         names = [name.strip() for name, _, _ in rows]
-        assert names[:5] == ["0", "1", "2 to 3", "4 to 7", "8 to 15"]
+        assert names[:5] == expected
         assert all(3.9 < float(loss) < 4.4 for _, loss, _ in rows)  # a guess: ln 61 = 4.1
 
 

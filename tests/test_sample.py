@@ -1,9 +1,11 @@
 """sample.py: prompts, streaming, where samples end, and what a user may get wrong."""
 
 import builtins
+import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from engine.inference import InferenceModel
 from model import GPT, GPTConfig
 from sample import encode_prompt, print_samples, until_stop
 from tests.conftest import ROOT, assert_one_line_error
+from tests.processes import start
 
 LETTERS = CharTokenizer.from_text("\nabcdefgh")
 BYTES = BPETokenizer({bytes([i]): i for i in range(256)}, eos_token_id=256)
@@ -282,26 +285,36 @@ def test_nanogpts_name_for_the_weights_in_out_dir_is_accepted(run_sample, folder
 # --- In a terminal ---
 
 
-def start_forever(folder) -> subprocess.Popen:
-    return subprocess.Popen(
+def sample_forever(folder) -> None:
+    sys.argv = ["sample.py", f"--out_dir={folder}", "--forever"]
+    run_main(sample.main)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.xdist_group("processes")
+def test_ctrl_c_ends_forever_without_a_traceback(folder):
+    job = start((sample_forever, (folder,), {}))
+    while len(job.read("stdout")) < 2000:
+        assert job.processes[0].is_alive(), job.read("stderr")
+        time.sleep(0.05)
+    os.kill(job.processes[0].pid, signal.SIGINT)
+    result = job.wait()
+    assert result.exit_codes == [130]
+    assert result.stdout.endswith("\n")  # what the shell prints is on a new line
+    assert result.stderr.split() == sample.describe_run(folder).split()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+def test_a_closed_pipe_ends_forever_without_a_traceback(folder):
+    """As in `python sample.py --forever | head -c 2000`."""
+    process = subprocess.Popen(
         [sys.executable, "sample.py", f"--out_dir={folder}", "--forever"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and pipes")
-def test_forever_ends_with_ctrl_c_or_a_closed_pipe_without_a_traceback(folder):
-    interrupted, closed = processes = [start_forever(folder) for _ in range(2)]
-    for process in processes:
-        assert len(process.stdout.read(2000)) == 2000
-    interrupted.send_signal(signal.SIGINT)
-    assert interrupted.stdout.read().endswith("\n")  # what the shell prints is on a new line
-    closed.stdout.close()
-    for process in processes:
-        error_text = process.stderr.read()
-        assert error_text.split() == sample.describe_run(folder).split()
-        process.wait(timeout=30)
-    assert (interrupted.returncode, closed.returncode) == (130, 141)
+    assert len(process.stdout.read(2000)) == 2000
+    process.stdout.close()
+    assert process.stderr.read().split() == sample.describe_run(folder).split()
+    assert process.wait(timeout=30) == 141
 
 
 def test_a_standard_output_that_is_closed_from_the_start_is_no_traceback(folder, monkeypatch):

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,7 +33,7 @@ from engine.run_folder import SETTINGS_FILE
 from engine.train_config import TrainConfig
 from model import GPT
 from tests import processes
-from tests.conftest import ROOT, assert_one_line_error
+from tests.conftest import assert_one_line_error
 from tests.processes import start
 from tests.test_tokenizer import toy_bpe
 
@@ -551,24 +550,20 @@ def test_micro_batches_must_be_divisible_by_the_number_of_processes():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
+@pytest.mark.xdist_group("processes")
 def test_ctrl_c_finishes_the_step_saves_and_exits(tiny_flags, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *tiny_flags, "--max_iters=1000000", "--eval_interval=1000000"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    flags = [*tiny_flags, "--max_iters=1000000", "--eval_interval=1000000"]
+    job = start((processes.run_train, flags, {}))
     log = tmp_path / "run" / "log.csv"
     deadline = time.monotonic() + 60
     while not (log.exists() and log.read_text().count("\n") > 3):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and job.processes[0].is_alive()
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert "stopped" in out
+    os.kill(job.processes[0].pid, signal.SIGINT)
+    result = job.wait()
+    assert result.exit_codes == [130]
+    assert "Traceback" not in result.stderr
+    assert "stopped" in result.stdout
     step = load_checkpoint(tmp_path / "run")["train_state"]["step"]
     assert step > 0
     # Stopped before any trained weights were evaluated: the current weights are kept, not step 0's.
