@@ -65,9 +65,9 @@ class Distributed:
                 )
             except RuntimeError as error:
                 raise FolioError(
-                    f"process {self.rank} of {self.world_size} cannot connect to the others "
-                    f"({first_line(error)}); with several nodes, set GLOO_SOCKET_IFNAME to the "
-                    "network interface between them, for example eth0"
+                    f"process {self.rank} of {self.world_size} cannot connect to the other "
+                    f"processes ({first_line(error)}); with several nodes, set GLOO_SOCKET_IFNAME "
+                    "to the network interface between them, for example eth0"
                 ) from error
         return self
 

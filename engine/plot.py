@@ -158,7 +158,7 @@ def plot_run(axes: Any, name: str, rows: list[LogRow], x: XAxis, color: str) -> 
 def loss_range(logs: list[list[LogRow]]) -> tuple[float, float]:
     """The range of the vertical axis: all losses from the first evaluation after step 0 on.
 
-    Earlier losses fall so fast that they would leave the others a narrow strip of the picture.
+    Earlier losses fall so fast that later losses would have a narrow strip of the picture.
     """
     losses = []
     for rows in logs:

@@ -286,7 +286,9 @@ def make_banner(state: TrainState, notice: dict | None = None, **settings) -> li
         train=range(1_003_854), val=range(111_540), meta=notice or {},
         tokenizer=SimpleNamespace(vocab_size=65),
     )  # fmt: skip
-    device = SimpleNamespace(description="cpu (1 thread), float32")
+    device = SimpleNamespace(
+        description="cpu (1 thread), float32", torch_device=torch.device("cpu")
+    )
     model = GPT(GPTConfig(config.block_size, 65, config.n_layer, config.n_head, config.n_embd))
     return banner(config, state, dataset, model, device, RUN_FOLDER).splitlines()
 
@@ -305,6 +307,16 @@ def test_the_banner_says_what_will_be_trained():
         f"folder   {RUN_FOLDER}",
     ]
     assert max(map(len, lines)) <= 80
+
+
+def test_the_banner_says_how_long_a_recipe_for_a_gpu_takes_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    # 768 tokens per step, 6 (786,432 + 8,320) + 393,216 FLOPs per token, 3e10 FLOPS per thread
+    for max_iters, duration in ((1_000_000, "18 hours"), (10_000_000, "8 days")):
+        lines = make_banner(TrainState(), max_iters=max_iters)
+        expected = f"note     this is work for a GPU: on this CPU it takes roughly {duration}"
+        assert expected in lines
+    assert not any(line.startswith("note") for line in make_banner(TrainState(), max_iters=2000))
 
 
 def test_the_banner_of_a_resumed_run_counts_the_steps_left():
