@@ -347,7 +347,7 @@ def find_config_file(name: str, cls: type) -> Path:
     path, settings = Path(os.path.expanduser(name)), settings_of(cls)
     for candidate in (path, ROOT / path):
         if os.path.isdir(candidate):
-            hint = f"; --out_dir={shlex.quote(name)}" if "out_dir" in settings else ""
+            hint = f"; did you mean --out_dir={shlex.quote(name)}?" if "out_dir" in settings else ""
             raise ConfigError(f"{name}: a folder, not a config file{hint}")
         if os.path.exists(candidate):
             return candidate

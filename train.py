@@ -25,7 +25,7 @@ from configurator import FolioError, parse_overrides, run_main
 from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
 from data.dataset import derive_seed, evaluation_batches, prefetch, training_batch
 from engine.checkpoint import (
-    WEIGHTS_FILE, load_checkpoint, load_model, save_checkpoint, save_model, save_model_card,
+    WEIGHTS_FILE, load_checkpoint, load_model, save_model, save_model_card,
 )  # fmt: skip
 from engine.cpu_threads import ThreadAdapter
 from engine.device import ComputeDevice, choose_device, explain_out_of_memory
@@ -34,10 +34,10 @@ from engine.inference import InferenceModel, read_ids
 from engine.metrics import MetricsLogger, StepMetrics, banner, check_trackers
 from engine.metrics import peak_tokens_per_second, summary
 from engine.optimizer import make_optimizer, set_lr_multiplier
-from engine.run import OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, checkpoint_state
-from engine.run import load_dataset, resolve_config, restore, save_run_tokenizer
-from engine.run import start_run_folder, wrap_model
-from engine.run_folder import lock_run_folder, move_old_run_aside, resolve_out_dir
+from engine.run import OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model
+from engine.run import load_dataset, make_room, resolve_config, restore
+from engine.run import save_run, save_run_tokenizer, start_run_folder, wrap_model
+from engine.run_folder import lock_run_folder, resolve_out_dir, weights_metadata
 from engine.train_config import TrainConfig
 from model import GPT
 
@@ -60,9 +60,6 @@ def main() -> None:
             lambda: resolve_config(overrides, restarted, dist.world_size)
         )
         dist.broadcast_from_main(lambda: check_trackers(config))  # wandb, TensorBoard
-        if config.init_from == "scratch" and not config.eval_only:
-            # Before anything can fail: a restarted job must not resume an older run.
-            dist.broadcast_from_main(lambda: move_old_run_aside(folder))
 
         # Device, dataset, model, optimizer
         exit_stack.enter_context(explain_out_of_memory(OUT_OF_MEMORY_HINT))
@@ -71,6 +68,7 @@ def main() -> None:
             config.num_threads,
         )  # fmt: skip
         dataset = dist.main_process_first(lambda: load_dataset(config))
+        dist.broadcast_from_main(lambda: make_room(folder, config))  # moves an older run aside
         model = dist.main_process_first(lambda: build_model(config, dataset.tokenizer, device))
         config = dataclasses.replace(config, bias=model.config.bias)  # finetuning: the model's
         optimizer = make_optimizer(model, config, device.dtype, dist)
@@ -111,12 +109,12 @@ def train(
 
     def save_state() -> None:
         if dist.is_main:
-            save_checkpoint(folder, checkpoint_state(state, model, optimizer, scaler, dataset))
+            save_run(folder, config, state, model, optimizer, scaler, dataset)
 
     thread_adapter = ThreadAdapter(device, config.num_threads, dist.world_size)
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         logger.print(banner(config, state, dataset, model, device, folder))
-        reevaluate_best(config, state, dataset, device, dist)
+        find_best(config, state, dataset, device, dist)
         while True:
             if should_evaluate(state, config):
                 losses = evaluate(wrapped_model, dataset, config, device, dist, shutdown)
@@ -124,7 +122,8 @@ def train(
                     logger.log_row()
                 else:
                     record_evaluation(*losses, config, state, dataset, model, dist, logger)
-                    save_state()  # last: a run killed before this line repeats the evaluation
+                    if math.isfinite(losses[0]):  # else the last good checkpoint stays
+                        save_state()  # last: a run killed before it repeats the evaluation
                     show_sample(config, dataset, model, device, dist, logger)
                     if is_patience_exhausted(state, config):
                         break
@@ -145,8 +144,7 @@ def train(
                 logger.log_row()
             if config.snapshot_interval and state.step % config.snapshot_interval == 0:
                 save_snapshot(folder / f"step_{state.step:06}", config, state, dataset, model, dist)
-        # Stopped before an evaluation of trained weights: keep the current weights instead.
-        if state.best_step < 0 or not (folder / WEIGHTS_FILE).exists():
+        if state.best_step < 0 or not (folder / WEIGHTS_FILE).exists():  # stopped too early
             save_snapshot(folder, config, state, dataset, model, dist)
         if state.last_eval_step != state.step:
             save_state()
@@ -343,7 +341,8 @@ def record_evaluation(
         return
     if is_best:
         folder, step = resolve_out_dir(config.out_dir), state.step
-        save_model(model, folder, dataset.tokenizer, step=step, val_loss=val_loss)
+        numbers = {"step": step, "val_loss": val_loss, "eval_tokens": config.eval_tokens}
+        save_model(model, folder, dataset.tokenizer, **numbers)
         losses = {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
         save_model_card(folder, config, dataset.meta, step=step, **losses)
     logger.log_row(val_loss, bits_per_byte)
@@ -351,27 +350,31 @@ def record_evaluation(
     logger.maybe_plot()
 
 
-def reevaluate_best(
+def find_best(
     config: TrainConfig,
     state: TrainState,
     dataset: Dataset,
     device: ComputeDevice,
     dist: Distributed,
 ) -> None:
-    """After resuming with another eval_tokens: evaluate the best weights on the new windows.
+    """After resuming: let the state describe the best weights that are in the run folder.
 
-    Losses on different windows cannot be compared.
+    If the run was killed between saving these weights and its checkpoint, they are newer than the
+    checkpoint. If eval_tokens has changed, they are evaluated again: losses on different windows
+    cannot be compared.
     """
-    if state.best_step < 0 or state.best_eval_tokens == config.eval_tokens:
-        return
     folder = resolve_out_dir(config.out_dir)
-    state.best_eval_tokens = config.eval_tokens
-    if not (folder / WEIGHTS_FILE).exists():
+    saved = dist.broadcast_from_main(lambda: weights_metadata(folder))
+    if "val_loss" not in saved:  # no weights, or weights that were not evaluated
         state.best_val_loss, state.best_step = math.inf, -1
         return
-    best_model = load_model(folder, vocab_size=dataset.tokenizer.vocab_size)
-    best_model.to(device.torch_device, device.param_dtype)
-    state.best_val_loss, _ = evaluate(best_model, dataset, config, device, dist)
+    state.best_val_loss, state.best_step = float(saved["val_loss"]), int(saved["step"])
+    eval_tokens = int(saved.get("eval_tokens", state.best_eval_tokens))
+    state.best_eval_tokens = config.eval_tokens
+    if eval_tokens != config.eval_tokens:
+        best_model = load_model(folder, vocab_size=dataset.tokenizer.vocab_size)
+        best_model.to(device.torch_device, device.param_dtype)
+        state.best_val_loss, _ = evaluate(best_model, dataset, config, device, dist)
 
 
 def evaluate_only(

@@ -14,6 +14,7 @@ predict the next token. The window 5 9 2 (T = 2) holds two examples:
 
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -157,14 +158,15 @@ class ShardedTokens:
         self.vocab_size = vocab_size
         default_dtype = "uint16" if vocab_size <= 2**16 else "uint32"
         dtype = np.dtype(meta.get("dtype", default_dtype)).newbyteorder("<")
-        paths = sorted(folder.glob(f"{split}*.bin"))
+        whole = folder / f"{split}.bin"  # then train_backup.bin, for example, is no shard
+        paths = [whole] if whole.exists() else sorted(folder.glob(f"{split}*.bin"))
         if not paths:
             raise FolioError(f"{self.name}: not found; prepare the dataset again")
         self.shards = [memmap_shard(path, dtype) for path in paths]
         self.lengths = np.array([len(shard) for shard in self.shards])
         # A preparation may be adding shards just now; then meta.json states fewer tokens.
         stated = meta.get(f"{split}_tokens", len(self))
-        may_grow = [path.name for path in paths] != [f"{split}.bin"]
+        may_grow = paths != [whole]
         if type(stated) is not int or stated > len(self) or (stated < len(self) and not may_grow):
             raise FolioError(
                 f"{self.name}: {len(self):,} tokens, but meta.json states "
@@ -175,6 +177,14 @@ class ShardedTokens:
 
     def __len__(self) -> int:
         return int(self.lengths.sum())
+
+    def checksum(self) -> int:
+        """CRC-32 of the first and last CHECKED_IDS ids of each shard."""
+        crc = 0
+        for shard in self.shards:
+            for ids in (shard[:CHECKED_IDS], shard[-CHECKED_IDS:]):
+                crc = zlib.crc32(ids.tobytes(), crc)
+        return crc
 
     def num_windows(self, length: int) -> int:
         """Number of windows of `length` tokens: 10 tokens hold 10 - 3 + 1 = 8 windows of 3."""
@@ -317,6 +327,7 @@ def dataset_hint(name: str) -> str:
         return f"; download it with {PREPARE_COMMANDS[name]}"
     available = sorted(path.parent.name for path in DATA_DIR.glob("*/tokenizer.json"))
     names = f"; available: {', '.join(available)}" if available else ""
+    names += "; python -m data.prepare_text makes a dataset of a text"
     return did_you_mean(name, available) or names
 
 

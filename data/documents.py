@@ -75,6 +75,8 @@ def files_of_input(path: Path, tmp_dir: Path) -> list[Path]:
     if path.is_file():
         if command := conversion_command(path):
             raise FolioError(f"{path}: not a text file; convert it first: {command}")
+        if not is_text(path):
+            raise FolioError(f"{path}: contains NUL bytes, so it is not UTF-8 text")
         return [path]
     if not path.exists():
         raise FolioError(f"{path}: no such file or folder")

@@ -229,7 +229,17 @@ def replace_dataset(tmp_dir: Path, folder: Path, meta: dict[str, Any]) -> None:
             print(f"renamed the existing dataset to {backup}")
     os.replace(tmp_dir, folder)
     if backup is not None and superseded:
-        shutil.rmtree(backup)
+        delete_dataset(backup)
+
+
+def delete_dataset(folder: Path) -> None:
+    """Delete the files of a dataset, and the folder if no other files are in it."""
+    for name in (*DATASET_FILES, "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    if any(folder.iterdir()):
+        print(f"other files of the old dataset are now in {folder}")
+    else:
+        folder.rmdir()
 
 
 def read_meta_or_empty(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from configurator import FolioError
 from data.download import DownloadError, download
-from data.documents import JSONL_SUFFIXES, conversion_command
+from data.documents import JSONL_SUFFIXES, conversion_command, is_text
 from data.files import atomic_write, explain_os_error, file_lock, shell_command
 from data.prepare import (
     TOKENIZER_TYPES,
@@ -56,6 +56,8 @@ def refuse_other_formats(path: Path) -> None:
     """Raises FolioError for tables and archives, whose braces and commas would become the text."""
     if path.suffix.lower() in JSONL_SUFFIXES or conversion_command(path):
         raise FolioError(f"{path}: not a text file; use `python -m data.prepare_text`")
+    if path.is_file() and not is_text(path):
+        raise FolioError(f"{path}: contains NUL bytes, so it is not UTF-8 text")
 
 
 def ensure_shakespeare(dataset: str) -> None:
@@ -144,7 +146,7 @@ def replacement_warning(meta: dict[str, Any]) -> str:
     flags = [] if tokenizer_type == "char" else [f"--tokenizer={tokenizer_type}"]
     return (
         "WARNING  Shakespeare could not be downloaded. A replacement text is used: short\n"
-        "         plays in verse. So losses are not comparable. To use Shakespeare, run\n"
-        "         this with a network, or add --input_file=FILE with the text:\n"
+        "         plays in verse. So losses are not comparable. To use Shakespeare,\n"
+        "         with a network or with --input_file=FILE (then train again):\n"
         f"         {shell_command('python', 'prepare_shakespeare.py', *flags)}"
     )

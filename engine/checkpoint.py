@@ -47,15 +47,14 @@ def save_model(
     model: torch.nn.Module,
     folder: str | Path,
     tokenizer: Tokenizer | None = None,
-    *,
-    step: int | None = None,
-    val_loss: float | None = None,
+    **numbers: float,
 ) -> None:
     """Write config.json, generation_config.json and model.safetensors.
 
     model: a GPT, which torch.compile() or DDP may have wrapped.
     tokenizer: its special tokens, such as end-of-text, are named in the two JSON files.
-    step, val_loss: of these weights, for describe_run(); val_loss in nats per token.
+    numbers: about these weights, for weights_metadata(): step, val_loss (nats per token),
+        eval_tokens.
     Raises TypeError if the model is not a GPT, FolioError if a file cannot be written.
     """
     model, folder = unwrap(model), Path(folder)
@@ -70,8 +69,7 @@ def save_model(
     generation = {"do_sample": True, "max_length": model.config.block_size, "max_new_tokens": None}
     write_json(folder / "generation_config.json", {**special_token_ids, **generation})
     metadata = {"format": "pt", SHA256_KEY: sha256_of(tensors)}
-    metadata |= {"step": str(step)} if step is not None else {}
-    metadata |= {"val_loss": str(val_loss)} if val_loss is not None else {}
+    metadata |= {name: str(number) for name, number in numbers.items()}
     with atomic_write(folder / WEIGHTS_FILE) as temporary:
         try:
             safetensors.torch.save_file(tensors, temporary, metadata=metadata)
@@ -294,7 +292,13 @@ def check_architecture(folder: str | Path, config: GPTConfig) -> None:
     if not (Path(folder) / "config.json").exists():
         return
     saved = read_config(folder)
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias"):
+    if saved.vocab_size != config.vocab_size:
+        raise FolioError(
+            f"{folder}: this run has a vocabulary of {saved.vocab_size:,} tokens, its dataset now "
+            f"{config.vocab_size:,}: the dataset has changed; start a new run with "
+            "--init_from=scratch (the old run is kept under another name)"
+        )
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
         if getattr(saved, name) != getattr(config, name):
             raise FolioError(
                 f"{folder}: {SETTINGS_FILE} has {name}={getattr(config, name)}, config.json "

@@ -33,6 +33,9 @@ from configurator import FolioError, first_line
 T = TypeVar("T")
 
 SETUP_TIMEOUT = datetime.timedelta(hours=1)  # rank 0 may download and prepare a dataset
+MIN_INTERVAL = (
+    0.3  # seconds between two signals: a program that forwards signals may send one twice
+)
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=15)  # for sums of tensors, such as gradients
 
 
@@ -297,7 +300,7 @@ class GracefulShutdown:
     """
 
     def __init__(self, dist: Distributed):
-        self.dist, self.exit_status = dist, 0
+        self.dist, self.exit_status, self.first_time = dist, 0, 0.0
         self.should_stop = False  # equal in all processes, after sync()
 
     def sync(self) -> bool:
@@ -337,12 +340,13 @@ class GracefulShutdown:
         can_force = (
             signum in (signal.SIGINT, signal.SIGTERM) and not torch_dist.is_torchelastic_launched()
         )
-        if self.exit_status and can_force:
+        if self.exit_status and can_force and time.monotonic() - self.first_time > MIN_INTERVAL:
             raise KeyboardInterrupt
         if not self.exit_status and signum == signal.SIGINT and self.dist.is_main:
             again = "; press Ctrl-C again to exit at once" if can_force else ""
             print_stderr(f"finishing this step, then saving{again}")
-        self.exit_status = self.exit_status or 128 + signum
+        if not self.exit_status:
+            self.exit_status, self.first_time = 128 + signum, time.monotonic()
 
     def __exit__(self, *_) -> None:
         for signum, handler in self._previous_handlers.items():

@@ -35,14 +35,16 @@ def read_log(path: str | Path, last_step: int | None = None) -> list[LogRow]:
 def parse_log(path: str | Path) -> tuple[list[LogRow], bool]:
     """Return all rows of log.csv, and whether every line of it was a row.
 
-    A last line without a line end is ignored: a killed process may have written a part of it.
+    A killed process may have written a part of the last line: it is ignored, unless it has all
+    columns. (A spreadsheet may leave out the last line end.)
     """
     path = Path(path)
     if not path.exists():
         return [], True
     text = path.read_bytes().decode("utf-8-sig", errors="replace")  # Excel puts a BOM in front
-    lines = text[: text.rfind("\n") + 1].splitlines() if "\n" in text else [text]
-    header, *lines = lines
+    header, *lines = text.splitlines() or [""]
+    if lines and not text.endswith(("\n", "\r")) and lines[-1].count(",") + 1 < len(COLUMNS):
+        lines.pop()
     if header.split(",") != list(COLUMNS):
         return [], text == ""
     # Fields are numbers, so splitting at commas is enough.

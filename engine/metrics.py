@@ -125,8 +125,8 @@ class MetricsLogger:
             if self.enabled and sys.stderr is not None and sys.stderr.isatty():
                 self.bar = tqdm(
                     total=self.config.max_iters, initial=self.state.step - 1, dynamic_ncols=True,
-                    leave=False, bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, "
-                    "{remaining} left{postfix}",
+                    leave=False,
+                    bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps{postfix}",
                 )  # fmt: skip
         if self.bar is not None:
             self.bar.update()
@@ -175,7 +175,7 @@ class MetricsLogger:
         """Append the last row to log.csv. If that fails, the next call writes all rows."""
         path = self.folder / LOG_FILE
         try:
-            if self.log_is_complete:
+            if self.log_is_complete and path.exists():
                 append_row(path, self.rows[-1])
             else:
                 write_log(path, self.rows)
@@ -201,12 +201,12 @@ class MetricsLogger:
             status += f", {speed:,.0f} tokens/s"
             if self.peak_tokens_per_second:
                 status += f", {speed / self.peak_tokens_per_second:.0%} MFU"
+        status += f", {format_duration((max_iters - state.step) * state.seconds / state.step)} left"
         if self.bar is not None:
             self.bar.set_postfix_str(status)
         elif not is_evaluation and time.monotonic() - self.last_print >= MIN_SECONDS:
             self.last_print = time.monotonic()
-            left = format_duration((max_iters - state.step) * state.seconds / state.step)
-            self.print(f"step {state.step:,} of {max_iters:,}: {status}, {left} left")
+            self.print(f"step {state.step:,} of {max_iters:,}: {status}")
 
     def evaluation_line(self) -> str:
         """Describe the evaluation that was logged last.
@@ -422,9 +422,10 @@ def describe_steps(config: TrainConfig, state: TrainState, train_tokens: int) ->
     product = " x ".join(f"{size:,}" for size in sizes)
     resumed = f" left after step {state.step:,} of {config.max_iters:,}" if state.step else ""
     epochs = steps * config.tokens_per_step / train_tokens
+    decimals = 1 if epochs >= 0.1 else 3
     return (
         f"{steps:,}{resumed}, each of {product} = {plural(config.tokens_per_step, 'token')}: "
-        f"{epochs:,.1f} epochs"
+        f"{epochs:,.{decimals}f} epochs"
     )
 
 
@@ -435,8 +436,8 @@ def summary(config: TrainConfig, state: TrainState, folder: str | Path) -> str:
     status = "done" if state.step == total else "stopped"
     saved = "" if status == "done" else "; saved"
     lines = [
-        f"\n{status:<9}{state.step:,} of {plural(total, 'step')} in "
-        f"{format_duration(state.seconds)}{saved}",
+        f"\n{status:<9}{state.step:,} of {plural(total, 'step')}, "
+        f"{format_duration(state.seconds)} of training{saved}",
         labeled("best", describe_best(read_log(folder / LOG_FILE, state.step), state)),
     ]
     if (folder / PLOT_FILE).exists():

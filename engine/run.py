@@ -19,14 +19,17 @@ from data.files import write_text
 from data.shakespeare import DATASETS, ensure_shakespeare
 from data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from engine.checkpoint import (
-    CHECKPOINT_FILE, check_architecture, find_checkpoint, load_model, rarest_token,
+    CHECKPOINT_FILE, check_architecture, find_checkpoint, load_model, rarest_token, save_checkpoint,
     save_tokenizer,
 )  # fmt: skip
 from engine.device import ComputeDevice
 from engine.distributed import Distributed
 from engine.hf_format import read_config
 from engine.optimizer import CombinedOptimizer
-from engine.run_folder import SETTINGS_FILE, prepare_out_dir, resolve_model_dir, resolve_out_dir
+from engine.run_folder import (
+    SETTINGS_FILE, make_folder, move_old_run_aside, prepare_out_dir, resolve_model_dir,
+    resolve_out_dir,
+)  # fmt: skip
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
@@ -88,7 +91,7 @@ def resolve_config(
     if config.max_iters <= config.warmup_iters and not config.eval_only:
         print(
             f"WARNING  max_iters={config.max_iters} does not exceed warmup_iters="
-            f"{config.warmup_iters}:\n         the learning rate only rises"
+            f"{config.warmup_iters}:\n         the learning rate only rises; lower --warmup_iters"
         )
     return dataclasses.replace(config, init_from=source)
 
@@ -196,9 +199,26 @@ def wrap_model(
     return wrapped
 
 
+def make_room(folder: Path, config: TrainConfig) -> None:
+    """Move an older run in this folder aside, unless it is resumed or its weights are the start.
+
+    This comes before the model is built and training starts: if they fail, a restarted job finds
+    no older run that it would resume.
+    """
+    if config.init_from == "resume" or config.eval_only:
+        return
+    if config.init_from == "scratch" or resolve_model_dir(config.init_from) != folder:
+        move_old_run_aside(folder)
+
+
 def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
     """Create the run folder, or move the run that is there aside; save settings and tokenizer."""
     prepare_out_dir(folder, resume=config.init_from == "resume")
+    save_settings(folder, config, dataset)
+
+
+def save_settings(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
+    """Write settings.json and the files of the tokenizer."""
     write_text(folder / SETTINGS_FILE, to_json(config))
     save_run_tokenizer(folder, config, dataset)
 
@@ -211,21 +231,28 @@ def save_run_tokenizer(folder: Path, config: TrainConfig, dataset: Dataset) -> N
 # --- Checkpoints ---
 
 
-def checkpoint_state(
+def save_run(
+    folder: Path,
+    config: TrainConfig,
     state: TrainState,
     model: GPT,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
     dataset: Dataset,
-) -> dict[str, Any]:
-    """Everything that restore() needs, in plain containers: the contents of resume.pt."""
-    return {
+) -> None:
+    """Write resume.pt: everything that restore() needs, in plain containers."""
+    if not (folder / SETTINGS_FILE).exists():
+        print(f"WARNING  {folder} was moved or deleted; the run continues in a new folder there")
+        make_folder(folder)
+        save_settings(folder, config, dataset)
+    parts = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "train_state": dataclasses.asdict(state),
         "dataset": fingerprint(dataset),
     }
+    save_checkpoint(folder, parts)
 
 
 def restore(
@@ -243,11 +270,12 @@ def restore(
     """
     folder = resolve_out_dir(config.out_dir)
     before, now = saved.get("dataset"), fingerprint(dataset)
-    if before != now:
+    n = len(before) if isinstance(before, list) else 0  # 3 in older checkpoints: no checksums
+    if n < 3 or before != now[:n]:
         raise FolioError(
             f"--dataset={config.dataset}: the dataset has changed since {folder} was started "
-            f"(SHA-256, training tokens, validation tokens: {before} before, {now} now); restore "
-            "it (shards that were added can be moved away), or use --init_from=scratch"
+            f"(SHA-256, tokens of both splits, checksums: {before} before, {now} now); "
+            "restore it (shards that were added can be moved away), or use --init_from=scratch"
         )
     try:
         model.load_state_dict(saved["model"])
@@ -272,5 +300,9 @@ def restore(
 
 
 def fingerprint(dataset: Dataset) -> list[Any]:
-    """What identifies a dataset: the SHA-256 of its text, if known, and its sizes in tokens."""
-    return [dataset.meta.get("sha256"), len(dataset.train), len(dataset.val)]
+    """What identifies a dataset: the SHA-256 of its text, if known, its sizes in tokens, and a
+    checksum of the first and last tokens of each shard."""
+    splits = (dataset.train, dataset.val)
+    return [
+        dataset.meta.get("sha256"), *map(len, splits), *(split.checksum() for split in splits),
+    ]  # fmt: skip

@@ -99,18 +99,26 @@ def describe_run(folder: str | Path) -> str:
     """
     folder = Path(folder)
     description, settings = shown_path(folder), read_run_settings(folder)
-    with contextlib.suppress(OSError, ValueError, KeyError, safetensors.SafetensorError):
-        with safetensors.safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            metadata = file.metadata() or {}
+    with contextlib.suppress(ValueError, KeyError):
+        metadata = weights_metadata(folder)
         step, val_loss = int(metadata["step"]), metadata.get("val_loss")
         description += f", step {step:,}"
         if settings is not None:
             description += f" of {settings['max_iters']:,}"
             last_step = max((row["step"] for row in read_log(folder / LOG_FILE)), default=step)
             if last_step < settings["max_iters"]:
-                description += f" (trained to step {last_step:,})"
+                description += f" (stopped after step {last_step:,})"
         description += f", validation loss {float(val_loss):.4f}" if val_loss else ", not evaluated"
     return description
+
+
+def weights_metadata(folder: str | Path) -> dict[str, str]:
+    """The numbers that save_model() kept with the weights; {} if there are no readable weights."""
+    try:
+        with safetensors.safe_open(Path(folder) / WEIGHTS_FILE, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, safetensors.SafetensorError):
+        return {}
 
 
 def shown_path(folder: Path) -> str:

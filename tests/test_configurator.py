@@ -286,7 +286,7 @@ def test_a_missing_config_file_comes_with_advice(word, advice):
 
 
 def test_a_folder_in_the_place_of_a_config_file_is_taken_for_a_run(tmp_path):
-    with pytest.raises(ConfigError, match="a folder, not a config file; --out_dir="):
+    with pytest.raises(ConfigError, match="a folder, not a config file; did you mean --out_dir="):
         parse_overrides(TrainConfig, [str(tmp_path)])
 
 

@@ -1,6 +1,7 @@
 """data/dataset.py: batches, windows, shards, and the checks of a dataset's folder."""
 
 import json
+import shutil
 import time
 
 import numpy as np
@@ -233,6 +234,12 @@ def test_shards_may_hold_more_tokens_than_meta_json_states(tiny_dataset):
     (tiny_dataset / "train.bin").rename(tiny_dataset / "train_000001.bin")
     set_meta(tiny_dataset, train_tokens=3000)
     assert len(open_dataset(tiny_dataset, 8).train) == 3085
+
+
+def test_copies_beside_train_bin_are_no_shards(tiny_dataset):
+    expected = len(open_dataset(tiny_dataset, 8).train)
+    shutil.copy(tiny_dataset / "train.bin", tiny_dataset / "train_backup.bin")
+    assert len(open_dataset(tiny_dataset, 8).train) == expected
 
 
 def test_text_shorter_than_a_window_is_refused(tiny_dataset):

@@ -153,7 +153,8 @@ def test_processes_that_share_a_gpu_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_first_signal_requests_a_stop_and_the_second_exits(signum, status):
+def test_first_signal_requests_a_stop_and_the_second_exits(signum, status, monkeypatch):
+    monkeypatch.setattr(distributed_module, "MIN_INTERVAL", 0)
     before = signal.getsignal(signum)
     with GracefulShutdown(Distributed()) as shutdown:
         assert not shutdown.sync()
@@ -162,6 +163,14 @@ def test_first_signal_requests_a_stop_and_the_second_exits(signum, status):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signum)
     assert signal.getsignal(signum) is before
+
+
+def test_a_signal_that_arrives_twice_at_once_counts_once():
+    """A program that forwards signals, and the terminal, may each send it."""
+    with GracefulShutdown(Distributed()) as shutdown:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert shutdown.sync() and shutdown.exit_status == 143
 
 
 def test_first_ctrl_c_says_what_happens_next(capfd):

@@ -129,6 +129,19 @@ def test_the_same_text_replaces_its_dataset_and_another_text_renames_it(tmp_path
     assert "renamed the existing dataset to" in capsys.readouterr().out
 
 
+def test_other_files_in_the_folder_of_a_dataset_are_never_deleted(tmp_path, capsys):
+    folder = tmp_path / "set"
+    tokenizer = CharTokenizer.from_text("ab")
+    for _ in range(2):
+        write_dataset(folder, tokenizer, {"train": ["ab" * 50], "val": ["ab" * 9]}, {})
+        (folder / "input.txt").write_text("my own text")
+    assert (tmp_path / "set.1" / "input.txt").read_text() == "my own text"
+    assert [path.name for path in (tmp_path / "set.1").iterdir()] == ["input.txt"]
+    assert (
+        f"other files of the old dataset are now in {tmp_path / 'set.1'}" in capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize("name", ["meta.json", "train.bin"])
 def test_a_corrupt_dataset_can_be_prepared_again(tmp_path, name):
     folder = tmp_path / "mine"

@@ -250,7 +250,8 @@ def test_bad_input_is_one_line(prepare, tmp_path, data_folder):
         return prepare(tmp_path / "bad.txt", "--dataset=bad", *flags)
 
     assert_one_line_error(refused(b""), "no text")
-    assert_one_line_error(refused(b"\x89PNG\xff\xfe\0"), "offset 0")
+    assert_one_line_error(refused(b"\x89PNG\xff\xfe"), "offset 0")
+    assert_one_line_error(refused("UTF-16".encode("utf-16-le")), "contains NUL bytes")
     assert_one_line_error(refused(b"low low", "--tokenizer=bpe", "--vocab_size=99"), "257")
     assert_one_line_error(refused(b"low low", "--tokenizer=bpe", "--vocab_size=999"), "or less")
     assert_one_line_error(refused(b"low low", "--tokenizer=words"), "char, gpt2, bpe, or the fold")

@@ -77,10 +77,10 @@ def test_stderr_says_which_weights_are_used(run_sample, folder):
 
 def test_the_line_about_the_weights_fits_the_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    text = "out/" + 90 * "a" + ", step 100 of 20,000 (trained to step 1,100), loss 2.139"
+    text = "out/" + 90 * "a" + ", step 100 of 20,000 (stopped after step 1,100), loss 2.139"
     assert sample.wrap(text).splitlines() == [
         "out/" + 90 * "a" + ",",
-        "step 100 of 20,000 (trained to step 1,100), loss 2.139",
+        "step 100 of 20,000 (stopped after step 1,100), loss 2.139",
     ]
 
 

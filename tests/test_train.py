@@ -23,7 +23,7 @@ from data.dataset import training_batch
 from data.prepare import split_text, write_dataset
 from data.tokenizer import BPETokenizer, CharTokenizer
 from engine.checkpoint import (
-    CHECKPOINT_FILE, WEIGHTS_FILE, load_checkpoint, load_model, save_checkpoint,
+    CHECKPOINT_FILE, WEIGHTS_FILE, load_checkpoint, load_model, save_checkpoint, save_model,
 )  # fmt: skip
 from engine.device import choose_device
 from engine.distributed import Distributed, GracefulShutdown
@@ -391,9 +391,60 @@ def test_resuming_refuses_another_text_under_the_same_name(tiny_flags, tmp_path,
 
 def test_resuming_refuses_a_dataset_with_more_shards(tiny_flags, tiny_dataset, run_train, call):
     """Windows are numbered through all shards: with one shard more, all batches change."""
+    (tiny_dataset / "train.bin").rename(tiny_dataset / "train_0.bin")
     run_train(*tiny_flags, "--max_iters=4")
-    shutil.copy(tiny_dataset / "train.bin", tiny_dataset / "train_more.bin")
+    shutil.copy(tiny_dataset / "train_0.bin", tiny_dataset / "train_1.bin")
     assert_one_line_error(call(train, *tiny_flags, "--init_from=resume"), "the dataset has changed")
+
+
+def test_resuming_refuses_other_tokens_of_the_same_number(
+    tiny_flags, tiny_dataset, run_train, call
+):
+    run_train(*tiny_flags, "--max_iters=4")
+    tokens = np.fromfile(tiny_dataset / "train.bin", dtype="<u2")
+    tokens[::-1].tofile(tiny_dataset / "train.bin")
+    assert_one_line_error(call(train, *tiny_flags, "--init_from=resume"), "the dataset has changed")
+
+
+def test_a_validation_loss_that_is_nan_never_replaces_the_checkpoint(tiny_flags, tmp_path, call):
+    flags = [*tiny_flags, "--eval_interval=1"]
+    assert call(train, *flags).returncode == 0
+    result = call(
+        train, *flags, "--init_from=resume", "--max_iters=12", "--muon_learning_rate=1e18"
+    )
+    assert_one_line_error(result, "nan" if "nan" in result.stderr else "inf", "is unchanged")
+    checkpoint = load_checkpoint(tmp_path / "run")
+    assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
+    assert call(train, *flags, "--init_from=resume", "--muon_learning_rate=0.02").returncode == 0
+
+
+def test_best_weights_that_are_newer_than_the_checkpoint_are_kept(tiny_flags, tmp_path, run_train):
+    """As after a kill between the two. They would lose to the older, higher loss."""
+    run_train(*tiny_flags, "--max_iters=4")
+    folder = tmp_path / "run"
+    save_model(load_model(folder), folder, step=6, val_loss=0.5, eval_tokens=64)
+    before = (folder / WEIGHTS_FILE).read_bytes()
+    output = run_train(*tiny_flags, "--init_from=resume")
+    assert "best     validation loss 0.5000 at step 6" in output
+    assert (folder / WEIGHTS_FILE).read_bytes() == before
+
+
+def test_an_older_run_is_moved_aside_before_the_model_is_built_but_not_for_a_typo(
+    tiny_flags, tmp_path, run_train, call, monkeypatch
+):
+    """Else a restarted job would resume the older run."""
+    run_train(*tiny_flags)
+    assert call(train, *tiny_flags, "--dataset=typo").returncode == 2
+    assert (tmp_path / "run" / WEIGHTS_FILE).exists()
+    monkeypatch.setattr(train, "build_model", lambda *_: 1 / 0)
+    for number, source in ((1, "scratch"), (2, str(tmp_path / "run.1"))):
+        with pytest.raises(ZeroDivisionError):
+            call(train, *tiny_flags, f"--init_from={source}")
+        assert (tmp_path / f"run.{number}" / WEIGHTS_FILE).exists()
+        shutil.copytree(tmp_path / "run.1", tmp_path / "run", dirs_exist_ok=True)
+    with pytest.raises(ZeroDivisionError):  # its own weights are needed
+        call(train, *tiny_flags, f"--init_from={tmp_path / 'run'}")
+    assert (tmp_path / "run" / WEIGHTS_FILE).exists()
 
 
 def test_a_run_that_was_moved_continues_where_it_is_now(tiny_flags, tmp_path, run_train):
@@ -638,12 +689,12 @@ def test_the_checkpoint_is_written_after_weights_and_log(tiny_flags, run_train, 
     def recorded(name, function):
         return lambda *args, **kwargs: (written.append(name), function(*args, **kwargs))[1]
 
-    for name in ("save_model", "save_checkpoint"):
+    for name in ("save_model", "save_run"):
         monkeypatch.setattr(train, name, recorded(name, getattr(train, name)))
     log_row = train.MetricsLogger.log_row
     monkeypatch.setattr(train.MetricsLogger, "log_row", recorded("log_row", log_row))
     run_train(*tiny_flags, "--max_iters=2", "--log_interval=99")
-    assert written == ["log_row", "save_checkpoint", "save_model", "log_row", "save_checkpoint"]
+    assert written == ["log_row", "save_run", "save_model", "log_row", "save_run"]
 
 
 def test_a_stopped_run_is_evaluated_when_it_ends_there(tiny_flags, tmp_path, run_train):
