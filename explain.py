@@ -5,9 +5,9 @@
     python explain.py --init_from=gpt2 --start="The quick brown fox" --output=fox.html
 
 The page is one file that needs no network. All its numbers come from the model: the scores are
-those of attention_weights() in model.py. The page itself computes softmax, temperature, top-k,
-top-p and means, nothing else. If the run has saved snapshots (step_* folders; --snapshot_interval
-of train.py), a slider moves through training.
+those of attention_weights() in model.py. The page itself computes softmax, temperature, top-k and
+top-p, nothing else. If the run has saved snapshots (step_* folders; --snapshot_interval of
+train.py), a slider moves through training.
 """
 
 import base64
@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
+from torch.nn.functional import cross_entropy
 
 from configurator import FolioError, PositiveInt, configure, run_main
 from data.dataset import DATA_DIR, open_dataset
 from data.files import atomic_write, user_path
 from data.prepare import read_text
-from data.tokenizer import Tokenizer
+from data.tokenizer import CharTokenizer, Tokenizer
 from engine.checkpoint import load_model, load_model_and_tokenizer
 from engine.hf_format import WEIGHTS_FILE
 from engine.inference import sampling_probs
@@ -61,6 +62,7 @@ def main() -> None:
     source = config.init_from or config.out_dir
     folder = resolve_model_dir(source) if source else newest_run()
     title = config.init_from or shown_path(folder)
+    print(f"the page of {title}")
     model, tokenizer = load_model_and_tokenizer(folder)
     ids = choose_tokens(config, folder, tokenizer, model.config.block_size)
     scores_of_one = model.config.n_layer * model.config.n_head * len(ids) * (len(ids) + 1) // 2
@@ -76,6 +78,7 @@ def main() -> None:
         checkpoints.append({"label": label, "selected": path == folder, **explained})
     data = {
         "title": title,
+        "token": "one character" if isinstance(tokenizer, CharTokenizer) else "a piece of text",
         "n_layer": model.config.n_layer,
         "n_head": model.config.n_head,
         "head_dim": model.config.n_embd // model.config.n_head,
@@ -207,7 +210,7 @@ def explain(model: GPT, ids: torch.Tensor) -> dict[str, Any]:
         "values": encode(torch.stack(values)),
         "messages": encode(torch.stack(messages)),
         "channels": values[0].size(-1),
-        "losses": [round(loss, 4) for loss in losses],
+        "losses": [rounded(loss) for loss in losses],
         **likeliest_logits(logits, ids),
         "layers": [layer_predictions(model, stream[0], targets) for stream in streams],
     }
@@ -225,7 +228,7 @@ def likeliest_logits(logits: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
     return {
         "logits": {"float32": to_base64(top.values.numpy().astype("<f4"))},
         "logit_ids": top.indices.tolist(),
-        "tails": [[None if math.isinf(x) else round(x, 3) for x in row] for row in tails.tolist()],
+        "tails": [[None if math.isinf(x) else rounded(x) for x in row] for row in tails.tolist()],
     }
 
 
@@ -233,16 +236,24 @@ def layer_predictions(model: GPT, stream: torch.Tensor, targets: torch.Tensor) -
     """What the model would predict from a residual stream (T, C), if it ended here.
 
     The final layer norm and the output layer are applied to it. For each position: the three
-    likeliest ids, their probabilities, and the probability of the actual next token.
+    likeliest ids, their probabilities, and the probability of the actual next token. For the
+    whole text: the mean loss.
     """
-    probs = sampling_probs(model.lm_head(model.transformer.ln_f(stream)))  # (T, V)
+    logits = model.lm_head(model.transformer.ln_f(stream)).float()  # (T, V)
+    probs = sampling_probs(logits)
     top = probs.topk(min(3, probs.size(-1)))
     actual = [probs[t, i].item() if i >= 0 else None for t, i in enumerate(targets.tolist())]
     return {
         "ids": top.indices.tolist(),
-        "probs": [[round(p, 4) for p in row] for row in top.values.tolist()],
-        "actual": [p if p is None else float(f"{p:.3g}") for p in actual],
+        "probs": [[rounded(p) for p in row] for row in top.values.tolist()],
+        "actual": [p if p is None else rounded(p) for p in actual],
+        "mean_loss": cross_entropy(logits[:-1], targets[:-1]).item(),
     }
+
+
+def rounded(number: float) -> float:
+    """The 7 digits that float32 has. The page rounds to fewer digits, once, when it shows them."""
+    return float(f"{number:.7g}")
 
 
 def encode(numbers: torch.Tensor) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 "use strict";
-// Shows what explain.py has computed. This program computes softmax, temperature, top-k, top-p and means.
+// Shows what explain.py has computed. This program computes softmax, temperature, top-k and top-p.
 // Texts of tokens reach the page by textContent only, so nothing in them can be executed.
 
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -22,6 +22,8 @@ function element(tag, attributes = {}, ...children) {
 
 // A token with its position, as the sentences of the page name it: "R (0)", with a space that does not break.
 const named = (t) => `${name(data.ids[t])}\u00a0(${t})`;
+const framed = (id) => element("code", {}, name(id));  // a token in a sentence: it can be "." or ","
+const bar = (p) => p > 0 ? element("span", { class: "bar", style: `width: ${100 * p}%` }) : "";
 
 // --- Numbers of the model ---
 
@@ -138,11 +140,10 @@ function showText() {
     token.tabIndex = t === state.position ? 0 : -1;
     token.title = `position ${t}, ${t > 0 ? `loss ${losses[t - 1].toFixed(2)}` : "no loss: nothing predicts it"}`;
   }
-  const mean = losses.reduce((a, b) => a + b, 0) / losses.length;
   $("legend").replaceChildren("loss 0", swatch("loss"), `${MAX_LOSS} or more`, element("span", {},
-    `mean loss of this text: ${mean.toFixed(4)} nats per token (the first token has no loss)`));
+    `mean loss of this text: ${now().layers[L].mean_loss.toFixed(4)} nats per token (the first token has no loss)`));
   for (const node of document.querySelectorAll(".selected-token"))
-    node.textContent = name(data.ids[state.position]);
+    node.textContent = named(state.position);
 }
 
 function showSurprises() {
@@ -161,35 +162,38 @@ function showPrediction() {
   const order = probs.map((p, i) => i).slice(0, 10);
   if (place >= 10) order.push(place);
   const rows = order.map((i) => {
-    const bar = element("span", { class: "bar", style: `width: ${100 * probs[i]}%` });
     const row = element("tr", { "data-id": ids[i], "data-probability": probs[i] },
       element("td", { class: "tokens" }, name(ids[i])),
-      element("td", { class: "number" }, percent(probs[i])), element("td", { class: "bar-cell" }, bar),
-      element("td", { class: "mark" }, ids[i] === actual ? "← actual next token" : ""));
+      element("td", { class: "number" }, percent(probs[i])), element("td", { class: "bar-cell" }, bar(probs[i])),
+      element("td", { class: "mark" }, ids[i] === actual ? "← actual" : ""));
     if (ids[i] === actual) row.className = "actual";
     return row;
   });
   $("prediction").replaceChildren(...rows);
   const rank = place < 0 ? `not among the ${ids.length.toLocaleString("en")} likeliest` : `rank ${place + 1}`;
-  $("actual").textContent = actual === null ? "The text ends here, so no token is the actual next one." :
-    `The actual next token is ${name(actual)}: ${rank}, probability ${percent(Math.exp(-loss))}, ` +
-    `loss ${loss.toFixed(2)}.`;
+  $("actual").replaceChildren(...actual === null ? ["The text ends here: no token is the actual next one."] :
+    ["The actual next token is ", framed(actual), `: ${rank}, probability ${percent(now().layers[L].actual[t])}, ` +
+     `loss ${loss.toFixed(2)} (before temperature, top-k, top-p).`]);
   $("temperature-value").textContent = temperature.toFixed(1);
   $("top-k-value").textContent = topK === 0 ? "all" : topK;
   $("top-p-value").textContent = topP.toFixed(2);
+  // The last place of the slider top-k stands for "all tokens".
+  $("temperature").value = data.temperatures.indexOf(temperature);
+  $("top-k").value = topK === 0 ? $("top-k").max : topK;
+  $("top-p").value = topP;
+  $("reset").disabled = temperature === 1 && topK === 0 && topP === 1;
 }
 
 function buildSliders() {
   const n = now().logit_ids[0].length;
-  Object.assign($("temperature"), { min: 0, max: data.temperatures.length - 1, step: 1,
-                                    value: data.temperatures.indexOf(1) });
-  // The last place of the slider stands for "all tokens".
-  Object.assign($("top-k"), { min: 1, max: Math.min(n, 200) + 1, step: 1, value: Math.min(n, 200) + 1 });
+  Object.assign($("temperature"), { min: 0, max: data.temperatures.length - 1, step: 1 });
+  Object.assign($("top-k"), { min: 1, max: Math.min(n, 200) + 1, step: 1 });
   $("temperature").addEventListener("input", () =>
     select({ temperature: data.temperatures[Number($("temperature").value)] }));
   $("top-k").addEventListener("input", () =>
     select({ topK: $("top-k").value === $("top-k").max ? 0 : Number($("top-k").value) }));
   $("top-p").addEventListener("input", () => select({ topP: Number($("top-p").value) }));
+  $("reset").addEventListener("click", () => select({ temperature: 1, topK: 0, topP: 1 }));
   if (data.checkpoints.length > 1) {
     $("training-slider").hidden = false;
     Object.assign($("checkpoint"), { max: data.checkpoints.length - 1, value: state.checkpoint });
@@ -201,26 +205,26 @@ function buildSliders() {
 
 function showLayers() {
   const t = state.position, layers = now().layers;
-  const head = element("tr", {}, element("th", {}, "after"), element("th", {}, "would predict"),
-    element("th", { colspan: 2 }, "p(actual next token)"),
-    element("th", {}, "mean p in this text"));
+  const head = element("tr", {}, element("th", {}, "after"), element("th", {}, "likeliest next tokens"),
+    element("th", { colspan: 2 }, "p of the actual next token"), element("th", {}, "mean loss"));
   const rows = layers.map((layer, i) => {
-    const guesses = layer.ids[t].map((id, j) => 
+    const guesses = layer.ids[t].map((id, j) =>
       element("span", {}, `${name(id)} ${percent(layer.probs[t][j])}`));
-    const actual = layer.actual[t], known = layer.actual.slice(0, -1);
-    const bar = element("span", { class: "bar", style: `width: ${100 * (actual ?? 0)}%` });
+    const actual = layer.actual[t];
     return element("tr", {}, element("td", {}, i === 0 ? "embedding" : `layer ${i}`),
       element("td", { class: "tokens guesses" }, ...guesses),
       element("td", { class: "number" }, actual === null ? "" : percent(actual)),
-      element("td", { class: "bar-cell" }, bar),
-      element("td", { class: "number" }, percent(known.reduce((a, b) => a + b, 0) / known.length)));
+      element("td", { class: "bar-cell" }, bar(actual)),
+      element("td", { class: "number" }, layer.mean_loss.toFixed(4)));
   });
   $("layers").replaceChildren(head, ...rows);
   const first = layers.map((layer) => layer.ids[t][0]), final = first[L];
   let since = L;
   while (since > 0 && first[since - 1] === final) since--;
-  $("sure").textContent = `The final prediction ${name(final)} is the likeliest one ` +
-    (since === 0 ? "after the embedding and after every layer." : `from layer ${since} on.`);
+  const p = (i) => percent(layers[i].probs[t][0]), later = ` and after each later layer; at the end it has ${p(L)}`;
+  $("sure").replaceChildren(framed(final), " is the likeliest token after ",
+    `${since === 0 ? "the embedding" : `layer ${since}`} (${p(since)})${since < L ? later : ""}. `,
+    t === T - 1 ? "" : `It is ${final === data.ids[t + 1] ? "" : "not "}the actual next token.`);
 }
 
 // --- 4. Attention ---
@@ -279,7 +283,7 @@ function showCell() {
   moveBox($("row-box"), t, 0, t + 1);
   $("cell-box").hidden = s < 0;
   moveBox($("cell-box"), t, s, 1);
-  $("cell").textContent = s < 0 ? "Point at a cell to read its weight; a click selects its row." :
+  $("cell").textContent = s < 0 ? "Point at a cell or touch it to read its weight. A click selects its row." :
     s > t ? `${named(t)} cannot attend to ${named(s)}: it comes later` :
     `${named(t)} attends to ${named(s)} with the weight ${percent(attentionWeights(state.layer, state.head, t)[s])}`;
 }
@@ -292,8 +296,8 @@ function cellAt(event) {
 
 function buildTable() {
   $("table-box").style.width = `${Math.max(2, Math.floor(420 / T)) * T}px`;
-  $("table").addEventListener("mousemove", (event) => select(cellAt(event)));
-  $("table").addEventListener("click", (event) => select({ position: cellAt(event).row }));
+  $("table").addEventListener("pointermove", (event) => select(cellAt(event)));
+  $("table").addEventListener("click", (event) => select({ ...cellAt(event), position: cellAt(event).row }));
   $("heads").style.setProperty("--n", H);
   const numbers = Array.from({ length: H }, (_, head) => element("span", { class: "number" }, `${head + 1}`));
   $("heads").append(element("div", { class: "head-row" }, element("span", {}, "head"), ...numbers));
@@ -312,7 +316,8 @@ function buildTable() {
 
 function showHeads(repaint) {
   paint($("table"), state.layer, state.head);
-  $("scale").replaceChildren("weight 0", swatch("attention"), "100% (middle: 25%)");
+  $("scale").replaceChildren("weight 0", swatch("attention"), "100%",
+    element("span", {}, "The scale is a square root: the middle color is 25%."));
   for (const button of $("heads").querySelectorAll("button")) {
     const layer = Number(button.dataset.layer), head = Number(button.dataset.head);
     button.setAttribute("aria-pressed", layer === state.layer && head === state.head);
@@ -346,11 +351,12 @@ function showMessage() {
     ...[String(s), raw[s].toFixed(2), (raw[s] / scale).toFixed(2), percent(weights[s])]
       .map((text) => element("td", { class: "number" }, text)),
     element("td", {}, cells(values[s], largest))));
-  const sum = element("tr", { class: "summary" }, element("td", { colspan: 4 }, "the message: sum of weight × value"),
+  const sum = element("tr", { class: "summary" }, element("td", { colspan: 4 },
+    `the message: sum of weight × value of ${t === 0 ? "1 token" : `all ${t + 1} tokens`}`),
     element("td", { class: "number" }, percent(weights.reduce((a, b) => a + b, 0))),
     element("td", {}, cells(channels("messages", layer, head, t), largest)));
   $("message").replaceChildren(header, ...rows, sum);
-  $("values").textContent = `Of each value, ${now().channels} of ${data.head_dim} numbers are shown: ` +
+  $("values").textContent = `A value has ${data.head_dim} numbers; the first ${now().channels} are shown: ` +
     `blue above 0, orange below, the strongest color is ±${largest.toFixed(2)}.`;
   $("more").hidden = t < SHORT;
   $("more").textContent = state.all ? "show the largest weights only" : `show all ${t + 1} tokens`;
@@ -404,9 +410,12 @@ document.addEventListener("keydown", (event) => {
   select(moves[event.key]());
   if (inText) $("text").querySelector(".selected").focus();
 });
+addEventListener("resize", () => { $("graph").dataset.selected = ""; showGraph(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readPalette(); show(true); });
 $("more").addEventListener("click", () => select({ all: !state.all }));
 
+$("tokens").textContent =
+  `A token here is ${data.token}; (5) is its position, counted from 0; ␣ is a space, ↵ a new line.`;
 $("model").textContent = `${data.title} · ${L} layers with ${H} heads each · ${T} tokens`;
 state.position = Math.min(T - 1, Math.floor(T / 2));
 readPalette();
