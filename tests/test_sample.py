@@ -294,11 +294,13 @@ def sample_forever(folder) -> None:
 @pytest.mark.xdist_group("processes")
 def test_ctrl_c_ends_forever_without_a_traceback(folder):
     job = start((sample_forever, (folder,), {}))
-    while len(job.read("stdout")) < 2000:
-        assert job.processes[0].is_alive(), job.read("stderr")
-        time.sleep(0.05)
-    os.kill(job.processes[0].pid, signal.SIGINT)
-    result = job.wait()
+    try:
+        while len(job.read("stdout")) < 2000:
+            assert job.processes[0].is_alive(), job.read("stderr")
+            time.sleep(0.05)
+        os.kill(job.processes[0].pid, signal.SIGINT)
+    finally:
+        result = job.wait(timeout=20)  # kills a process that does not end
     assert result.exit_codes == [130]
     assert result.stdout.endswith("\n")  # what the shell prints is on a new line
     assert result.stderr.split() == sample.describe_run(folder).split()
@@ -311,10 +313,13 @@ def test_a_closed_pipe_ends_forever_without_a_traceback(folder):
         [sys.executable, "sample.py", f"--out_dir={folder}", "--forever"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert len(process.stdout.read(2000)) == 2000
-    process.stdout.close()
-    assert process.stderr.read().split() == sample.describe_run(folder).split()
-    assert process.wait(timeout=30) == 141
+    try:
+        assert len(process.stdout.read(2000)) == 2000
+        process.stdout.close()
+        assert process.stderr.read().split() == sample.describe_run(folder).split()
+        assert process.wait(timeout=30) == 141
+    finally:
+        process.kill()
 
 
 def test_a_standard_output_that_is_closed_from_the_start_is_no_traceback(folder, monkeypatch):

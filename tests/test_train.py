@@ -607,11 +607,13 @@ def test_ctrl_c_finishes_the_step_saves_and_exits(tiny_flags, tmp_path):
     job = start((processes.run_train, flags, {}))
     log = tmp_path / "run" / "log.csv"
     deadline = time.monotonic() + 60
-    while not (log.exists() and log.read_text().count("\n") > 3):
-        assert time.monotonic() < deadline and job.processes[0].is_alive()
-        time.sleep(0.05)
-    os.kill(job.processes[0].pid, signal.SIGINT)
-    result = job.wait()
+    try:
+        while not (log.exists() and log.read_text().count("\n") > 3):
+            assert time.monotonic() < deadline and job.processes[0].is_alive()
+            time.sleep(0.05)
+        os.kill(job.processes[0].pid, signal.SIGINT)
+    finally:
+        result = job.wait(timeout=20)  # kills a process that does not end
     assert result.exit_codes == [130]
     assert "Traceback" not in result.stderr
     assert "stopped" in result.stdout
