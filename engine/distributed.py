@@ -33,9 +33,8 @@ from configurator import FolioError, first_line
 T = TypeVar("T")
 
 SETUP_TIMEOUT = datetime.timedelta(hours=1)  # rank 0 may download and prepare a dataset
-MIN_INTERVAL = (
-    0.3  # seconds between two signals: a program that forwards signals may send one twice
-)
+# Seconds between two signals. A program that forwards signals may send one twice at once.
+MIN_INTERVAL = 0.3
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=15)  # for sums of tensors, such as gradients
 
 
