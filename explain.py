@@ -5,8 +5,8 @@
     python explain.py --init_from=gpt2 --start="The quick brown fox" --output=fox.html
 
 The page is one file that needs no network. All its numbers come from the model: the scores are
-those of attention_weights() in model.py. The page itself computes softmax, temperature, top-k and
-top-p, nothing else. If the run has saved snapshots (step_* folders; --snapshot_interval of
+computed as in attention_weights() of model.py. The page itself computes softmax, temperature, top-k
+and top-p, nothing else. If the run has saved snapshots (step_* folders; --snapshot_interval of
 train.py), a slider moves through training.
 """
 

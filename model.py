@@ -21,7 +21,7 @@ context, and a node receives messages from itself and from all earlier nodes:
 The B sequences of a batch are independent graphs.
 
 Shapes: B = batch size, T = sequence length, C = n_embd, V = vocab_size. The numbers in the comments
-are for B=8, T=64, C=128, V=65 and 4 heads. Architecture and parameter names are those of GPT-2
+are for B=8, T=64, C=128, V=65 and 4 heads. Architecture and parameter names equal GPT-2's
 (Radford et al. 2019).
 """
 
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    """Hyperparameters of the model. The defaults are those of GPT-2 small (124,439,808 parameters).
+    """Hyperparameters of the model. The defaults describe GPT-2 small (124,439,808 parameters).
 
     Raises ValueError for sizes that no model can have.
     """

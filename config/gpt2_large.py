@@ -3,8 +3,9 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py config/gpt2_large.py
 
 Memory: 30 GiB on each GPU with micro-batches of 8. Of these, 16 bytes per parameter (12 GB) are
-weights, gradients and AdamW's two averages; the others are mostly activations. (Computed, not
-measured: python -m tests.benchmarks.memory config/train_gpt2.py config/gpt2_large.py)
+weights, gradients and AdamW's two averages. Activations take most of the remaining memory.
+(Computed, not measured:
+python -m tests.benchmarks.memory config/train_gpt2.py config/gpt2_large.py)
 If it does not fit, halve batch_size and double gradient_accumulation_steps. Not run yet.
 """
 

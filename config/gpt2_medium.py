@@ -3,8 +3,9 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py config/gpt2_medium.py
 
 Memory: 29 GiB on each GPU with micro-batches of 16. Of these, 16 bytes per parameter (6 GB) are
-weights, gradients and AdamW's two averages; the others are mostly activations. (Computed, not
-measured: python -m tests.benchmarks.memory config/train_gpt2.py config/gpt2_medium.py)
+weights, gradients and AdamW's two averages. Activations take most of the remaining memory.
+(Computed, not measured:
+python -m tests.benchmarks.memory config/train_gpt2.py config/gpt2_medium.py)
 If it does not fit, halve batch_size and double gradient_accumulation_steps. Not run yet.
 """
 

@@ -3,8 +3,9 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py config/gpt2_xl.py
 
 Memory: 39 GiB on each GPU with micro-batches of 4. Of these, 16 bytes per parameter (25 GB) are
-weights, gradients and AdamW's two averages; the others are mostly activations. (Computed, not
-measured: python -m tests.benchmarks.memory config/train_gpt2.py config/gpt2_xl.py)
+weights, gradients and AdamW's two averages. Activations take most of the remaining memory.
+(Computed, not measured:
+python -m tests.benchmarks.memory config/train_gpt2.py config/gpt2_xl.py)
 If it does not fit, halve batch_size and double gradient_accumulation_steps. Not run yet.
 """
 

@@ -1,7 +1,7 @@
 """Tokenizers of models from elsewhere, run by Hugging Face's `tokenizers`: WordPiece, Unigram, ...
 
 load_tokenizer() in data/tokenizer.py uses this class for every folder whose tokenizer is neither
-our characters nor GPT-2's kind of BPE. The ids are those of transformers:
+our characters nor GPT-2's kind of BPE. The ids equal transformers' ids:
 
     AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
 

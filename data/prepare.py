@@ -266,7 +266,7 @@ def shards_folder(name: str, source: str) -> Path:
 def complete_shards(folder: str | Path, source: str) -> dict[str, Any]:
     """Complete a dataset of GPT-2's tokens whose shards are all there; returns its meta.json.
 
-    All shards count, also those of earlier downloads. Raises FolioError if one is damaged.
+    All shards count, also shards of earlier downloads. Raises FolioError if one is damaged.
     """
     folder, tokenizer = Path(folder), BPETokenizer.gpt2()
     meta = {"source": source, "vocab_size": tokenizer.vocab_size, "dtype": "uint16"}

@@ -213,7 +213,7 @@ def recover_merge(
 # --- The file tokenizer.json ---
 #
 # From here on: the file format of Hugging Face's `tokenizers`, in which AutoTokenizer opens our
-# tokenizers, and we open those of other programs. Nothing here is about language models.
+# tokenizers, and we open tokenizers of other programs. Nothing here is about language models.
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

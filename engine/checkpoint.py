@@ -130,7 +130,7 @@ def load_model(
     positions, rows = "transformer.wpe.weight", "transformer.wte.weight"
     state_dict[positions] = state_dict[positions][: config.block_size]
     state_dict[rows] = state_dict[rows][: config.vocab_size]
-    with torch.device("meta"):  # shapes only, no memory: the weights are those of the state_dict
+    with torch.device("meta"):  # shapes only, no memory: the state_dict has the weights
         model = GPT(config)
     n_padding = model.transformer.wte.weight.size(0) - config.vocab_size
     state_dict[rows] = torch.nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))

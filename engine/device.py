@@ -108,7 +108,8 @@ def choose_device(
     With CUDA, this process's GPU becomes the current one; with dtype=float32, matrix products use
     TF32.
     On a Linux CPU, freed memory stays with the process.
-    local_rank, world_size: of the process among those of the job; each takes its own GPU.
+    local_rank: number of this process on its node; it chooses the GPU. world_size: number of
+    processes in the job.
     num_threads: CPU threads; 0: torch's default (OMP_NUM_THREADS, or the number of cores).
     Raises FolioError if this machine does not support a request.
     """

@@ -230,8 +230,8 @@ def rendezvous() -> tuple[torch_dist.Store, int, int]:
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store, rank, world_size = next(torch_dist.rendezvous("env://", timeout=SETUP_TIMEOUT))
-        # When torchrun restarts processes, the store still has the addresses of those that died,
-        # and a new process would connect to them. So each attempt has its own part of the store.
+        # When torchrun restarts processes, the store still has the addresses of dead processes, and
+        # a new process would connect to them. So each attempt has its own part of the store.
         store = torch_dist.PrefixStore(name_this_attempt(store, rank, world_size), store)
         return store, rank, world_size
     except (ValueError, torch_dist.DistError) as error:
@@ -315,7 +315,7 @@ class GracefulShutdown:
     def local_exit_status(self) -> int:
         """The exit status that this process alone asks for; 0: none. No communication.
 
-        A process whose torchrun was killed asks for 143: nobody would collect its result, and its
+        A process whose torchrun was killed asks for 143: no program would read its result, and its
         lock would keep a restarted job out of the run folder.
         """
         if not self.exit_status and self.dist.launcher_died():

@@ -88,7 +88,7 @@ class InferenceModel:
     ) -> Iterator[torch.Tensor]:
         """Continue each row of idx (B, T), yielding the next token of each row (B,) step by step.
 
-        With overlap = block_size - 1 the tokens are those of model.generate.
+        With overlap = block_size - 1 the tokens equal the tokens of model.generate.
         max_new_tokens: number of steps; None does not end.
         temperature, top_k, top_p: see sampling_probs().
         overlap: tokens that are kept when the context is full; default block_size // 2. With
@@ -460,7 +460,7 @@ def candidates(
 def exponential_noise(probs: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """Random numbers with exponential distribution, of the shape and on the device of probs.
 
-    They are those of torch.empty_like(probs).exponential_(generator=generator).
+    They equal torch.empty_like(probs).exponential_(generator=generator).
     """
     device = probs.device if generator is None else generator.device
     if device.type == "cpu":

@@ -97,7 +97,7 @@ class MetricsLogger:
         self.exit_stack.__exit__(*exception_info)
 
     def print(self, text: str) -> None:
-        """Print above the progress bar. Output that nobody can receive is discarded."""
+        """Print above the progress bar. Output to a closed stream is discarded."""
         if not self.enabled:
             return
         if self.bar is not None:

@@ -1,7 +1,7 @@
 """How a run starts: from scratch, from the weights of a model, or resumed.
 
 config = resolve_config(overrides)                      # which settings, and where to start from
-model = build_model(config, tokenizer, device)          # new weights, or those of a model
+model = build_model(config, tokenizer, device)          # new weights, or weights of a model
 state = restore(load_checkpoint(folder), ...)           # if resuming: continue where it stopped
 """
 
@@ -149,7 +149,7 @@ def load_dataset(config: TrainConfig) -> Dataset:
 
 
 def build_model(config: TrainConfig, tokenizer: Tokenizer, device: ComputeDevice) -> GPT:
-    """The model on its device: with new weights, or with those of the model to finetune.
+    """The model on its device: with new weights, or with the weights of the model to finetune.
 
     (When resuming, restore() puts the saved weights in the place of the new ones.)
     Raises FolioError if the model to start from has another tokenizer.
