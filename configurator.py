@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent
+NO_BREAK = "\xa0"  # a space where no line may end
 LIMIT = 2**63  # larger integers fit neither torch nor numpy
 SYNONYMS = {
     "gpu": "cuda", "lr": "learning_rate", "steps": "max_iters", "prompt": "start",
@@ -59,8 +60,9 @@ class ConfigError(FolioError):
 def run_main(main: Callable[[], None]) -> None:
     """Call a program's main(); print a FolioError as one line and exit with status 2.
 
-    All other errors keep their traceback. Ctrl-C exits with status 130. If the reader of stdout
-    has closed it, as `python sample.py | head` does, the program exits silently with status 141.
+    On a terminal, the line is wrapped between words. All other errors keep their traceback.
+    Ctrl-C exits with status 130. If the reader of stdout has closed it, as
+    `python sample.py | head` does, the program exits silently with status 141.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
@@ -69,7 +71,10 @@ def run_main(main: Callable[[], None]) -> None:
         if sys.stdout:  # None if it was closed before the start: python sample.py >&-
             sys.stdout.flush()
     except FolioError as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        lines = [line.strip() for line in str(error).splitlines()]
+        message = f"{Path(sys.argv[0]).name}: {' '.join(lines)}"
+        is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        print(wrap(message) if is_terminal else message, file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -90,6 +95,20 @@ def flush_output() -> None:
             stream.flush()
         except OSError:  # a closed terminal or pipe, or a full disk
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def wrap(text: str, indent: int = 0) -> str:
+    """The text in lines that fit the terminal, all but the first line indented.
+
+    What a user may copy stays whole, even if it is too long: words such as paths, and commands. A
+    command is "python ..." or "pip ..." up to the end of the text or to a backtick.
+    """
+    text = re.sub(r"\b(python|pip) [^`]*", lambda command: command[0].replace(" ", NO_BREAK), text)
+    lines = textwrap.fill(
+        text, shutil.get_terminal_size().columns, subsequent_indent=" " * indent,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return lines.replace(NO_BREAK, " ")
 
 
 # --- What a setting may be ---
@@ -306,6 +325,8 @@ def format_value(value: Any) -> str:
     """A value as an error message shows it: on one line, at most about 60 characters long."""
     if type(value) is int and abs(value) >= LIMIT:
         return "a number of more than 18 digits (too large)"
+    if type(value) is float and abs(value) >= LIMIT:
+        return f"{value} (too large)"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
@@ -358,8 +379,9 @@ def find_config_file(name: str, cls: type) -> Path:
     elif "start" in settings and path.suffix != ".py":
         advice = f"; a prompt is given by --start={shlex.quote(name)}"
     else:
-        advice = f"; did you mean config/{similar[0]}.py?" if similar else ""
-    raise ConfigError(f"{name[:200]}: there is no such config file{advice[:200]}")
+        guess = f"did you mean config/{similar[0]}.py?" if similar else "see the folder config/"
+        advice = f"; {guess}"
+    raise ConfigError(f"there is no config file {name[:200]!r}{advice[:200]}")
 
 
 def read_config_file(path: Path) -> list[tuple[str, Any, str]]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.files import atomic_write, user_path  # first: it says if torch is missing
 import numpy as np
 import safetensors
 import torch
@@ -25,7 +26,6 @@ from torch.nn.functional import cross_entropy
 
 from configurator import FolioError, PositiveInt, configure, run_main
 from data.dataset import DATA_DIR, open_dataset
-from data.files import atomic_write, user_path
 from data.prepare import read_text
 from data.tokenizer import CharTokenizer, Tokenizer
 from engine.checkpoint import load_model, load_model_and_tokenizer

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -49,6 +50,7 @@ class GPTConfig:
     bias: bool = True  # use biases in the linear layers and layer norms
     pad_vocab_to: int = 1  # round the rows of the embedding up to a multiple of this (GPU speed)
     float32_attention: bool = False  # compute attention in float32 under autocast (CPU speed)
+    activation_checkpointing: bool = False  # in training, store only each block's input (memory)
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "pad_vocab_to"):
@@ -56,6 +58,11 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """The rows of the embedding: vocab_size, rounded up to a multiple of pad_vocab_to."""
+        return math.ceil(self.vocab_size / self.pad_vocab_to) * self.pad_vocab_to
 
 
 # --- Attention: tokens exchange information ---
@@ -173,10 +180,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        padded_vocab_size = math.ceil(config.vocab_size / config.pad_vocab_to) * config.pad_vocab_to
         self.transformer = nn.ModuleDict(  # the names are OpenAI's
             {
-                "wte": nn.Embedding(padded_vocab_size, config.n_embd),  # token embedding
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),  # token embedding
                 "wpe": nn.Embedding(config.block_size, config.n_embd),  # position embedding
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),  # final layer norm
@@ -210,7 +216,11 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
-            x = block(x)
+            if self.training and self.config.activation_checkpointing:
+                # Less memory, more time: the backward pass computes the block's forward pass again.
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return self.transformer.ln_f(x)
 
     def lm_head(self, x: torch.Tensor) -> torch.Tensor:
@@ -255,11 +265,14 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """Continue each row of idx, (B, T) -> (B, T + max_new_tokens), one token at a time.
 
-        temperature: below 1 the likely tokens become likelier, above 1 less likely; must be > 0.
+        temperature: below 1 the likely tokens become likelier, above 1 less likely. ValueError
+            unless it is above 0.
         top_k: sample among the k likeliest tokens only; top_k=1 is greedy, 0 or None takes all.
         Call model.eval() first if the model was trained with dropout. engine/inference.py is the
         fast form; with overlap = block_size - 1 it gives the same tokens.
         """
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} must be above 0")
         k = min(top_k or self.config.vocab_size, self.config.vocab_size)
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size :]  # crop: there are no later positions

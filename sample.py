@@ -13,14 +13,13 @@ the context is full, is in engine/inference.py; model.generate is its simplest f
 """
 
 import itertools
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Annotated, ClassVar
 
+import data  # noqa: F401 - first: it says what to do if torch is missing
 import torch
 
 from configurator import (
@@ -31,6 +30,7 @@ from configurator import (
     Range,
     configure,
     run_main,
+    wrap,
 )
 from data.files import user_path
 from data.prepare import read_text
@@ -115,20 +115,18 @@ def sample(config: SampleConfig) -> None:
             print_samples(prompt, texts, threads)
 
 
-def wrap(text: str) -> str:
-    """The text in lines that fit the terminal. Words, such as a long path, stay whole."""
-    width = shutil.get_terminal_size().columns
-    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
-
-
 def read_prompts(tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
     """encode_prompt() of each line of standard input, until its end."""
+    if sys.stdin is None:  # python sample.py --interactive <&-
+        raise FolioError("--interactive: standard input is closed")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # encode() then refuses what is not UTF-8
     is_terminal = sys.stdin.isatty()
     while True:
         try:
             yield encode_prompt(input("prompt: " if is_terminal else ""), tokenizer)
         except FolioError as error:
-            print(error, file=sys.stderr)
+            print(wrap(str(error)), file=sys.stderr)
         except EOFError:
             if is_terminal:
                 print()  # the next output begins below "prompt: "

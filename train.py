@@ -14,11 +14,11 @@ import contextlib
 import dataclasses
 import math
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import data  # noqa: F401 - first: it says what to do if torch is missing
 import torch
 
 from configurator import FolioError, parse_overrides, run_main
@@ -32,11 +32,12 @@ from engine.device import ComputeDevice, choose_device, explain_out_of_memory
 from engine.distributed import Distributed, GracefulShutdown, is_restarted
 from engine.inference import InferenceModel, read_ids
 from engine.metrics import MetricsLogger, StepMetrics, banner, check_trackers
-from engine.metrics import peak_tokens_per_second, summary
-from engine.optimizer import make_optimizer, set_lr_multiplier
+from engine.metrics import indented, peak_tokens_per_second, show_evaluation, summary
+from engine.optimizer import make_optimizer, set_lr_multiplier, step_if_finite
 from engine.run import OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model
-from engine.run import load_dataset, make_room, resolve_config, restore
-from engine.run import save_run, save_run_tokenizer, start_run_folder, wrap_model
+from engine.run import is_patience_exhausted
+from engine.run import check_same_dataset, load_dataset, make_room, resolve_config, restore
+from engine.run import save_run, save_run_tokenizer, share_state, start_run_folder, wrap_model
 from engine.run_folder import lock_run_folder, resolve_out_dir, weights_metadata
 from engine.train_config import TrainConfig
 from model import GPT
@@ -63,13 +64,14 @@ def main() -> None:
 
         # Device, dataset, model, optimizer
         exit_stack.enter_context(explain_out_of_memory(OUT_OF_MEMORY_HINT))
-        device = choose_device(
-            config.device, config.dtype, config.compile, dist.local_rank, dist.world_size,
-            config.num_threads,
-        )  # fmt: skip
+        options = (config.device, config.dtype, config.compile)
+        device = dist.main_process_first(
+            lambda: choose_device(*options, dist.local_rank, dist.world_size, config.num_threads)
+        )
         dataset = dist.main_process_first(lambda: load_dataset(config))
+        check_same_dataset(dataset, dist)
         dist.broadcast_from_main(lambda: make_room(folder, config))  # moves an older run aside
-        model = dist.main_process_first(lambda: build_model(config, dataset.tokenizer, device))
+        model = build_model(config, dataset.tokenizer, device, dist)
         config = dataclasses.replace(config, bias=model.config.bias)  # finetuning: the model's
         optimizer = make_optimizer(model, config, device.dtype, dist)
         scaler = device.grad_scaler()  # keeps small float16 gradients above 0; else does nothing
@@ -78,7 +80,8 @@ def main() -> None:
         state = TrainState()
         if config.init_from == "resume":
             parts = (config, model, optimizer, scaler, dataset)
-            state = dist.main_process_first(lambda: restore(load_checkpoint(folder), *parts))
+            state = dist.broadcast_from_main(lambda: restore(load_checkpoint(folder), *parts))
+            share_state(optimizer, scaler, device, dist)
 
         # Train
         if config.eval_only:
@@ -106,39 +109,38 @@ def train(
     wrapped_model = wrap_model(model, config, device, dist)
     batches = prefetch(training_batches(dataset.train, config, state.step, device, dist))
     peak = peak_tokens_per_second(model.config, device, dist.world_size)
-
-    def save_state() -> None:
-        if dist.is_main:
-            save_run(folder, config, state, model, optimizer, scaler, dataset)
-
-    thread_adapter = ThreadAdapter(device, config.num_threads, dist.world_size)
+    threads = ThreadAdapter(device, config.num_threads, dist.world_size)
+    unread: list[torch.Tensor] = []  # what train_step() returned: loss, ..., on the device
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         logger.print(banner(config, state, dataset, model, device, folder))
         find_best(config, state, dataset, device, dist)
         while True:
+            losses = None  # of the validation tokens
             if should_evaluate(state, config):
                 losses = evaluate(wrapped_model, dataset, config, device, dist, shutdown)
                 if losses is None:  # a signal interrupted the evaluation; resuming repeats it
                     logger.log_row()
                 else:
                     record_evaluation(*losses, config, state, dataset, model, dist, logger)
-                    if math.isfinite(losses[0]):  # else the last good checkpoint stays
-                        save_state()  # last: a run killed before it repeats the evaluation
-                    show_sample(config, dataset, model, device, dist, logger)
-                    if is_patience_exhausted(state, config):
-                        break
+            if should_save(state, config):  # last: a run killed before it repeats the evaluation
+                save_state(config, state, dataset, model, optimizer, scaler, dist, logger)
+            if losses is not None:
+                show_sample(config, state, dataset, model, device, dist, logger)
+                if is_patience_exhausted(state, config):
+                    break
             if state.step >= config.max_iters or shutdown.should_stop:
                 break
             start_time = time.perf_counter()
-            metrics = train_step(
+            unread.append(train_step(
                 wrapped_model, optimizer, scaler, batches, config, state.step, device, dist,
                 shutdown,
-            )  # fmt: skip
-            state.seconds += time.perf_counter() - start_time
-            state.tokens += config.tokens_per_step
+            ))  # fmt: skip
             state.step += 1
-            logger.log_step(metrics)
-            if message := thread_adapter.after_step():  # other programs need the CPU, too
+            state.tokens += config.tokens_per_step
+            metrics = read_metrics(unread, config, state, scaler, device, dist, shutdown)
+            state.seconds += time.perf_counter() - start_time
+            logger.log_steps(metrics)
+            if message := threads.after_step():  # other programs need the CPU, too
                 logger.print(message)
             if state.step % config.log_interval == 0 and not should_evaluate(state, config):
                 logger.log_row()
@@ -146,8 +148,8 @@ def train(
                 save_snapshot(folder / f"step_{state.step:06}", config, state, dataset, model, dist)
         if state.best_step < 0 or not (folder / WEIGHTS_FILE).exists():  # stopped too early
             save_snapshot(folder, config, state, dataset, model, dist)
-        if state.last_eval_step != state.step:
-            save_state()
+        if state.last_checkpoint_step != state.step:
+            save_state(config, state, dataset, model, optimizer, scaler, dist, logger)
         logger.plot()
         logger.print(summary(config, state, folder))
 
@@ -158,10 +160,17 @@ def should_evaluate(state: TrainState, config: TrainConfig) -> bool:
     return is_due and state.last_eval_step != state.step
 
 
-def is_patience_exhausted(state: TrainState, config: TrainConfig) -> bool:
-    """Whether the last `patience` evaluations have not improved the best validation loss."""
-    steps_without_improvement = state.step - max(state.best_step, 0)
-    return 0 < config.patience * config.eval_interval <= steps_without_improvement
+def should_save(state: TrainState, config: TrainConfig) -> bool:
+    """At step 0, every checkpoint_interval or eval_interval steps, and at max_iters; once each."""
+    interval = config.checkpoint_interval or config.eval_interval
+    is_due = state.step % interval == 0 or state.step >= config.max_iters
+    return is_due and state.last_checkpoint_step != state.step
+
+
+def needs_metrics(state: TrainState, config: TrainConfig) -> bool:
+    """Whether a row of log.csv, an evaluation or a checkpoint comes next: they need all metrics."""
+    is_row_due = state.step % config.log_interval == 0
+    return is_row_due or should_evaluate(state, config) or should_save(state, config)
 
 
 # --- The training step ---
@@ -177,15 +186,18 @@ def train_step(
     device: ComputeDevice,
     dist: Distributed,
     shutdown: GracefulShutdown,
-) -> StepMetrics:
+) -> torch.Tensor:
     """Update the weights once, with the mean gradient of all micro-batches.
 
     The four numbered lines are what every training step does. `dist` has an effect with several
-    processes only, `scaler` in float16 only, and autocast has no effect in float32. If one process
-    has received a signal, such as Ctrl-C, all processes stop after this step (`shutdown`).
+    processes only, `scaler` in float16 only, and autocast has no effect in float32. `shutdown`
+    knows whether this process has received a signal, such as Ctrl-C.
+
+    Returns three numbers, on the device: the training loss before the step (nats per token), the
+    norm of the gradient before clipping, and how many processes have received a signal. Each
+    process gets equal numbers. If loss or norm is NaN or infinite, the weights do not change.
     """
-    lr_multiplier = get_lr_multiplier(step, config)
-    set_lr_multiplier(optimizer, lr_multiplier)
+    set_lr_multiplier(optimizer, get_lr_multiplier(step, config))
     grad_accum_steps = config.gradient_accumulation_steps
     mean_loss = 0.0
     # With 4 processes, process 1 takes micro-batches 1, 5, 9, ..., as in training_batches().
@@ -205,17 +217,43 @@ def train_step(
     scaler.unscale_(optimizer)
     max_norm = config.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # 3. clip
-    # One exchange between the processes, and one transfer from the GPU.
+    # The only exchange between the processes beside the gradients.
     stop_flag = torch.full_like(mean_loss, shutdown.local_exit_status() > 0)
-    sums = dist.all_reduce_sum(torch.stack((mean_loss, stop_flag)))
-    mean_loss, n_stopped, grad_norm = torch.cat((sums, grad_norm.view(1))).tolist()
-    check_finite(mean_loss, grad_norm, step, config, scaler, dist)
-    scaler.step(optimizer)  # 4. step
+    mean_loss, n_stopped = dist.all_reduce_sum(torch.stack((mean_loss, stop_flag)))
+    is_finite = torch.isfinite(mean_loss) & torch.isfinite(grad_norm)
+    step_if_finite(optimizer, scaler, is_finite)  # 4. step
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    if n_stopped > 0:  # equal in all processes
-        shutdown.sync()
-    return StepMetrics(mean_loss, grad_norm, lr_multiplier * config.learning_rate)
+    return torch.stack((mean_loss, grad_norm, n_stopped))
+
+
+def read_metrics(
+    unread: list[torch.Tensor],
+    config: TrainConfig,
+    state: TrainState,
+    scaler: torch.amp.GradScaler,
+    device: ComputeDevice,
+    dist: Distributed,
+    shutdown: GracefulShutdown,
+) -> list[StepMetrics]:
+    """Take numbers that train_step() has returned out of `unread`; return them as metrics.
+
+    unread: the numbers of the last steps; state.step steps have been started.
+    Reading a number waits until the device has computed it. So on a GPU the numbers of the newest
+    step stay in `unread` until the next step has been started, unless they are needed now.
+    Raises FolioError if a loss or a gradient is NaN or infinite.
+    """
+    metrics = []
+    n_kept = 0 if needs_metrics(state, config) else device.max_unread_steps
+    while len(unread) > n_kept or (unread and shutdown.should_stop):
+        step = state.step - len(unread)
+        mean_loss, grad_norm, n_stopped = unread.pop(0).tolist()
+        check_finite(mean_loss, grad_norm, step, config, scaler, dist)
+        if n_stopped > 0:  # equal in all processes: all of them stop
+            shutdown.sync()
+        learning_rate = get_lr_multiplier(step, config) * config.learning_rate
+        metrics.append(StepMetrics(mean_loss, grad_norm, learning_rate))
+    return metrics
 
 
 def get_lr_multiplier(step: int, config: TrainConfig) -> float:
@@ -298,7 +336,7 @@ def evaluate(
         dist.rank, dist.world_size,
     )  # fmt: skip
     losses, token_counts, n_bytes = [], [], 0  # one loss and one count for each batch
-    for inputs, targets in prefetch(batches):
+    for inputs, targets in show_evaluation(prefetch(batches), dataset, config, dist):
         if shutdown is not None and shutdown.local_exit_status():
             break
         valid_targets = targets[targets != IGNORE_INDEX]
@@ -332,7 +370,7 @@ def record_evaluation(
     Weights that have not been trained (step 0) are never the best. So after finetuning that only
     makes the loss worse, the folder has the least bad of the finetuned weights.
     """
-    state.last_eval_step = state.step
+    state.last_eval_step, state.val_loss = state.step, val_loss
     is_best = state.step > 0 and val_loss < state.best_val_loss  # NaN < x is False
     if is_best:
         state.best_val_loss, state.best_step = val_loss, state.step
@@ -399,26 +437,49 @@ def evaluate_only(
         )
 
 
-# --- Samples and snapshots ---
+# --- Checkpoints, snapshots and samples ---
+
+
+def save_state(
+    config: TrainConfig,
+    state: TrainState,
+    dataset: Dataset,
+    model: GPT,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    dist: Distributed,
+    logger: MetricsLogger,
+) -> None:
+    """Write resume.pt, unless the latest validation loss is not finite: the last good one stays."""
+    state.last_checkpoint_step = state.step
+    if not math.isfinite(state.val_loss):
+        logger.warn_once(f"the validation loss is {state.val_loss}: checkpoints stay as they are")
+    elif dist.is_main:
+        start_time = time.perf_counter()
+        save_run(resolve_out_dir(config.out_dir), config, state, model, optimizer, scaler, dataset)
+        logger.log_checkpoint(time.perf_counter() - start_time)
 
 
 def show_sample(
     config: TrainConfig,
+    state: TrainState,
     dataset: Dataset,
     model: GPT,
     device: ComputeDevice,
     dist: Distributed,
     logger: MetricsLogger,
 ) -> None:
-    """Print sample_tokens tokens that the model generates."""
-    if config.sample_tokens == 0 or not dist.is_main:
+    """After every sample_interval-th evaluation, print sample_tokens tokens from the model."""
+    is_due = state.step // config.eval_interval % config.sample_interval == 0
+    is_due = is_due or state.step >= config.max_iters
+    if not is_due or config.sample_tokens == 0 or not dist.is_main:
         return
     start = torch.tensor([[dataset.tokenizer.start_token_id]], device=device.torch_device)
     ids = InferenceModel(model, device.torch_device).generate(
         start, config.sample_tokens, temperature=0.8, generator=device.generator(config.seed)
     )
     text = "".join(dataset.tokenizer.decode_stream(i for (i,) in read_ids(ids)))
-    logger.print(textwrap.indent(text.strip(), "    "))
+    logger.print(indented(text.strip()))
 
 
 def save_snapshot(

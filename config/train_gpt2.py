@@ -14,7 +14,8 @@ Time      8.6e18 floating point operations: 6 per parameter and token, plus atte
 Memory    31 GiB on each GPU with micro-batches of 32, and 60 GiB with 64. (Computed, not measured:
           python -m tests.benchmarks.memory config/train_gpt2.py) If it does not fit, halve
           batch_size and double gradient_accumulation_steps: a step then processes as many tokens
-          as before.
+          as before. Or use activation_checkpointing: 22 GiB with micro-batches of 32, but the
+          forward pass is computed twice.
 Nodes     Gradients take 0.50 GB; with gpt2_muon.py, Muon's bfloat16 matrices take 0.17 GB. Per
           step, each of n GPUs (8 per node) sends 2 (n - 1) / n times as much:
           nodes  batch_size  gradient_accumulation_steps  compute  gradients     Muon
@@ -24,7 +25,7 @@ Nodes     Gradients take 0.50 GB; with gpt2_muon.py, Muon's bfloat16 matrices ta
              64           1                          512     2 ms    0.99 GB  0.34 GB
           In a ring, one GPU per node sends to the next node: 1 GB takes 2.5 ms at 400 GB/s, 80 ms
           at 12.5 GB/s. Writing a checkpoint takes 2 s at 1 GB/s. A lost node ends the job; started
-          again, it repeats up to 500 steps (eval_interval). (All computed, not measured.)
+          again, it repeats up to 1,000 steps (checkpoint_interval). (All computed, not measured.)
 
 To resume after an interruption, run the same command again (init_from = "auto").
 Not run yet.
@@ -52,5 +53,7 @@ weight_decay = 0.1
 beta2 = 0.95
 
 eval_interval = 500
+checkpoint_interval = 1000
+sample_interval = 5  # evaluations
 eval_tokens = 10 * 1024 * 1024
 log_interval = 10

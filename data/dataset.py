@@ -224,7 +224,7 @@ def memmap_shard(path: str | Path, dtype: np.dtype | str) -> np.ndarray:
     path, dtype = Path(path), np.dtype(dtype)
     with explain_os_error(path, "cannot be read"):
         size = path.stat().st_size
-        if size == 0:
+        if size == 0 or (size == HEADER_BYTES and has_header(path)):
             raise FolioError(f"{path}: empty; prepare the dataset again")
         if has_header(path):
             count = int(np.fromfile(path, dtype="<i4", count=3)[2])
@@ -276,6 +276,7 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
     window of block_size + 1 tokens, or if an id is outside the vocabulary.
     """
     folder = DATA_DIR / user_path(name)
+    before = folder_id(folder)
     tokenizer = find_tokenizer(folder, str(name), tokenizer)
     meta = read_meta(folder)
     train = ShardedTokens(folder, "train", meta, tokenizer.vocab_size)
@@ -286,7 +287,18 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
                 f"{tokens.name}: only {int(tokens.lengths.max()):,} tokens, but a window needs "
                 f"block_size + 1 = {block_size + 1:,}; use more text or a smaller --block_size"
             )
+    if folder_id(folder) != before:  # the files may be of two datasets
+        raise FolioError(f"{folder}: was replaced while it was opened; start again")
     return Dataset(folder, tokenizer, meta, train, val)
+
+
+def folder_id(folder: Path) -> tuple[int, int] | None:
+    """Another folder of this name has another id; None if there is none."""
+    try:
+        status = folder.stat()
+        return status.st_dev, status.st_ino
+    except OSError:
+        return None
 
 
 def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenizer:
@@ -341,8 +353,13 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
         meta = read_json(path)
     except FileNotFoundError:
         return {}
-    if not isinstance(meta, dict) or meta.get("dtype", "uint16") not in ("uint16", "uint32"):
+    if (
+        not isinstance(meta, dict)
+        or meta.get("dtype", "uint16") not in ("uint16", "uint32")
+        or not isinstance(meta.get("sha256", ""), str)
+    ):
         raise FolioError(
-            f"{path}: damaged (dtype must be uint16 or uint32); prepare the dataset again"
+            f"{path}: damaged (dtype must be uint16 or uint32, sha256 a string); "
+            "prepare the dataset again"
         )
     return meta

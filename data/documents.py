@@ -21,7 +21,7 @@ from configurator import FolioError
 from data.files import explain_os_error, join_names, shell_command, user_path
 
 PIECE_BYTES = 2**20  # read at a time
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 # Formats that are not text, and the Python code that prints a file of each as .jsonl lines.
 ROWS = (
     "import csv, json, sys; csv.field_size_limit(2**31 - 1); [print(json.dumps(row)) for row in "
@@ -38,13 +38,12 @@ TO_JSONL = {
     ".parquet": "import json, sys, pyarrow.parquet as p; "
     "[print(json.dumps(row, default=str)) for row in p.read_table(sys.argv[1]).to_pylist()]",
 }
-# Archives, and the arguments of the Python module that unpacks them.
-UNPACK = {
-    ".gz": ("gzip", "-d"),
-    ".zip": ("zipfile", "-e"),
-    ".tar": ("tarfile", "-e"),
-    ".tgz": ("tarfile", "-e"),
-}
+# Compressed files and archives, and the Python module that unpacks them.
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
+DECOMPRESS = (  # 'xb': an existing file is not overwritten
+    "import shutil, sys, {0}; shutil.copyfileobj({0}.open(sys.argv[1]), open(sys.argv[2], 'xb'))"
+)
+ARCHIVES = {".zip": "zipfile", ".tar": "tarfile", ".tgz": "tarfile"}
 
 
 # --- Which files ---
@@ -121,14 +120,15 @@ def file_id(path: Path) -> tuple[int, int]:
 
 def conversion_command(path: Path) -> str:
     """The command that turns a file of another format into text; "" if none is needed."""
-    suffix = path.suffix.lower()
+    suffix, source = path.suffix.lower(), shell_command(str(path))
+    target = shell_command(str(path.with_suffix(".jsonl" if suffix in TO_JSONL else "")))
     if suffix in TO_JSONL:
-        output = shell_command(str(path.with_suffix(".jsonl")))
-        return f'python -c "{TO_JSONL[suffix]}" {shell_command(str(path))} > {output}'
-    if suffix not in UNPACK:
-        return ""
-    target = [] if suffix == ".gz" else [str(path.with_suffix(""))]
-    return shell_command("python", "-m", *UNPACK[suffix], str(path), *target)
+        return f'python -c "{TO_JSONL[suffix]}" {source} > {target}'
+    if suffix in COMPRESSED:
+        return f'python -c "{DECOMPRESS.format(COMPRESSED[suffix])}" {source} {target}'
+    if suffix in ARCHIVES:
+        return f"python -m {ARCHIVES[suffix]} -e {source} {target}"
+    return ""
 
 
 # --- Which documents ---

@@ -13,7 +13,7 @@ from typing import Any
 
 import filelock
 
-from configurator import FolioError, format_value
+from configurator import FolioError, format_value, wrap
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # a file system without file locks
 NO_FSYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)
@@ -118,7 +118,8 @@ def file_lock(path: str | Path, message: str, wait: bool = False) -> Iterator[No
         except (OSError, NotImplementedError) as error:
             if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
                 raise
-            print(f"{path.parent}: no file locks on this disk; start only one process at a time")
+            notice = "no file locks on this disk; start only one process at a time"
+            print(wrap(f"{path.parent}: {notice}"))
     try:
         yield
     finally:
@@ -131,7 +132,7 @@ def acquire(lock: filelock.BaseFileLock, message: str, wait: bool) -> None:
     except filelock.Timeout:
         if not wait:
             raise FolioError(message) from None
-        print(message, flush=True)
+        print(wrap(message), flush=True)
         lock.acquire()
 
 

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,26 @@ class HFTokenizer(Tokenizer):
         return self._backend.to_str(), self.eos_token_id, self._backend.encode_special_tokens
 
 
+def bert_tokenizer_json(vocab_file: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The contents of tokenizer.json that transformers' BertTokenizer makes of a vocab.txt.
+
+    vocab_file: one token in each line. config: of tokenizer_config.json.
+    """
+    lines = vocab_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    config = with_class_defaults(config)
+    names = named_tokens(config)
+    special = ("unk_token", "sep_token", "cls_token", "pad_token", "mask_token")
+    with tokenizers_errors_as(ValueError):
+        tokenizer = tokenizers.BertWordPieceTokenizer(
+            {token: i for i, token in enumerate(lines)},
+            **{name: names[name] for name in special},
+            lowercase=config["do_lower_case"],
+            strip_accents=config["strip_accents"],
+            handle_chinese_chars=config["tokenize_chinese_chars"],
+        )
+    return json.loads(tokenizer.to_str())
+
+
 def prompt_prefix(backend: tokenizers.Tokenizer) -> np.ndarray:
     """The tokens that tokenizer.json puts before each text, such as [CLS]."""
     for text in ("a", *backend.get_vocab()):
@@ -259,6 +280,9 @@ def check_consistency(contents: dict[str, Any], config: dict[str, Any]) -> None:
     for token in decoder.keys() & added.keys():
         if not decoder[token].items() <= added[token].items():
             raise ValueError(f"tokenizer_config.json has other flags for the token {token!r}")
+    for token in {t["content"] for t in listed_tokens(config) if t.get("special")} & added.keys():
+        if config.get("split_special_tokens") and not added[token]["special"]:
+            raise ValueError(f"only tokenizer_config.json calls the token {token!r} special")
     splitter = dict(contents["pre_tokenizer"] or {})
     splitter.pop("trim_offsets", None)  # does not change the ids
     prefix_space = splitter.get("add_prefix_space", False)

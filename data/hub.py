@@ -2,6 +2,7 @@
 
     hub_model("gpt2-medium")           # a folder with config.json, tokenizer files and weights
     hub_model("distilgpt2")            # any model on the hub, by its name
+    hub_tokenizer("distilgpt2")        # the same folder, but no weights are downloaded
     commit, names = hub_files("kjj0/fineweb10B-gpt2", repo_type="dataset")
     hub_file("kjj0/fineweb10B-gpt2", names[0], repo_type="dataset", revision=commit)
 
@@ -12,6 +13,7 @@ What is checked: huggingface_hub compares the size of each downloaded file with 
 hub states. It does not compare a SHA-256; only data/download.py does.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import tqdm
 
-from configurator import first_line
+from configurator import ROOT, first_line
 from data.download import DownloadError
 
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -29,6 +31,31 @@ CONFIG_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "speci
 CONFIG_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"]
 SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 PYTORCH_BINS = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it is "gpt2-medium", "distilgpt2" or OWNER/NAME, and not a misspelled folder.
+
+    "out/shakspere" and "data/mine" are folders, because OWNER is a folder of this repository.
+    """
+    if name in (*GPT2_MODELS, "distilgpt2"):
+        return True
+    parts = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*", name)
+    return parts is not None and parts[1] != "out" and not (ROOT / parts[1]).exists()
+
+
+def hub_tokenizer(name: str) -> Path:
+    """The folder with config.json and the tokenizer files of a model on the hub.
+
+    Raises DownloadError if the model does not exist or cannot be downloaded.
+    """
+    repo_id = f"openai-community/{name}" if name in GPT2_MODELS else name
+    with explain_hub_errors(repo_id, "; a folder that you have: --tokenizer=FOLDER"):
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo_id, allow_patterns=CONFIG_FILES, tqdm_class=DelayedProgressBar
+            )
+        )
 
 
 def hub_model(name: str) -> Path:
@@ -50,7 +77,9 @@ def hub_model(name: str) -> Path:
             )
             if any((folder / weight).exists() for weight in weights):
                 return folder
-        raise OSError("no weights (model.safetensors or pytorch_model.bin) found")
+        raise OSError(
+            f"no weights (.safetensors or .bin), neither here nor on {constants.ENDPOINT}"
+        )
 
 
 class DelayedProgressBar(tqdm):

@@ -27,6 +27,7 @@ from data.files import (
     user_path,
     write_json,
 )
+from data.hub import hub_tokenizer, is_hub_name
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +45,8 @@ def make_tokenizer(
     """The tokenizer of a new dataset.
 
     tokenizer_type: "char": the characters of texts; "gpt2"; "bpe": vocab_size tokens, learned from
-        texts; or the folder of a run, a model or a dataset, whose tokenizer is used unchanged.
+        texts; or the folder of a run, a model or a dataset, or the name of a model on the hub,
+        whose tokenizer is used unchanged.
     add_eos: add an end-of-text token to the characters (a BPE vocabulary always has one).
     Raises FolioError if the folder's vocabulary lacks a character of texts.
     """
@@ -75,19 +77,25 @@ def characters_of(texts: Iterable[str]) -> set[str]:
 
 
 def check_tokenizer_type(tokenizer_type: str) -> None:
-    """Raises FolioError unless it is "char", "gpt2", "bpe" or a folder."""
+    """Raises FolioError unless it is "char", "gpt2", "bpe", a folder, or a model on the hub."""
     if tokenizer_type not in TOKENIZER_TYPES and not tokenizer_folder(tokenizer_type).is_dir():
         guess = did_you_mean(tokenizer_type, TOKENIZER_TYPES)
         raise FolioError(
             f"--tokenizer={tokenizer_type}: must be char, gpt2, bpe, or the folder of a run or "
-            f"a model{guess}"
+            f"a model, or OWNER/NAME on the hub{guess}"
         )
 
 
 def tokenizer_folder(tokenizer_type: str) -> Path:
-    """A folder relative to the current folder or, as out_dir is, to the repository."""
+    """The folder that holds the tokenizer. A model on the hub: its tokenizer is downloaded.
+
+    A relative path starts at the current folder or, as that of out_dir, at the repository.
+    """
     path = user_path(tokenizer_type)
-    return path if path.is_dir() else REPO_ROOT / path
+    for folder in (path, REPO_ROOT / path):
+        if folder.is_dir():
+            return folder.resolve()
+    return hub_tokenizer(tokenizer_type) if is_hub_name(tokenizer_type) else path
 
 
 def read_text(path: str | Path) -> str:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from configurator import FolioError, PositiveInt, Range, parse_inputs, run_main
 from data.documents import file_id, find_files, read_documents
 from data.files import join_names, user_path
+from data.hub import is_hub_name
 from data.prepare import (
     REPO_ROOT,
     TOKENIZER_TYPES,
@@ -45,6 +46,7 @@ from data.prepare import (
 )
 from data.tokenizer import CharTokenizer, Tokenizer, read_json
 
+CHANGED = "the text has changed while it was read; prepare a copy of it"
 BPE_CHARACTERS = 100 * 2**20  # of the training split, from which BPE learns
 
 
@@ -52,7 +54,7 @@ BPE_CHARACTERS = 100 * 2**20  # of the training split, from which BPE learns
 class PrepareTextConfig:
     # --- Preparation ---
     dataset: str = ""  # folder under data/ for the new dataset
-    tokenizer: str = "char"  # char, gpt2, bpe (learned from the text), or the folder of a run
+    tokenizer: str = "char"  # char, gpt2, bpe (learned from the text), FOLDER or OWNER/NAME
     vocab_size: PositiveInt = 1024  # vocabulary size of bpe
     val: str = ""  # file or folder for validation; empty: a part of the text
     val_fraction: Annotated[float, Range(0.0001, 0.5)] = 0.1  # fraction used for validation
@@ -91,7 +93,7 @@ def next_command(config: PrepareTextConfig, tokenizer: Tokenizer, meta: dict[str
         name = f"shakespeare_{config.tokenizer}"
         name = "finetune_shakespeare" if config.tokenizer == "gpt2" else name
         return train_command(name, meta, flags)
-    folder = tokenizer_folder(config.tokenizer).resolve()
+    folder = tokenizer_folder(config.tokenizer)
     try:
         model = read_json(folder / "config.json")
     except FileNotFoundError:
@@ -99,9 +101,10 @@ def next_command(config: PrepareTextConfig, tokenizer: Tokenizer, meta: dict[str
     if model.get("model_type") != "gpt2":
         is_char = isinstance(tokenizer, CharTokenizer)
         return train_command(f"shakespeare_{'char' if is_char else 'bpe'}", meta, flags)
-    if folder.is_relative_to(REPO_ROOT):
-        folder = folder.relative_to(REPO_ROOT)
-    flags = [f"--init_from={folder}", *flags]
+    source = folder.relative_to(REPO_ROOT) if folder.is_relative_to(REPO_ROOT) else folder
+    if is_hub_name(config.tokenizer) and not user_path(config.tokenizer).is_dir():
+        source = config.tokenizer
+    flags = [f"--init_from={source}", *flags]
     return train_command("finetune_shakespeare", meta, flags, model.get("n_positions"))
 
 
@@ -110,7 +113,10 @@ def next_command(config: PrepareTextConfig, tokenizer: Tokenizer, meta: dict[str
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents that are read again for each purpose, because they may not fit into memory."""
+    """Documents that are read again for each purpose, because they may not fit into memory.
+
+    Reading raises FolioError if a document has changed, or one was added, since it was measured.
+    """
 
     read: Callable[[], Iterator[Iterator[str]]]
     sizes: list[int]  # characters of each document
@@ -119,16 +125,21 @@ class Corpus:
 
     def pieces(self, split: str) -> Iterator[str | None]:
         """The pieces of one split, "train" or "val", with None at the end of each document."""
-        for document, size, cut in zip(self.read(), self.sizes, self.cuts, strict=True):
+        documents = self.read()
+        for size, cut in zip(self.sizes, self.cuts, strict=True):
             position = 0
-            for piece in document:
+            for piece in next(documents, ()):
                 cut_in_piece = max(cut - position, 0)
                 if part := piece[:cut_in_piece] if split == "train" else piece[cut_in_piece:]:
                     yield part
                 position += len(piece)
+            if position != size:
+                raise FolioError(CHANGED)
             # A cut document ends in the validation split.
             if self.separated and (split == "train") == (cut == size):
                 yield None
+        if next(documents, None) is not None:
+            raise FolioError(CHANGED)
 
     def all_pieces(self) -> Iterator[str]:
         return (piece for document in self.read() for piece in document)

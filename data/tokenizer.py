@@ -29,7 +29,8 @@ import tiktoken
 from configurator import FolioError
 from data.files import explain_os_error, write_json, write_text
 from data.hf_tokenizer import (
-    GENERIC_CLASSES, HFTokenizer, class_name, listed_tokens, with_class_defaults,
+    GENERIC_CLASSES, HFTokenizer, bert_tokenizer_json, class_name, listed_tokens,
+    with_class_defaults,
 )  # fmt: skip
 from data.tokenizer_base import (
     BYTE_ENCODER, END_OF_TEXT, Tokenizer, decode_bytes, encode_bytes,
@@ -185,6 +186,12 @@ class BPETokenizer(Tokenizer):
     def to_dict(self) -> dict[str, Any]:
         return bpe_to_dict(self)
 
+    def config_dict(self) -> dict[str, Any]:
+        settings = super().config_dict()
+        if self.eos_token_id is not None:  # as in GPT-2's own file; CTranslate2 needs a name
+            settings["unk_token"] = settings["eos_token"]
+        return settings
+
     @property
     def _key(self) -> tuple[dict[bytes, int], int | None]:
         return self.mergeable_ranks, self.eos_token_id
@@ -219,8 +226,8 @@ def recover_merge(
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer in the folder of a dataset, a run, or a published model.
 
-    Reads tokenizer.json or, if it does not exist, GPT-2's older files vocab.json and merges.txt;
-    and tokenizer_config.json, if it exists.
+    Reads tokenizer.json or, if it does not exist, GPT-2's older files vocab.json and merges.txt, or
+    BERT's vocab.txt; and tokenizer_config.json, if it exists.
     Raises FolioError if they are missing, unreadable, damaged, or if the tokenizer is one that
     would give other ids than in transformers.
     """
@@ -263,10 +270,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_tokenizer_json(folder: Path, config: dict[str, Any]) -> Any:
-    """The contents of tokenizer.json, or of vocab.json and merges.txt in the same form."""
+    """The contents of tokenizer.json, or of the older files in the same form."""
     try:
         return read_json(folder / "tokenizer.json")
     except FileNotFoundError:
+        if (folder / "vocab.txt").exists() and class_name(config) == "BertTokenizer":
+            with explain_os_error(folder / "vocab.txt", "cannot be read"):
+                return bert_tokenizer_json(folder / "vocab.txt", config)
         if not (folder / "vocab.json").exists():
             raise FolioError(missing_tokenizer(folder)) from None
     vocab = read_json(folder / "vocab.json")

@@ -99,6 +99,7 @@ def load_model(
     dropout: float | None = None,
     pad_vocab_to: int = 1,
     float32_attention: bool = False,
+    activation_checkpointing: bool = False,
 ) -> GPT:
     """Load a model from a run folder, or from any folder with GPT-2's weights; in eval mode.
 
@@ -114,7 +115,10 @@ def load_model(
         saved_config = dataclasses.replace(saved_config, bias=True)
     overrides = {"vocab_size": vocab_size, "block_size": block_size, "dropout": dropout}
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    overrides |= {"pad_vocab_to": pad_vocab_to, "float32_attention": float32_attention}
+    overrides |= {
+        "pad_vocab_to": pad_vocab_to, "float32_attention": float32_attention,
+        "activation_checkpointing": activation_checkpointing,
+    }  # fmt: skip
     config = dataclasses.replace(saved_config, **overrides)
     if config.block_size > saved_config.block_size:
         raise FolioError(
@@ -127,6 +131,10 @@ def load_model(
             f"{saved_config.vocab_size:,}; they do not belong together"
         )
     state_dict = from_hf_state_dict(tensors, saved_config, folder)
+    if not all(tensor.isfinite().all() for tensor in state_dict.values()):
+        raise FolioError(
+            f"{folder}: the weights contain NaN or infinity; train again with lower learning rates"
+        )
     positions, rows = "transformer.wpe.weight", "transformer.wte.weight"
     state_dict[positions] = state_dict[positions][: config.block_size]
     state_dict[rows] = state_dict[rows][: config.vocab_size]
@@ -186,6 +194,7 @@ def save_model_card(
     folder = Path(folder)
     tokens = dataset_meta.get("train_tokens")
     source = str(dataset_meta.get("source", "")).replace("\n", " ")
+    source = source.encode(errors="replace").decode()  # a file name may not be UTF-8
     data = f"`{config.dataset}`" + (f", from {source}" if source else "")
     data += f", {tokens:,} training tokens" if isinstance(tokens, int) else ""
     write_text(

@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -114,14 +114,42 @@ class Distributed:
             raise SystemExit(0)  # the job's exit status is the main process's
         return result
 
+    def run_on_main(self, fn: Callable[[], T]) -> T | None:
+        """fn() in the main process, None in all others, which wait for it. One process: just fn().
+
+        If fn raises, or exits, in the main process, the other processes exit silently.
+        """
+        results = []
+        self.broadcast_from_main(lambda: results.append(fn()))
+        return results[0] if self.is_main else None
+
     def main_process_first(self, fn: Callable[[], T]) -> T:
         """fn(), run by the main process, then by all others. One process: just fn().
 
         So data is downloaded once, and an error is printed once.
         """
-        results = []
-        self.broadcast_from_main(lambda: results.append(fn()))
-        return results[0] if self.is_main else fn()
+        result = self.run_on_main(fn)
+        return result if self.is_main else fn()
+
+    def broadcast_tensors(self, nested: Any, device: torch.device) -> Any:
+        """The main process's dicts and lists of tensors and numbers, with all tensors on `device`.
+
+        The other processes pass None. Each tensor is sent by itself, from device to device, so no
+        process needs memory for a second copy.
+        """
+        if self.world_size == 1:
+            return map_tensors(nested, lambda tensor: tensor.to(device))
+        # First the containers, the numbers, and the shapes and dtypes of the tensors.
+        received = self.broadcast_from_main(
+            lambda: map_tensors(nested, lambda tensor: tensor.to("meta"))
+        )
+
+        def send(tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor.to(device) if self.is_main else torch.empty_like(tensor, device=device)
+            torch_dist.broadcast(tensor, group_src=0, group=self._tensor_group(device))
+            return tensor
+
+        return map_tensors(nested if self.is_main else received, send)
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
@@ -155,7 +183,10 @@ class Distributed:
             self.barrier()  # with the long timeout: some may still load what others have loaded
             is_cuda = device.type == "cuda"
             if is_cuda:
-                check_one_process_per_gpu(device)
+                gpus: list[str] = [""] * self.world_size
+                own_gpu = str(torch.cuda.get_device_properties(device).uuid)
+                torch_dist.all_gather_object(gpus, own_gpu)
+                self.broadcast_from_main(lambda: check_one_process_per_gpu(gpus))
             nccl = is_cuda and torch_dist.is_nccl_available()
             self._tensor_groups[device] = torch_dist.new_group(
                 backend="nccl" if nccl else "gloo",
@@ -201,16 +232,25 @@ class Distributed:
             as_ddp(model).zero_grad(set_to_none=True)
 
 
+def map_tensors(nested: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of nested dicts and lists, in which fn(tensor) is in the place of each tensor."""
+    if isinstance(nested, torch.Tensor):
+        return fn(nested)
+    if isinstance(nested, dict):
+        return {key: map_tensors(value, fn) for key, value in nested.items()}
+    if isinstance(nested, list | tuple):
+        return type(nested)(map_tensors(value, fn) for value in nested)
+    return nested
+
+
 def as_ddp(model: torch.nn.Module) -> DistributedDataParallel:
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"expected the module that wrap_ddp returned, not {type(model).__name__}")
     return model
 
 
-def check_one_process_per_gpu(device: torch.device) -> None:
-    """FolioError if two processes have chosen one GPU. Called by all processes."""
-    gpus: list[str] = [""] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(gpus, str(torch.cuda.get_device_properties(device).uuid))
+def check_one_process_per_gpu(gpus: Sequence[str]) -> None:
+    """FolioError if two processes have chosen one GPU. gpus: the GPU of each process."""
     n_gpus = len(set(gpus))
     if n_gpus < len(gpus):
         raise FolioError(

@@ -12,7 +12,9 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,8 @@ def read_config(folder: str | Path) -> GPTConfig:
         raise FolioError(f"{path}: invalid GPT-2 config ({error} is missing)") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FolioError(f"{path}: invalid GPT-2 config ({error})") from None
+    if mismatched == ["tie_word_embeddings"] and has_lm_head(folder):
+        mismatched = []  # from_hf_state_dict() checks that it equals the embedding
     if mismatched:
         values = ", ".join(f"{key}={found[key]!r}" for key in mismatched)
         raise FolioError(f"{path}: unsupported architecture ({values}); Folio runs GPT-2 only")
@@ -106,12 +110,18 @@ def read_config(folder: str | Path) -> GPTConfig:
         raise FolioError(f"{path}: {error}") from None
 
 
+def has_lm_head(folder: str | Path) -> bool:
+    """Whether the weights hold a matrix under the name lm_head.weight."""
+    return "lm_head.weight" in hf_names(read_weights(folder)).values()
+
+
 # --- Names and layout of the weights ---
 
 BIASES = ("c_attn.bias", "c_proj.bias", "c_fc.bias", "ln_1.bias", "ln_2.bias", "ln_f.bias")
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which old files store: no weight
-WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DDP add to every name
+# What torch.compile, DDP, FSDP and activation checkpointing add to the names of what they wrap.
+WRAPPERS = re.compile(r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def to_hf_state_dict(model: GPT) -> dict[str, torch.Tensor]:
@@ -139,14 +149,10 @@ def from_hf_state_dict(
     Raises FolioError that lists the weights that are missing, unknown, or of a wrong shape.
     """
     state_dict = {}
-    for stored_name, tensor in tensors.items():
-        name = stored_name
-        while name.startswith(WRAPPERS):
-            name = name.partition(".")[2]
+    for stored_name, name in hf_names(tensors).items():
+        tensor = tensors[stored_name]
         if name.endswith(MASKS):
             continue
-        if not name.startswith(("transformer.", "lm_head.")):  # saved from a bare GPT2Model
-            name = f"transformer.{name}"
         if name in state_dict:
             raise FolioError(f"{folder}: two weights are called {name} (one is {stored_name})")
         if name.endswith(TRANSPOSED) and tensor.dim() == 2:
@@ -166,6 +172,23 @@ def from_hf_state_dict(
                 del state_dict[name]
     check_names_and_shapes(state_dict, config, folder)
     return state_dict
+
+
+def hf_names(stored_names: Iterable[str]) -> dict[str, str]:
+    """The names of weights in a file, and what Hugging Face's GPT-2 calls these weights.
+
+    "_orig_mod.transformer.wpe.weight", "model.wpe.weight", "wpe.weight": transformer.wpe.weight
+    """
+    names = {stored: WRAPPERS.sub("", stored) for stored in stored_names}
+    # Every GPT-2 has this weight. What precedes its name is a prefix of all names.
+    positions = next((name for name in names.values() if name.endswith("wpe.weight")), "")
+    prefix = positions.removesuffix("wpe.weight").removesuffix("transformer.")
+    names = {stored: name.removeprefix(prefix) for stored, name in names.items()}
+    bare = ("wte.", "wpe.", "h.", "ln_f.")  # of a GPT2Model without lm_head
+    return {
+        stored: f"transformer.{name}" if name.startswith(bare) else name
+        for stored, name in names.items()
+    }
 
 
 def check_names_and_shapes(
@@ -207,7 +230,7 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     Nothing in a file is executed. Raises FolioError with the cause if the weights cannot be read.
     """
     folder = Path(folder)
-    for name, load in ((WEIGHTS_FILE, load_safetensors), (TORCH_WEIGHTS_FILE, load_torch_file)):
+    for name, load in ((WEIGHTS_FILE, load_safetensors), (TORCH_WEIGHTS_FILE, load_torch_weights)):
         if (folder / name).exists():
             return load(folder / name)
         index = folder / f"{name}.index.json"
@@ -227,12 +250,13 @@ def shards_of(index: Path) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = [index.parent / Path(name).name for name in sorted(set(weight_map.values()))]
+        missing = [shard.name for shard in shards if not shard.exists()]  # OSError: name too long
     except OSError as error:
         raise FolioError(f"{index}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise FolioError(f"{index}: damaged, or not an index of weights ({reason})") from None
-    if missing := [shard.name for shard in shards if not shard.exists()]:
+    if missing:
         raise FolioError(
             f"{index.parent}: {', '.join(missing)} is missing; {index.name} names {len(shards)} "
             "files, and all of them are needed"
@@ -272,18 +296,32 @@ def sha256_of(tensors: dict[str, torch.Tensor]) -> str:
     return sha256.hexdigest()
 
 
+def load_torch_weights(path: Path) -> dict[str, torch.Tensor]:
+    """load_torch_file() for a file that holds nothing but tensors."""
+    tensors = load_torch_file(path)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise FolioError(
+                f"{path}: not the weights alone: {name!r} is a {type(tensor).__name__}, not a "
+                "tensor (only the state_dict of a model should be in this file)"
+            )
+    return tensors
+
+
 def load_torch_file(path: Path) -> dict[str, Any]:
     """Load a dict that torch.save() wrote, on the CPU. Nothing in the file is executed.
 
+    The tensors are parts of the file, memory-mapped: copy those that are to outlive the file.
     Raises FolioError if the file cannot be read, is damaged, or holds anything but plain data.
     """
     check_readable(path)
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not verify the checksums of a zip file
+        is_zip = zipfile.is_zipfile(path)  # else of a very old torch, which is not memory-mapped
+        if is_zip:  # torch.load does not verify the checksums of a zip file
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"the checksum of {damaged} is wrong")
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (MemoryError, KeyboardInterrupt):
         raise
     except pickle.UnpicklingError as error:

@@ -33,7 +33,7 @@ def read_log(path: str | Path, last_step: int | None = None) -> list[LogRow]:
 
 
 def parse_log(path: str | Path) -> tuple[list[LogRow], bool]:
-    """Return all rows of log.csv, and whether every line of it was a row.
+    """Return all rows of log.csv, and whether all of it could be read.
 
     A killed process may have written a part of the last line: it is ignored, unless it has all
     columns. (A spreadsheet may leave out the last line end.)
@@ -41,7 +41,10 @@ def parse_log(path: str | Path) -> tuple[list[LogRow], bool]:
     path = Path(path)
     if not path.exists():
         return [], True
-    text = path.read_bytes().decode("utf-8-sig", errors="replace")  # Excel puts a BOM in front
+    try:
+        text = path.read_bytes().decode("utf-8-sig", errors="replace")  # Excel puts a BOM in front
+    except OSError:  # a folder, for example
+        return [], False
     header, *lines = text.splitlines() or [""]
     if lines and not text.endswith(("\n", "\r")) and lines[-1].count(",") + 1 < len(COLUMNS):
         lines.pop()
@@ -75,8 +78,12 @@ def evaluations(rows: list[LogRow]) -> list[LogRow]:
 
 
 def best_row(rows: list[LogRow]) -> LogRow | None:
-    """The row with the lowest validation loss, the first one if several are equal."""
-    return min(evaluations(rows), key=lambda row: row["val_loss"], default=None)
+    """The row with the lowest validation loss of trained weights, so not of step 0.
+
+    The first one if several are equal; None without such a row.
+    """
+    trained = [row for row in evaluations(rows) if row["step"] > 0]
+    return min(trained, key=lambda row: row["val_loss"], default=None)
 
 
 def _to_number(text: str) -> int | float | None:

@@ -5,36 +5,38 @@ import dataclasses
 import importlib.util
 import math
 import os
-import shutil
 import sys
-import textwrap
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from configurator import FolioError, first_line
+from configurator import FolioError, first_line, wrap
 from data.dataset import Dataset
-from data.files import rename_to_backup, shell_command
+from data.files import rename_to_backup, shell_command, write_text
 from data.prepare import plural
 from data.shakespeare import replacement_warning
-from engine.checkpoint import WEIGHTS_FILE
+from engine.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE
 from engine.device import ComputeDevice
+from engine.distributed import Distributed
 from engine.log_file import (
     COLUMNS, LOG_FILE, LogRow, append_row, evaluations, parse_log, read_log, write_log,
 )  # fmt: skip
 from engine.plot import plot_losses
-from engine.run import TrainState
+from engine.run import TrainState, is_patience_exhausted
 from engine.run_folder import REPO_ROOT, newest_run
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
 PLOT_FILE = "loss.png"
-MIN_SECONDS = 5  # between two plots, and between two lines of progress where there is no bar
+WANDB_ID_FILE = "wandb_id.txt"
+MIN_SECONDS = 5  # between two lines of progress where there is no bar
+PLOT_SECONDS = 30  # between two plots: the first takes about a second (it imports matplotlib)
 
 
 @dataclass
@@ -81,7 +83,7 @@ class MetricsLogger:
             rows, all_valid = parse_log(path)
             if not all_valid:
                 backup = rename_to_backup(path)
-                self.print(f"WARNING  {LOG_FILE} has lines that are no rows; kept as {backup.name}")
+                self.warn_once(f"{LOG_FILE} could not be read completely; kept as {backup.name}")
             self.rows = [row for row in rows if row["step"] <= self.state.step]
             write_log(path, self.rows)
             self.log_is_complete = True
@@ -112,24 +114,34 @@ class MetricsLogger:
     def warn_once(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.add(text)
-            self.print(f"WARNING  {text}")
+            self.print(labeled("WARNING", text))
 
-    def log_step(self, metrics: StepMetrics) -> None:
-        """Record an optimizer step; the state has been updated already."""
-        self.metrics = metrics
-        self.state.unlogged_losses += metrics.loss
-        self.state.unlogged_steps += 1
+    def log_steps(self, metrics: list[StepMetrics]) -> None:
+        """Record training steps; the state has been updated already."""
+        if not metrics:
+            return
+        self.metrics = metrics[-1]
+        for step in metrics:
+            self.state.unlogged_losses += step.loss
+            self.state.unlogged_steps += 1
         if self.last_logged is None:
             # The first step includes warming up (and compiling), so speed is measured after it.
             self.last_logged = (self.state.tokens, self.state.seconds)
-            if self.enabled and sys.stderr is not None and sys.stderr.isatty():
+            if self.enabled and is_terminal():
                 self.bar = tqdm(
                     total=self.config.max_iters, initial=self.state.step - 1, dynamic_ncols=True,
                     leave=False,
-                    bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps{postfix}",
+                    # A short bar: the "^C" of a terminal does not begin a new line after it.
+                    bar_format="{percentage:3.0f}% |{bar:12}| {n_fmt}/{total_fmt} steps{postfix}",
                 )  # fmt: skip
         if self.bar is not None:
-            self.bar.update()
+            self.bar.update(self.state.step - self.bar.n)
+
+    def log_checkpoint(self, seconds: float) -> None:
+        """Say what writing resume.pt has cost, if it took longer than a second."""
+        if seconds > 1:
+            size = (self.folder / CHECKPOINT_FILE).stat().st_size
+            self.print(f"    checkpoint of {size / 1e9:.1f} GB written in {seconds:.1f} s")
 
     # --- log.csv ---
 
@@ -219,18 +231,18 @@ class MetricsLogger:
             text += f"training loss {row['train_loss']:.3f}, "
         text += f"validation loss {row['val_loss']:.4f}"
         if row["step"] == 0:
-            return f"{text} (before training)"
-        if row["step"] == state.best_step:
-            return f"{text} (best so far)"
-        if state.best_step < 0:  # no loss has been a number
-            return text
-        return f"{text} (best {state.best_val_loss:.4f}, step {state.best_step:,})"
+            text += " (before training)"
+        elif row["step"] == state.best_step:
+            text += " (best so far)"
+        elif state.best_step >= 0:  # else no loss has been a number
+            text += f" (best {state.best_val_loss:.4f}, step {state.best_step:,})"
+        return wrap(text, indent=4)
 
     # --- loss.png ---
 
     def maybe_plot(self) -> None:
         """plot(), unless the last plot is recent: plotting takes as long as many small steps."""
-        if time.monotonic() - self.last_plot >= MIN_SECONDS:
+        if time.monotonic() - self.last_plot >= PLOT_SECONDS:
             self.plot()
 
     def plot(self) -> None:
@@ -247,6 +259,27 @@ class MetricsLogger:
             plot_losses({name: self.rows}, path, title, x_max=config.max_iters)
         except Exception as error:  # matplotlib fails in many ways, and the picture is optional
             self.warn_once(f"no {PLOT_FILE}: {type(error).__name__}: {first_line(error)}")
+
+
+Item = TypeVar("Item")
+
+
+def show_evaluation(
+    batches: Iterator[Item], dataset: Dataset, config: TrainConfig, dist: Distributed
+) -> Iterator[Item]:
+    """Yield the batches of an evaluation. On a terminal, a bar shows how many have been used."""
+    n_tokens = min(len(dataset.val), config.eval_tokens or math.inf)
+    n_batches = math.ceil(n_tokens / (config.batch_size * config.block_size * dist.world_size))
+    yield from tqdm(
+        batches, total=n_batches, disable=not (dist.is_main and is_terminal()), leave=False,
+        dynamic_ncols=True,
+        bar_format="evaluating |{bar:12}| {n_fmt}/{total_fmt} batches, {remaining} left",
+    )  # fmt: skip
+
+
+def is_terminal() -> bool:
+    """Whether progress bars can be shown: on stderr, if it is a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def discard_output() -> None:
@@ -271,9 +304,13 @@ def open_trackers(folder: Path, config: TrainConfig, first_step: int) -> Iterato
         if config.wandb_log:
             import wandb
 
+            id_file = folder / WANDB_ID_FILE  # so that a resumed run continues its run on wandb
+            if not id_file.exists():
+                write_text(id_file, uuid.uuid4().hex)
             try:
                 run = wandb.init(
                     project=config.wandb_project, name=config.wandb_run_name or folder.name,
+                    id=id_file.read_text(encoding="utf-8").strip(), resume="allow",
                     config=dataclasses.asdict(config), dir=folder,
                     settings=wandb.Settings(console="off"),  # leave stdout alone
                 )  # fmt: skip
@@ -333,8 +370,8 @@ def flops_per_token(config: GPTConfig) -> int:
     Source: PaLM (Chowdhery et al. 2022), appendix B.
     """
     L, C, T = config.n_layer, config.n_embd, config.block_size
-    padded_vocab_size = math.ceil(config.vocab_size / config.pad_vocab_to) * config.pad_vocab_to
-    weights = L * 12 * C**2 + padded_vocab_size * C  # attention 4 C², MLP 8 C²; the output layer
+    weights = L * 12 * C**2  # attention 4 C², MLP 8 C²
+    weights += config.padded_vocab_size * C  # the output layer
     return 6 * weights + 12 * L * C * T
 
 
@@ -435,9 +472,11 @@ def summary(config: TrainConfig, state: TrainState, folder: str | Path) -> str:
     total = max(config.max_iters, state.step)
     status = "done" if state.step == total else "stopped"
     saved = "" if status == "done" else "; saved"
+    if is_patience_exhausted(state, config):
+        saved += f"; {plural(config.patience, 'evaluation')} without improvement (patience)"
+    reached = f"{state.step:,} of {plural(total, 'step')}, {format_duration(state.seconds)}"
     lines = [
-        f"\n{status:<9}{state.step:,} of {plural(total, 'step')}, "
-        f"{format_duration(state.seconds)} of training{saved}",
+        "\n" + labeled(status, f"{reached} of training{saved}"),
         labeled("best", describe_best(read_log(folder / LOG_FILE, state.step), state)),
     ]
     if (folder / PLOT_FILE).exists():
@@ -484,11 +523,12 @@ def sample_command(folder: Path) -> str:
 
 def labeled(label: str, text: str) -> str:
     """'data     text', wrapped at the width of the terminal."""
-    width = shutil.get_terminal_size((80, 24)).columns
-    return textwrap.fill(
-        f"{label:<9}{text}", width, subsequent_indent=" " * 9,
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+    return wrap(f"{label:<9}{text}", indent=9)
+
+
+def indented(text: str) -> str:
+    """The lines of a text, indented by 4 columns and wrapped at the width of the terminal."""
+    return "\n".join(wrap(f"    {line}", indent=4) for line in text.splitlines())
 
 
 def relative_path(path: str | Path) -> Path:

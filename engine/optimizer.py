@@ -82,6 +82,35 @@ def set_lr_multiplier(
         group["lr"] = multiplier * group["initial_lr"]
 
 
+def step_if_finite(
+    optimizer: "torch.optim.Optimizer | CombinedOptimizer",
+    scaler: torch.amp.GradScaler,
+    is_finite: torch.Tensor,
+) -> None:
+    """optimizer.step(), which changes no weight if is_finite is False.
+
+    is_finite: () bool, on the device. On a GPU the CPU does not wait for it.
+    """
+    if scaler.is_enabled():  # float16: the scaler itself skips steps whose gradients overflow
+        scaler.step(optimizer)
+    elif not is_finite.is_cpu:
+        step_unless(optimizer, ~is_finite)
+    elif is_finite:
+        optimizer.step()
+
+
+def step_unless(optimizer: "torch.optim.Optimizer | CombinedOptimizer", skip: torch.Tensor) -> None:
+    """optimizer.step(), which changes no weight if skip, () bool on the device, is True.
+
+    Fused optimizers of torch look for the attribute found_inf, which torch's GradScaler sets in the
+    same way: where it is 1, their kernels change nothing. So does Muon below.
+    """
+    for part in getattr(optimizer, "optimizers", (optimizer,)):
+        part.found_inf = skip.float()
+        part.step()
+        del part.found_inf
+
+
 class CombinedOptimizer:
     """Several optimizers, each with its own parameters, used as one."""
 
@@ -145,18 +174,24 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             gradients = [p.grad for p in params]
+            found_inf = getattr(self, "found_inf", None)  # see step_unless()
+            if found_inf is not None:
+                gradients = [g.masked_fill(found_inf > 0, 0) for g in gradients]  # NaN * 0 is NaN
+            keep = 1 if found_inf is None else 1 - found_inf  # 0: change no weight
             buffers = [self.momentum_buffer(p) for p in params]
             beta, lr = group["momentum"], group["lr"]
             # buffer = beta * buffer + (1 - beta) * gradient
             torch._foreach_lerp_(buffers, gradients, 1 - beta)
             # Nesterov momentum: update = beta * buffer + (1 - beta) * gradient
             updates = torch._foreach_lerp(gradients, buffers, beta)
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_mul_(params, 1 - keep * lr * group["weight_decay"])
             for (rows, columns), pairs in group_by_shape(zip(params, updates, strict=True)):
                 weights, matrices = zip(*pairs, strict=True)
                 stacked = torch.stack(matrices)
                 stacked = stacked.bfloat16() if self.use_bfloat16 else stacked
                 orthogonal = self.orthogonalize_sharded(stacked).to(weights[0].dtype)
+                if found_inf is not None:
+                    orthogonal = orthogonal * keep
                 # The columns of a tall orthogonal matrix have length 1, spread over more rows:
                 # its entries are smaller, so it takes a larger step.
                 step_size = lr * max(1, rows / columns) ** 0.5

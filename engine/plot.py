@@ -8,6 +8,7 @@ Training uses plot_losses() for loss.png. matplotlib is imported only where some
 
 import itertools
 import math
+import shutil
 import sys
 import warnings
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ if not __package__:  # started as a file: python engine/plot.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from configurator import FolioError, parse_inputs, read_settings, run_main
-from data.files import atomic_write
+from data.files import atomic_write, user_path
 from engine.log_file import LOG_FILE, LogRow, best_row, evaluations, read_log
 from engine.run_folder import SETTINGS_FILE
 
@@ -48,10 +49,11 @@ def main() -> None:
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
-    print(comparison_table(runs))
-    Path(config.picture).parent.mkdir(parents=True, exist_ok=True)
-    plot_losses({name: run.rows for name, run in runs.items()}, config.picture, x=config.x)
-    print(f"\nplotted {config.picture}")
+    print(comparison_table(runs, shutil.get_terminal_size().columns))
+    picture = user_path(config.picture)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    plot_losses({name: run.rows for name, run in runs.items()}, picture, x=config.x)
+    print(f"\nplotted {picture}")
 
 
 def read_run(folder: str | Path) -> LoggedRun:
@@ -67,8 +69,11 @@ def read_run(folder: str | Path) -> LoggedRun:
 # --- Table ---
 
 
-def comparison_table(runs: dict[str, LoggedRun]) -> str:
-    """A column for each run; a row for each setting that differs, then for each result."""
+def comparison_table(runs: dict[str, LoggedRun], width: int) -> str:
+    """A column for each run; a row for each setting that differs, then for each result.
+
+    Runs for which a table of this width has no place are in another table below.
+    """
     lines = [["", *runs]]
     settings = [run.settings for run in runs.values()]
     for name in dict.fromkeys(itertools.chain.from_iterable(settings)):
@@ -77,11 +82,22 @@ def comparison_table(runs: dict[str, LoggedRun]) -> str:
             lines.append([name, *values])
     results = [run_results(run.rows) for run in runs.values()]
     lines += [[name, *(result[name] for result in results)] for name in results[0]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    names, *columns = zip(*lines, strict=True)
+    tables = [[names]]
+    for column in columns:
+        wider = [*tables[-1], column]
+        fits = max(map(len, format_table(wider))) <= width
+        if fits or tables[-1] == [names]:
+            tables[-1] = wider
+        else:
+            tables.append([names, column])
+    return "\n\n".join("\n".join(format_table(table)) for table in tables)
+
+
+def format_table(columns: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a table. Each column is as wide as its widest cell."""
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    return ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
 
 
 def run_results(rows: list[LogRow]) -> dict[str, str]:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from configurator import FolioError, configure, first_line, format_value, read_settings, to_json
+from configurator import (
+    FolioError, configure, first_line, format_value, read_settings, to_json, wrap,
+)  # fmt: skip
 from data.dataset import Dataset, open_dataset
 from data.files import write_text
 from data.shakespeare import DATASETS, ensure_shakespeare
@@ -23,7 +25,7 @@ from engine.checkpoint import (
     save_tokenizer,
 )  # fmt: skip
 from engine.device import ComputeDevice
-from engine.distributed import Distributed
+from engine.distributed import Distributed, map_tensors
 from engine.hf_format import read_config
 from engine.optimizer import CombinedOptimizer
 from engine.run_folder import (
@@ -37,7 +39,7 @@ Optimizer = torch.optim.Optimizer | CombinedOptimizer
 
 OUT_OF_MEMORY_HINT = (
     "halve --batch_size and double --gradient_accumulation_steps (the same number of tokens per "
-    "step), or reduce --block_size or the model"
+    "step), or use --activation_checkpointing, or reduce --block_size or the model"
 )
 
 
@@ -52,8 +54,16 @@ class TrainState:
     best_step: int = -1  # the step of best_val_loss
     best_eval_tokens: int = 0  # the eval_tokens with which best_val_loss was measured
     last_eval_step: int = -1  # the step of the latest evaluation
+    val_loss: float = 0.0  # of the latest evaluation; 0 before the first one
+    last_checkpoint_step: int = -1  # the step of the latest checkpoint
     unlogged_losses: float = 0.0  # sum of training losses since the last row of log.csv
     unlogged_steps: int = 0  # steps since that row
+
+
+def is_patience_exhausted(state: TrainState, config: TrainConfig) -> bool:
+    """Whether the last `patience` evaluations have not improved the best validation loss."""
+    steps_without_improvement = state.step - max(state.best_step, 0)
+    return 0 < config.patience * config.eval_interval <= steps_without_improvement
 
 
 # --- Settings ---
@@ -148,25 +158,56 @@ def load_dataset(config: TrainConfig) -> Dataset:
     return open_dataset(config.dataset, config.block_size, tokenizer)
 
 
-def build_model(config: TrainConfig, tokenizer: Tokenizer, device: ComputeDevice) -> GPT:
+def build_model(
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    device: ComputeDevice,
+    dist: Distributed | None = None,
+) -> GPT:
     """The model on its device: with new weights, or with the weights of the model to finetune.
 
-    (When resuming, restore() puts the saved weights in the place of the new ones.)
+    Only the main process makes or reads weights; wrap_model() sends them to the other processes,
+    whose parameters have no values before that. When resuming, restore() loads the saved weights.
+    dist: None means one process.
     Raises FolioError if the model to start from has another tokenizer.
     """
-    torch.manual_seed(config.seed)
+    dist = dist or Distributed()
+    model = dist.run_on_main(lambda: initial_model(config, tokenizer, device))
+    model_config = dist.broadcast_from_main(lambda: model.config)
+    if model is None:
+        model = empty_model(model_config, device)
+    return model.to(device.torch_device, device.param_dtype).train()
+
+
+def empty_model(model_config: GPTConfig, device: ComputeDevice) -> GPT:
+    """A model whose parameters have no values yet. Takes no time, and memory on the device only."""
+    with torch.device("meta"):
+        model = GPT(model_config)
+    return model.to_empty(device=device.torch_device)
+
+
+def initial_model(config: TrainConfig, tokenizer: Tokenizer, device: ComputeDevice) -> GPT:
+    """build_model() for the main process. The result may still be on the CPU.
+
+    New weights are made on the CPU: so they depend on the seed, but not on the device.
+    """
     options = {
         "block_size": config.block_size,
         "dropout": config.dropout,
         "pad_vocab_to": config.pad_vocab_to,
         "float32_attention": device.use_float32_attention(config.block_size),
+        "activation_checkpointing": config.activation_checkpointing,
     }
     if config.init_from in ("scratch", "resume"):
         architecture = {name: getattr(config, name) for name in ARCHITECTURE}
-        model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **architecture, **options))
+        model_config = GPTConfig(vocab_size=tokenizer.vocab_size, **architecture, **options)
         folder = resolve_out_dir(config.out_dir)
         if config.init_from == "resume":
-            check_architecture(folder, model.config)
+            check_architecture(folder, model_config)
+            model = empty_model(model_config, device)
+        else:
+            torch.manual_seed(config.seed)
+            model = GPT(model_config)
     else:
         folder = resolve_model_dir(config.init_from)
         model = load_model(folder, vocab_size=load_tokenizer(folder).vocab_size, **options)
@@ -176,13 +217,16 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, device: ComputeDevice
             f"{folder}; prepare the text with --tokenizer={folder}, or start with "
             "--init_from=scratch"
         )
-    return model.to(device.torch_device, device.param_dtype).train()
+    return model
 
 
 def wrap_model(
     model: GPT, config: TrainConfig, device: ComputeDevice, dist: Distributed
 ) -> torch.nn.Module:
-    """The model, compiled if the device uses torch.compile, with gradients shared by processes."""
+    """The model, compiled if the device uses torch.compile, with gradients shared by processes.
+
+    All processes receive the weights of the main process (DistributedDataParallel sends them).
+    """
     wrapped = torch.compile(model) if device.compile else model
     if dist.world_size == 1:
         return wrapped
@@ -242,7 +286,8 @@ def save_run(
 ) -> None:
     """Write resume.pt: everything that restore() needs, in plain containers."""
     if not (folder / SETTINGS_FILE).exists():
-        print(f"WARNING  {folder} was moved or deleted; the run continues in a new folder there")
+        warning = f"WARNING  {folder} was moved or deleted; the run continues in a new folder there"
+        print(wrap(warning, indent=9))
         make_folder(folder)
         save_settings(folder, config, dataset)
     parts = {
@@ -251,6 +296,7 @@ def save_run(
         "scaler": scaler.state_dict(),
         "train_state": dataclasses.asdict(state),
         "dataset": fingerprint(dataset),
+        "architecture": architecture_of(model),
     }
     save_checkpoint(folder, parts)
 
@@ -265,10 +311,11 @@ def restore(
 ) -> TrainState:
     """Load a checkpoint into model, optimizer and scaler; return the state of the run.
 
+    With several processes, the main process does this, and share_state() follows.
     Learning rates and weight decay come from the settings, which may have changed.
     Raises FolioError if the dataset or the checkpoint is not that of this run.
     """
-    folder = resolve_out_dir(config.out_dir)
+    folder, device = resolve_out_dir(config.out_dir), next(model.parameters()).device
     before, now = saved.get("dataset"), fingerprint(dataset)
     n = len(before) if isinstance(before, list) else 0  # 3 in older checkpoints: no checksums
     if n < 3 or before != now[:n]:
@@ -278,9 +325,18 @@ def restore(
             "restore it (shards that were added can be moved away), or use --init_from=scratch"
         )
     try:
+        for name, value in saved.get("architecture", {}).items():  # older checkpoints lack it
+            if getattr(model.config, name) != value:
+                raise FolioError(
+                    f"{folder}: {SETTINGS_FILE} has {name}={getattr(model.config, name)}, "
+                    f"{CHECKPOINT_FILE} {format_value(value)}; put the old value back"
+                )
         model.load_state_dict(saved["model"])
         current_groups = [dict(group) for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved["optimizer"])
+        # Copies: `saved` is memory-mapped, and Windows cannot replace a file that is mapped.
+        copies = map_tensors(saved["optimizer"], lambda tensor: tensor.to(device, copy=True))
+        optimizer.load_state_dict(copies)
+        check_optimizer_state(optimizer)
         for group, current in zip(optimizer.param_groups, current_groups, strict=True):
             group.update({key: value for key, value in current.items() if key != "params"})
         if saved["scaler"]:  # empty unless the run was saved in float16
@@ -288,15 +344,63 @@ def restore(
         state = TrainState(**saved["train_state"])
         for field in dataclasses.fields(state):
             value = getattr(state, field.name)
-            if type(value) is not type(field.default):
+            if type(value) is not type(field.default) or (field.name == "step" and value < 0):
                 raise TypeError(f"{field.name} is {format_value(value)}")
         return state
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = first_line(error)
         raise FolioError(
             f"{folder / CHECKPOINT_FILE}: does not fit this run ({reason}); to start from its "
             f"weights instead: --init_from={folder} and another --out_dir"
         ) from None
+
+
+def share_state(
+    optimizer: Optimizer, scaler: torch.amp.GradScaler, device: ComputeDevice, dist: Distributed
+) -> None:
+    """After restore(): send the main process's optimizer and scaler state to all processes.
+
+    wrap_model() sends the weights.
+    """
+    if dist.world_size == 1:
+        return
+    parts = (optimizer, scaler)
+    states = [part.state_dict() for part in parts] if dist.is_main else None
+    states = dist.broadcast_tensors(states, device.torch_device)
+    if not dist.is_main:
+        for part, state in zip(parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+def architecture_of(model: GPT) -> dict[str, Any]:
+    """The settings that decide what the weights mean. (n_head changes no shape.)"""
+    return {name: getattr(model.config, name) for name in (*ARCHITECTURE, "block_size")}
+
+
+def check_optimizer_state(optimizer: Optimizer) -> None:
+    """Raises ValueError if a running mean does not have the shape of its parameter.
+
+    torch's fused optimizers do not compare: they would read and write beyond the tensor's memory.
+    """
+    for part in getattr(optimizer, "optimizers", (optimizer,)):
+        for parameter, values in part.state.items():
+            for name, value in values.items():
+                shape = torch.Size([]) if name == "step" else parameter.shape
+                if value.shape != shape:
+                    raise ValueError(f"{name} is {list(value.shape)} instead of {list(shape)}")
+
+
+def check_same_dataset(dataset: Dataset, dist: Distributed) -> None:
+    """Raises FolioError if this process has opened another dataset than the main process has.
+
+    On several nodes, each may have a copy of the dataset on its own disk.
+    """
+    expected, found = dist.broadcast_from_main(lambda: fingerprint(dataset)), fingerprint(dataset)
+    if found != expected:
+        raise FolioError(
+            f"process {dist.rank}: {dataset.folder} is not the dataset of process 0 ({found} here, "
+            f"{expected} there); copy it to all nodes"
+        )
 
 
 def fingerprint(dataset: Dataset) -> list[Any]:

@@ -9,6 +9,7 @@ engine/checkpoint.py reads and writes the files in it.
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,13 @@ import safetensors
 
 from configurator import FolioError, did_you_mean
 from data.files import explain_os_error, file_lock, rename_to_backup, user_path
-from data.hub import GPT2_MODELS, hub_model
+from data.hub import GPT2_MODELS, hub_model, is_hub_name
 from engine.hf_format import WEIGHTS_FILE
 from engine.log_file import LOG_FILE, read_log
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 SETTINGS_FILE = "settings.json"
+LOCK_FILE = ".lock"
 
 
 # --- Paths ---
@@ -63,23 +65,18 @@ def resolve_model_dir(source: str | Path) -> Path:
         return folder
     if folder.exists():
         raise FolioError(f"{source}: a file; a folder with a model in it is needed")
-    if name == "distilgpt2" or is_hub_name(name):
+    if is_hub_name(name):
         return hub_model(name)
     runs = [f"out/{path.parent.name}" for path in saved_weights()]
     guess = did_you_mean(name, ("scratch", "resume", "auto", *GPT2_MODELS, *runs))
     raise FolioError(f"{source}: neither a folder ({folder}) nor a model on the hub{guess}")
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether it has the form owner/name, and is not a misspelled folder such as out/shakspere."""
-    parts = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*", name)
-    return parts is not None and parts[1] != "out" and not (REPO_ROOT / parts[1]).exists()
-
-
 def saved_weights() -> list[Path]:
     """The weights of all runs under out/, the oldest first."""
     paths = (REPO_ROOT / "out").glob(f"*/{WEIGHTS_FILE}")
-    return sorted(paths, key=lambda path: path.stat().st_mtime)
+    files = [path for path in paths if path.is_file()]  # not a link to nowhere
+    return sorted(files, key=lambda path: path.stat().st_mtime)
 
 
 def newest_run() -> Path:
@@ -138,9 +135,13 @@ def lock_run_folder(folder: str | Path) -> Iterator[None]:
 
     The lock is on a file beside the folder, which stays there when an old run is moved aside. The
     operating system releases the lock when the process ends, for any reason.
+    A mount point, such as the volume of a container, cannot be moved, and another container may
+    mount it elsewhere, beside other files: there the lock is inside.
     """
     folder = Path(folder)
-    lock_file = folder.with_name(f".{folder.name}.lock")
+    lock_file = folder.with_name(f".{folder.name}{LOCK_FILE}")
+    if os.path.ismount(folder):
+        lock_file = folder / LOCK_FILE
     message = f"{folder}: another process is training here; choose another --out_dir"
     with file_lock(lock_file, message):
         yield
@@ -171,7 +172,8 @@ def move_old_run_aside(folder: str | Path) -> None:
         return
     with explain_os_error(folder, "cannot be made ready for a run"):
         # A run that was killed while it saved its settings has left a temporary file, and no run.
-        existing = sorted(p.name for p in folder.iterdir() if not is_temporary(p.name))
+        names = (path.name for path in folder.iterdir())
+        existing = sorted(name for name in names if name != LOCK_FILE and not is_temporary(name))
         if existing:
             check_is_run(folder, existing)
             print(f"the previous run is now in {shown_path(rename_to_backup(folder))}")

@@ -23,13 +23,15 @@ class TrainConfig:
         "scratch"  # scratch, resume, auto (resume if there is a run), gpt2, or a folder
     )
     max_iters: NonNegativeInt = 2000  # optimizer steps
-    eval_interval: PositiveInt = 250  # steps between evaluations; each one saves a checkpoint
+    eval_interval: PositiveInt = 250  # steps between evaluations
+    checkpoint_interval: NonNegativeInt = 0  # steps between checkpoints; 0: at each evaluation
     eval_tokens: NonNegativeInt = 0  # validation tokens per evaluation; 0: all
     eval_only: bool = False  # evaluate the model given by init_from and exit; writes nothing
     patience: NonNegativeInt = 0  # stop after so many evaluations without improvement; 0: never
     snapshot_interval: NonNegativeInt = 0  # steps between copies of the weights in step_*; 0: none
     log_interval: PositiveInt = 10  # steps between rows of log.csv
-    sample_tokens: NonNegativeInt = 160  # tokens of the sample printed after each evaluation
+    sample_tokens: NonNegativeInt = 160  # tokens of a sample printed after evaluations; 0: none
+    sample_interval: PositiveInt = 1  # evaluations between two samples
     seed: NonNegativeInt = 1337  # random seed for weights, batches and dropout
     wandb_log: bool = False  # log to Weights & Biases, too (pip install wandb)
     wandb_project: str = "folio"  # project on wandb
@@ -69,6 +71,7 @@ class TrainConfig:
     device: DeviceName = "auto"  # auto: cuda, else mps, else cpu
     dtype: DTypeName = "auto"  # of matrix products; auto: bfloat16 where the device is fast in it
     compile: AutoBool = "auto"  # use torch.compile; auto: only on cuda
+    activation_checkpointing: bool = False  # compute activations twice instead of storing them all
     num_threads: NonNegativeInt = 0  # CPU threads; 0: all, fewer while other programs are busy
 
     replaced_settings: ClassVar[dict[str, str]] = {  # names of nanoGPT's and older names

@@ -157,4 +157,5 @@ def main(steps: int = 1000) -> float:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # a second one gains little, and loses much beside other programs
     main()

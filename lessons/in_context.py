@@ -67,7 +67,8 @@ def tokens_since(windows: Tensor, token: int) -> Tensor:
 
 def secret_words(steps: int = 400) -> list[float]:
     """Returns the mean loss of the 1st, 2nd, ... 10th token of a document."""
-    print("Documents: a random word, three times, then the end (a dot). For example:\n")
+    print("Documents: a random word, three times, then the end (a dot). A small model is")
+    print("trained on them for some seconds. Then, for example:\n")
     model = train_on_documents(steps)
     windows = documents(1000)
     losses = loss_of_each_token(model, windows)
@@ -116,9 +117,8 @@ def trained_model(folder: Path) -> None:
     tokens = open_dataset(settings["dataset"], T, tokenizer).val
     indices = torch.linspace(0, tokens.num_windows(T + 1) - 1, 200).long().numpy()
     windows = torch.from_numpy(tokens.windows(indices, T + 1))
-    losses = torch.cat([loss_of_each_token(model, part) for part in windows.split(20)])
-
     print(f"\nThe model in {folder}, on {len(windows)} windows of its validation text:")
+    losses = torch.cat([loss_of_each_token(model, part) for part in windows.split(20)])
     before = torch.arange(1, T + 1)  # the first target has one token before it
     print_by_position(losses, before.expand_as(losses), "tokens before the target")
     if tokenizer.eos_token_id is not None and (windows == tokenizer.eos_token_id).any():
@@ -144,17 +144,18 @@ def print_by_position(losses: Tensor, position: Tensor, title: str) -> None:
 
 
 def main(steps: int = 400, folder: str = "") -> None:
-    from configurator import FolioError
+    from configurator import FolioError, wrap
     from engine.run_folder import newest_run
 
     secret_words(steps)
     try:
         trained_model(Path(folder) if folder else newest_run())
     except FolioError as error:
-        print(f"\nThe second part shows a trained model on real text.\n{error}")
+        print(f"\nThe second part shows a trained model on real text.\n{wrap(str(error))}")
     print("\nThe strong form: evaluate() in train.py, the mean over all positions.")
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the folder of model.py
+    torch.set_num_threads(1)  # a second one gains little, and loses much beside other programs
     main(folder="".join(sys.argv[1:2]))

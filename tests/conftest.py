@@ -1,4 +1,10 @@
-"""Shared by the tests: tiny models, a tiny dataset, and a way to run the programs."""
+"""Shared by the tests: tiny models, a tiny dataset, and a way to run the programs.
+
+The fixtures import torch and Folio. The main process of pytest-xdist loads this file, too, but it
+runs no tests: without torch it starts its workers seconds earlier.
+"""
+
+from __future__ import annotations
 
 import os
 import subprocess
@@ -6,21 +12,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 # One thread: these models are so small that more threads would only wait for one another, and the
 # number of threads does not adapt to other programs. Set before torch is imported, and inherited by
 # the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import pytest
-import torch
 
 import configurator
-from data import dataset as dataset_module
-from data.prepare import split_text, write_dataset
-from data.tokenizer import BPETokenizer, CharTokenizer
-from model import GPT, GPTConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.tokenizer import BPETokenizer
+    from model import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real texts and vocabularies, on machines that have them
@@ -43,22 +50,44 @@ def pytest_addoption(parser):
     )
 
 
-# Their tests start processes by the fork server of tests/processes.py.
-FORKING = {
-    "test_distributed", "test_fault_tolerance", "test_optimizer", "test_prepare_shakespeare",
-    "test_prepare_text",
+# Files whose tests share something that takes seconds: the fork server of tests/processes.py (and
+# GPT-2's vocabulary), or the import of transformers' models.
+GROUPS = {
+    "processes": (
+        "test_distributed", "test_fault_tolerance", "test_optimizer", "test_prepare_shakespeare",
+        "test_prepare_text", "test_sample", "test_tokenizer", "test_train", "test_benchmarks",
+        "test_cuda",
+    ),
+    "transformers": ("test_checkpoint", "test_gpt2", "test_hf_tokenizer"),
 }  # fmt: skip
+# Groups that take long come first, so that all workers end at about the same time.
+LONGEST_FIRST = (
+    "processes", "test_repository", "test_lessons", "test_explain", "transformers",
+    "test_configurator", "test_inference", "test_model",
+)  # fmt: skip
 
 
-def pytest_collection_modifyitems(items):
-    """pytest-xdist: one worker has the fork server; each file is in one worker.
+def group_of(nodeid: str) -> str:
+    """'tests/test_gpt2.py::test_x' -> 'transformers'. A file that is in no group is a group."""
+    file = Path(nodeid.partition("::")[0]).stem
+    return next((group for group, files in GROUPS.items() if file in files), file)
 
-    So the fork server is started once, and each file's shared setup is made once.
-    """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            is_forking = item.path.stem in FORKING or "uninterrupted" in item.fixturenames
-            item.add_marker(pytest.mark.xdist_group("processes" if is_forking else item.path.stem))
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {group: i for i, group in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(group_of(item.nodeid), len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each group runs in one worker. (With pytest 9.2, xdist 3.8 ignores its own xdist_group.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return GroupScheduling(config, log)
 
 
 @pytest.fixture
@@ -70,12 +99,18 @@ def n_trials(request) -> Callable[[int, int], int]:
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def model() -> GPT:
     """Two blocks, context 8, float64, with weights so large that every token matters."""
+    import torch
+
+    from model import GPT, GPTConfig
+
     config = GPTConfig(block_size=8, vocab_size=VOCAB_SIZE, n_layer=2, n_head=2, n_embd=16)
     model = GPT(config).double().eval()
     with torch.no_grad():
@@ -87,15 +122,19 @@ def model() -> GPT:
 @pytest.fixture
 def tokens() -> torch.Tensor:
     """Three sequences of eight token ids: (3, 8)."""
+    import torch
+
     return torch.randint(VOCAB_SIZE, (3, 8))
 
 
 @pytest.fixture
 def data_folder(tmp_path, monkeypatch) -> Path:
     """A temporary folder in the place of data/, so that no test touches the real one."""
+    from data import dataset
+
     folder = tmp_path / "data"
     folder.mkdir()
-    monkeypatch.setattr(dataset_module, "DATA_DIR", folder)
+    monkeypatch.setattr(dataset, "DATA_DIR", folder)
     return folder
 
 
@@ -106,6 +145,11 @@ def tiny_dataset(tmp_path) -> Path:
 
 
 def prepare_tiny_dataset(folder: Path) -> Path:
+    import numpy as np
+
+    from data.prepare import split_text, write_dataset
+    from data.tokenizer import CharTokenizer
+
     lines = TINY_TEXT.splitlines(keepends=True)
     rng = np.random.default_rng(0)
     text = "".join(lines[i] for i in rng.integers(len(lines), size=120))
@@ -131,6 +175,8 @@ def make_tiny_flags(dataset: Path, folder: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def gpt2() -> BPETokenizer:
     """GPT-2's own vocabulary, on machines that have it."""
+    from data.tokenizer import BPETokenizer
+
     cache = SHARED / "tiktoken"
     if "TIKTOKEN_CACHE_DIR" not in os.environ and not cache.is_dir():
         pytest.skip("GPT-2's vocabulary is not on this machine")
@@ -154,17 +200,26 @@ def run_script(*args: str, cwd: Path = ROOT, **environment: str) -> subprocess.C
 
 @pytest.fixture
 def call(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
-    """Call a program's main() with these flags in this process, as its last line does."""
+    """Call a program's main() with these flags in this process, as its last line does.
 
-    def call(program: ModuleType, *flags: str) -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
+    train.py draws loss.png only with loss_png=True, because that takes as long as a tiny run.
+    """
+
+    def call(
+        program: ModuleType, *flags: str, loss_png: bool = False
+    ) -> subprocess.CompletedProcess:
+        argv = [f"{program.__name__}.py", *map(str, flags)]
         capsys.readouterr()
-        try:
-            configurator.run_main(program.main)
-            status = 0
-        except SystemExit as exit_:
-            status = exit_.code
-        return subprocess.CompletedProcess(sys.argv, status, *capsys.readouterr())
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", argv)
+            if not loss_png:
+                patch.setattr("engine.metrics.plot_losses", lambda *_, **__: None)
+            try:
+                configurator.run_main(program.main)
+                status = 0
+            except SystemExit as exit_:
+                status = exit_.code
+        return subprocess.CompletedProcess(argv, status, *capsys.readouterr())
 
     return call
 

@@ -1,11 +1,12 @@
 """Break the code in one line, and see that a test fails.
 
     python -m tests.mutation_check --list        # the titles of all mutations
-    python -m tests.mutation_check mask shift    # the mutations whose titles contain these words
+    python -m tests.mutation_check mask shift    # the titles with one of these words
     python -m tests.mutation_check               # all mutations: some minutes
 
-Each mutation is made in a copy of the repository, and the test that should detect it is run there.
-On the code as it is, that test passes. Needs pytest: pip install -e ".[dev]".
+Each mutation is made in a copy of the repository, and the test that should
+detect it is run there. On the code as it is, that test passes. Needs pytest:
+pip install -e ".[dev]"
 """
 
 import difflib
@@ -208,8 +209,8 @@ MUTATIONS = [
         "A model that overfits at the end replaces better weights.",
     ),
     Mutation(
-        "with weights updated by a NaN loss", "train.py",
-        "    check_finite(mean_loss, grad_norm, step, config, scaler, dist)\n", "",
+        "with weights updated by a NaN loss", "engine/optimizer.py",
+        "    elif is_finite:\n", "    else:\n",
         "test_train.py::test_a_nan_loss_stops_before_the_weights_change",
         "One NaN loss makes every weight NaN: the model is lost.",
     ),
@@ -252,15 +253,16 @@ def main() -> None:
         ignored = shutil.ignore_patterns(".*", "out", "*.bin", "*.safetensors")
         shutil.copytree(ROOT, copy, ignore=ignored)
         for mutation in chosen:
-            print(f"{mutation.title}\n{changed_lines(mutation)}", flush=True)
+            print(
+                f"{mutation.title}\n{changed_lines(mutation)}\n    tests/{mutation.test}",
+                flush=True,
+            )
             failure = run_mutated(copy, mutation)
-            detected += failure is not None
-            verdict = "PASSED: the mutation is NOT detected by" if failure is None else "FAILED"
-            print(f"    {verdict} tests/{mutation.test}")
-            if failure is not None:
-                print(indent(failure[:300]))
-                print(indent(mutation.meaning))
-            print(flush=True)
+            if failure is None:
+                print("    PASSED: the mutation is NOT detected\n", flush=True)
+                continue
+            detected += 1
+            print(f"{indent(f'FAILED: {failure[:300]}')}\n{indent(mutation.meaning)}\n", flush=True)
     print(f"{detected} of {len(chosen)} mutations were detected")
     sys.exit(0 if detected == len(chosen) else 1)
 
@@ -290,10 +292,13 @@ def changed_lines(mutation: Mutation) -> str:
     before = (ROOT / mutation.file).read_text(encoding="utf-8")
     number = before[: before.index(mutation.original)].count("\n") + 1
     lines = [
-        f"    {line[0]} {line[2:].strip()}"
+        textwrap.fill(
+            f"{line[0]} {line[2:].strip()}", 79, initial_indent=" " * 4, subsequent_indent=" " * 6,
+            break_long_words=False, break_on_hyphens=False,
+        )
         for line in difflib.ndiff(before.splitlines(), mutate(before, mutation).splitlines())
         if line[0] in "-+"
-    ]
+    ]  # fmt: skip
     return "\n".join([f"    {mutation.file}, line {number}", *lines])
 
 

@@ -11,6 +11,7 @@ fork server (see multiprocessing) imports them once, and each process is a fork 
 import concurrent.futures
 import faulthandler
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -24,15 +25,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch._dynamo  # DistributedDataParallel and the optimizers would import it in each process
+import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import configurator
 import train
 from engine import metrics
+from tests.conftest import group_of
 
 ROOT = Path(__file__).resolve().parent.parent
+# The fork server imports these once; otherwise each process would import them: the functions that
+# processes run, and what DistributedDataParallel and the optimizers import when first used.
+PRELOADED = [
+    "torch._dynamo",
+    "tests.processes",
+    *(f"tests.test_{name}" for name in (
+        "distributed", "fault_tolerance", "optimizer", "prepare_shakespeare", "prepare_text",
+        "sample", "train",
+    )),
+]  # fmt: skip
 
 
 class Job:
@@ -160,7 +172,11 @@ def run_launcher(fn: Callable[..., None], args: tuple, n_processes: int) -> None
 
 
 def set_up_fork_server() -> None:
-    multiprocessing.set_forkserver_preload(["pytest", "tests.processes"])
+    test = os.environ.get("PYTEST_CURRENT_TEST", "")
+    if "PYTEST_XDIST_WORKER" in os.environ and group_of(test) != "processes":
+        # Each worker of pytest-xdist would start a fork server of its own, which takes seconds.
+        raise RuntimeError(f'tests/conftest.py: the file is missing in GROUPS["processes"]: {test}')
+    multiprocessing.set_forkserver_preload(PRELOADED)
 
 
 def start(*calls: tuple[Callable[..., None], tuple, dict[str, str]]) -> Job:
@@ -201,6 +217,20 @@ def free_port() -> int:
 
 
 # --- What the processes run ---
+
+
+def redirect(stream: str, descriptor: int) -> None:
+    """Connect "stdin", "stdout" or "stderr" of this process to an open file."""
+    number = ("stdin", "stdout", "stderr").index(stream)
+    os.dup2(descriptor, number)
+    setattr(sys, stream, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
+def run_torchrun_command(*args: str) -> None:
+    """The command `torchrun ARGS`; the processes that it starts are forks of the server, too."""
+    # Python would start another fork server here, although this process knows the address of ours.
+    multiprocessing.forkserver._forkserver.ensure_running = lambda: None
+    torch.distributed.run.main(["--start-method=forkserver", "--run-path", *args])
 
 
 def run_train(*flags: str) -> None:

@@ -3,8 +3,10 @@
 import functools
 import json
 import math
+import mmap
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ import train
 from data.prepare import split_text, write_dataset
 from data.tokenizer import CharTokenizer
 from engine.train_config import TrainConfig
-from tests.benchmarks import gpu, memory, sample_speed, time_to_loss, train_speed
+from tests.benchmarks import gpu, memory, sample_speed, startup, time_to_loss, train_speed
 from tests.benchmarks.measuring import format_cell, in_subprocess, run_interleaved, throughput
 from tests.conftest import ROOT, TINY_TEXT, assert_one_line_error
+from tests.processes import run_train, start_job
 
 
 def test_candidates_run_interleaved_and_the_first_round_is_not_counted():
@@ -120,6 +123,43 @@ def test_time_to_loss_refuses_wrong_settings_in_one_line(call, tiny_dataset, tmp
     assert_one_line_error(
         call(time_to_loss, f"--peer={tmp_path}", "--max_iters=600"), "a multiple of 250"
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="for Linux only")
+def test_startup_measures_a_new_and_a_resumed_run(call, tmp_path, monkeypatch):
+    def start_without_torchrun(n_processes: int, *flags: str) -> SimpleNamespace:
+        job = start_job(run_train, *flags, n_processes=n_processes)
+        return SimpleNamespace(
+            poll=lambda: job.processes[0].exitcode,
+            terminate=lambda: [process.terminate() for process in job.processes],
+            communicate=lambda: ("", job.wait().stderr),
+        )
+
+    monkeypatch.setattr(startup, "start_torchrun", start_without_torchrun)
+    result = call(
+        startup, "--processes=2", "--shards=3", "--tokens_per_shard=262144",
+        f"--json={tmp_path / 'startup.json'}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "startup.json").read_text())["rows"]
+    assert [row["start"] for row in rows] == ["from scratch", "resumed", "imports alone"]
+    for row in rows[:2]:
+        assert 0 < row["MiB read"] <= row["MiB read, main process"] <= 4 * 262144 * 2 / 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="for Linux only")
+def test_startup_counts_what_is_in_memory_of_mapped_files(tmp_path):
+    size = 64 * mmap.PAGESIZE
+    for name in ("train_000000", "train_000001"):
+        (tmp_path / f"{name}.bin").write_bytes(bytes(size))
+    with (
+        open(tmp_path / "train_000000.bin", "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+    ):
+        assert startup.resident_sizes(tmp_path) == [0]
+        assert sum(mapped[:: mmap.PAGESIZE]) == 0  # one byte of each page
+        assert startup.resident_sizes(tmp_path) == [size]
+    assert startup.resident_sizes(tmp_path) == []
 
 
 def test_memory_counts_each_storage_while_it_exists():

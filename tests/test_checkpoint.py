@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,13 +21,13 @@ from engine.checkpoint import (
     load_model, load_model_and_tokenizer, rarest_token, read_config, save_checkpoint,
     save_model, save_model_card, save_tokenizer,
 )  # fmt: skip
-from engine.run_folder import (
-    SETTINGS_FILE, prepare_out_dir,
-)  # fmt: skip
+from engine.run import restore, save_run
+from engine.run_folder import SETTINGS_FILE, prepare_out_dir
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 from tests.fuzzing import Count, fuzz_settings, mutations
 from tests.test_tokenizer import AWKWARD_TEXT, toy_bpe
+from tests.test_train import assert_same_state, batches_of, start_training, train_step
 
 CONFIG = GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
 
@@ -197,6 +198,13 @@ def test_model_card_names_data_settings_loss_and_how_to_load(tmp_path):
         f'load_model_and_tokenizer("{(tmp_path / "my_run").as_posix()}")', "from transformers",
     ):  # fmt: skip
         assert words in card
+
+
+def test_model_card_names_a_text_whose_file_name_is_not_utf8(tmp_path):
+    save_model_card(
+        tmp_path, TrainConfig(), {"source": "/caf\udce9.txt"}, step=1, val_loss=2, bits_per_byte=3
+    )
+    assert "from /caf?.txt" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 # --- Weights saved by other programs ---
@@ -406,7 +414,46 @@ def test_any_config_json_is_accepted_or_refused(tmp_path, n_trials):
     assert count.fraction_accepted() > 0.1
 
 
+# --- Resuming ---
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the list of mapped files in /proc")
+def test_a_checkpoint_is_memory_mapped_until_it_is_restored(tiny_flags, tmp_path):
+    """Later it must not be: Windows could not replace the file by the next checkpoint."""
+    run, restored = start_training(*tiny_flags), start_training(*tiny_flags, "--seed=2")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / SETTINGS_FILE).touch()
+    train_step(run, batches_of(run))
+    parts = (run.model, run.optimizer, run.scaler, run.dataset)
+    save_run(tmp_path / "run", run.config, run.state, *parts)
+
+    def is_mapped() -> bool:
+        return CHECKPOINT_FILE in Path("/proc/self/maps").read_text()
+
+    saved = load_checkpoint(tmp_path / "run")
+    assert is_mapped()
+    parts = (restored.model, restored.optimizer, restored.scaler, restored.dataset)
+    restore(saved, restored.config, *parts)
+    del saved
+    assert not is_mapped()
+    assert_same_state(restored.model.state_dict(), run.model.state_dict())
+    left, right = restored.optimizer.state_dict(), run.optimizer.state_dict()
+    assert left.keys() == right.keys() == {"AdamW", "Muon"}
+    for name in left:
+        assert_same_state(left[name]["state"], right[name]["state"])
+
+
 # --- Damaged or missing files ---
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, number):
+    model = random_model()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = number
+    save_model(model, tmp_path)
+    with pytest.raises(FolioError, match="NaN or infinity"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 half", b"<html>", "half", "pickle"])

@@ -120,6 +120,7 @@ def test_an_invalid_value_is_rejected_with_the_name_of_its_setting(flag):
         (["--n_layer=0"], "--n_layer must be an integer of at least 1, not 0"),
         (["--dropout=2"], "--dropout must be a number from 0 to 1, not 2.0"),
         (["--bias=yes"], "--bias must be True or False, not 'yes'"),
+        (["--dropout=1e30"], "--dropout must be a number from 0 to 1, not 1e+30 (too large)"),
         (["--n_layer", "--bias"], "--n_layer needs a value: --n_layer=..."),
         (["-n_layer=3"], "-n_layer=3: a flag begins with two dashes: --n_layer=3"),
         (["--start=a\0"], "--start must be a string without NUL or surrogates, not 'a\\x00'"),
@@ -276,13 +277,13 @@ def test_config_files_are_found_from_the_working_directory_then_from_folio(tmp_p
         ("shakespeare_quick", "; did you mean config/shakespeare_quick.py?"),
         ("config/train_shakespeare_char.py", "; did you mean config/shakespeare_char.py?"),
         ("max_iters=5", "; a flag begins with two dashes: --max_iters=5"),
-        ("zzz", ""),
+        ("zzz", "; see the folder config/"),
     ],
 )
 def test_a_missing_config_file_comes_with_advice(word, advice):
     with pytest.raises(ConfigError) as caught:
         configure(TrainConfig, [word])
-    assert str(caught.value) == f"{word}: there is no such config file{advice}"
+    assert str(caught.value) == f"there is no config file '{word}'{advice}"
 
 
 def test_a_folder_in_the_place_of_a_config_file_is_taken_for_a_run(tmp_path):
@@ -377,6 +378,27 @@ def make_program(error: BaseException) -> SimpleNamespace:
 def test_an_error_of_the_user_is_one_line_and_status_2(call):
     result = call(make_program(FolioError("no such file:\n a.txt")))
     assert_one_line_error(result, "program.py: no such file: a.txt\n")
+
+
+LONG_PATH, COMMAND = "/a/path/that/is/longer/than/forty/columns", "python train.py config/x.py"
+
+
+@pytest.mark.parametrize(
+    ("message", "lines"),
+    [
+        (
+            f"{LONG_PATH}: no model was found here; train one: {COMMAND}",
+            ["program.py:", f"{LONG_PATH}:", "no model was found here; train one:", COMMAND],
+        ),
+        (f"`{COMMAND}` comes first", ["program.py:", f"`{COMMAND}` comes", "first"]),
+    ],
+)
+def test_on_a_terminal_an_error_is_wrapped_but_paths_and_commands_stay_whole(
+    call, monkeypatch, message, lines
+):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert call(make_program(FolioError(message))).stderr.splitlines() == lines
 
 
 def test_ctrl_c_exits_with_status_130(call):

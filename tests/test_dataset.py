@@ -14,6 +14,7 @@ from configurator import FolioError
 from data import show
 from data.bpe import train_bpe
 from data.dataset import (
+    read_meta,
     HEADER_BYTES, IGNORE_INDEX, SHARD_MAGIC, SHARD_VERSION, ShardedTokens, derive_seed,
     evaluation_batches, inputs_and_targets, open_dataset, prefetch, training_batch,
 )  # fmt: skip
@@ -193,6 +194,7 @@ def test_opening_reads_only_a_small_part_of_each_shard(tmp_path, monkeypatch):
         (lambda folder: (folder / "val.bin").unlink(), "not found"),
         (lambda folder: (folder / "train.bin").write_bytes(b""), "empty"),
         (lambda folder: (folder / "train.bin").write_bytes(b"123"), "not a multiple .* uint16"),
+        (lambda folder: (folder / "train.bin").write_bytes(with_header(b"", 0)), "empty"),
         (lambda folder: shorten(folder / "train.bin"), "1,542 tokens, but meta.json states 3085"),
         (lambda folder: set_meta(folder, train_tokens=3000), "3,085 tokens, but .* states 3000"),
         (lambda folder: set_meta(folder, val_tokens="many"), "meta.json states 'many'"),
@@ -206,6 +208,7 @@ def test_opening_reads_only_a_small_part_of_each_shard(tmp_path, monkeypatch):
         (lambda folder: (folder / "meta.json").write_text("[]"), "damaged"),
         (lambda folder: (folder / "meta.json").write_text('{"dtype": "int8"}'), "damaged"),
         (lambda folder: (folder / "meta.json").write_text('{"dtype": [1]}'), "damaged"),
+        (lambda folder: (folder / "meta.json").write_text('{"sha256": [[1]]}'), "damaged"),
     ],
 )
 def test_damaged_dataset_is_refused_with_the_reason(tiny_dataset, damage, message):
@@ -234,6 +237,19 @@ def test_shards_may_hold_more_tokens_than_meta_json_states(tiny_dataset):
     (tiny_dataset / "train.bin").rename(tiny_dataset / "train_000001.bin")
     set_meta(tiny_dataset, train_tokens=3000)
     assert len(open_dataset(tiny_dataset, 8).train) == 3085
+
+
+def test_dataset_that_is_replaced_while_it_is_opened_is_refused(tiny_dataset, monkeypatch):
+    """Else the tokens of the new text would come with the tokenizer of the old text."""
+
+    def read_meta_late(folder):
+        folder.rename(folder.with_name("old"))
+        shutil.copytree(folder.with_name("old"), folder)
+        return read_meta(folder)
+
+    monkeypatch.setattr("data.dataset.read_meta", read_meta_late)
+    with pytest.raises(FolioError, match="was replaced while it was opened"):
+        open_dataset(tiny_dataset, 8)
 
 
 def test_copies_beside_train_bin_are_no_shards(tiny_dataset):

@@ -15,7 +15,7 @@ from engine.device import ComputeDevice
 from engine.distributed import Distributed, GracefulShutdown
 from engine.inference import InferenceModel
 from engine.optimizer import make_optimizer
-from engine.run import build_model, load_dataset, resolve_config
+from engine.run import TrainState, build_model, load_dataset, resolve_config
 from engine.train_config import TrainConfig
 
 GPU = torch.device("meta")
@@ -55,13 +55,23 @@ def is_cpu(device) -> bool:
     return device is not None and torch.device(device).type == "cpu"
 
 
+class AdamWForMeta(torch.optim.AdamW):
+    """Not fused: torch's fused AdamW has no kernel for meta tensors. found_inf has no effect."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs | {"fused": False})
+
+    def step(self):
+        assert self.found_inf.device == GPU
+        found_inf, self.found_inf = self.found_inf, None
+        super().step()
+        self.found_inf = found_inf
+
+
 @pytest.fixture
 def run(tiny_flags, monkeypatch):
     """A run whose model, optimizer and batches are on the "GPU"."""
-    adamw = torch.optim.AdamW  # the fused one is not for meta tensors
-    monkeypatch.setattr(
-        torch.optim, "AdamW", lambda *args, **kwargs: adamw(*args, **kwargs | {"fused": False})
-    )
+    monkeypatch.setattr(torch.optim, "AdamW", AdamWForMeta)
 
     class Run:
         config = resolve_config(parse_overrides(TrainConfig, tiny_flags))
@@ -93,14 +103,17 @@ def test_the_fake_gpu_refuses_to_mix_devices(run):
     assert gpu.reads == ["item", "to cpu"]
 
 
-def test_a_training_step_stays_on_the_device_and_reads_once(run):
+def test_a_training_step_reads_nothing_and_its_numbers_are_read_at_once(run):
     batches = train.training_batches(run.dataset.train, run.config, 0, run.device, run.dist)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with FakeGPU() as gpu:
-        metrics = train.train_step(
+        numbers = train.train_step(
             run.model, run.optimizer, scaler, batches, run.config, 0, run.device, run.dist,
             run.shutdown,
         )  # fmt: skip
+        assert gpu.reads == []  # the CPU does not wait for the step
+        parts = (scaler, run.device, run.dist, run.shutdown)
+        (metrics,) = train.read_metrics([numbers], run.config, TrainState(10), *parts)
     assert (metrics.loss, metrics.grad_norm) == (1, 1)
     assert gpu.reads == ["to cpu"]  # loss and norm together
 

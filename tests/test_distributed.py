@@ -14,7 +14,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,13 +24,17 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import train
 from configurator import FolioError, run_main
+from data import dataset as dataset_module
 from engine import distributed as distributed_module
+from engine import run as run_module
 from engine.checkpoint import WEIGHTS_FILE, load_checkpoint
 from engine.distributed import Distributed, GracefulShutdown, is_restarted
 from engine.run_folder import lock_run_folder
 from model import GPT, GPTConfig
 from tests.conftest import ROOT, make_tiny_flags, prepare_tiny_dataset
-from tests.processes import run_torchrun, run_train, start_job, start_with_launcher
+from tests.processes import (
+    run_torchrun, run_torchrun_command, run_train, start, start_job, start_with_launcher,
+)  # fmt: skip
 from tests.test_train import assert_same_state, read_log, without_times
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo and fork are for Unix here")
@@ -46,6 +52,8 @@ def test_one_process_needs_no_process_group():
         assert (dist.rank, dist.world_size, dist.local_rank, dist.is_main) == (0, 1, 0, True)
         assert dist.broadcast_from_main(lambda: "settings") == "settings"
         assert dist.main_process_first(lambda: "dataset") == "dataset"
+        assert dist.run_on_main(lambda: "model") == "model"
+        assert dist.broadcast_tensors({"step": 3}, torch.device("cpu")) == {"step": 3}
         assert dist.all_reduce_max(7) == 7
         numbers = torch.tensor([1.0, 2.0])
         assert dist.all_reduce_sum(numbers) is numbers and numbers.tolist() == [1, 2]
@@ -133,20 +141,24 @@ def test_each_attempt_at_a_job_has_its_own_name():
     assert len(set(names)) == 2
 
 
-def test_processes_that_share_a_gpu_are_refused(monkeypatch):
+def choose_gpus(uuids: list[str]) -> None:
+    """Each process pretends to have chosen one of these GPUs."""
+    uuid = uuids[int(os.environ["RANK"])]
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(uuid=uuid)
+
+    def main():
+        with Distributed() as dist:
+            dist._tensor_group(torch.device("cuda:0"))
+
+    run_main(main)
+
+
+def test_processes_that_share_a_gpu_are_refused_in_one_line():
     """For example --nproc_per_node=3 on a node with two GPUs of which each process sees one."""
-
-    class Properties:
-        uuid = "GPU-0"
-
-    def all_gather(gpus, own):
-        gpus[:] = [own, "GPU-1", "GPU-0"]
-
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    with pytest.raises(FolioError, match="3 processes, but only 2 GPUs; start one process per GPU"):
-        distributed_module.check_one_process_per_gpu(torch.device("cuda:0"))
+    result = start_job(choose_gpus, ["GPU-0", "GPU-1", "GPU-0"], n_processes=3).wait()
+    assert result.exit_codes == [2, 0, 0]
+    assert "3 processes, but only 2 GPUs; start one process per GPU" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 # --- Signals in one process ---
@@ -257,11 +269,16 @@ def print_collectives() -> None:
             lambda: (time.monotonic(), time.sleep(0.1), time.monotonic())
         )
         dist.barrier()
+        only_main = dist.run_on_main(lambda: dist.rank + 20)
+        tensors = {"a": [torch.tensor(1.5), "b"], 2: torch.arange(3)} if dist.is_main else None
+        received = dist.broadcast_tensors(tensors, torch.device("cpu"))
         results = {
             "rank": dist.rank,
             "local_rank": dist.local_rank,
             "chosen": chosen,
             "events": events,
+            "only_main": only_main,
+            "received": repr(received),
             "start": turn[0],
             "end": turn[2],
             "sum": dist.all_reduce_sum(torch.tensor([1.0, dist.rank])).tolist(),
@@ -281,6 +298,8 @@ def test_collectives_of_three_processes():
     assert [r["rank"] for r in ranks] == [r["local_rank"] for r in ranks] == [0, 1, 2]
     assert [r["chosen"] for r in ranks] == [10, 10, 10]
     assert [r["events"] for r in ranks] == [["chose"], [], []]
+    assert [r["only_main"] for r in ranks] == [20, None, None]
+    assert {r["received"] for r in ranks} == {"{'a': [tensor(1.5000), 'b'], 2: tensor([0, 1, 2])}"}
     assert ranks[0]["end"] <= min(ranks[1]["start"], ranks[2]["start"])
     assert [r["sum"] for r in ranks] == [[3, 3]] * 3
     assert [r["max"] for r in ranks] == [14, 14, 14]
@@ -442,6 +461,13 @@ def run_train_with_faults(faults: dict[int, tuple[int, int]], *flags: str) -> No
     run_train(*flags)
 
 
+def run_train_reading_on_main(*flags: str) -> None:
+    """`python train.py FLAGS`, in which only the main process may read or make weights."""
+    if os.environ["RANK"] != "0":
+        train.load_checkpoint = run_module.initial_model = None  # calling it would be an error
+    run_train(*flags)
+
+
 def test_signal_to_one_process_stops_all_and_resume_is_exact(reference, dataset, tmp_path):
     """With three processes: unlike a sum of two numbers, a sum of three depends on their order."""
     flags = (*make_tiny_flags(dataset, tmp_path / "run"), *THREE_PROCESSES)
@@ -449,9 +475,28 @@ def test_signal_to_one_process_stops_all_and_resume_is_exact(reference, dataset,
     stopped = start_job(run_train_with_faults, faults, *flags, n_processes=3).wait()
     assert stopped.exit_codes == [143, 143, 143], stopped.stderr
     assert saved_step(tmp_path / "run") == 7  # the step was finished
-    resumed = start_job(run_train, *flags, "--init_from=resume", n_processes=3).wait()
+    flags += ("--init_from=resume",)
+    resumed = start_job(run_train_reading_on_main, *flags, n_processes=3).wait()
     assert resumed.exit_codes == [0, 0, 0], resumed.stderr
     assert_same_run(reference[THREE_PROCESSES, 3][0], tmp_path / "run")
+
+
+def run_train_in_data_folder(folder: Path, *flags: str) -> None:
+    """Each process has a data folder of its own, as nodes with disks of their own."""
+    dataset_module.DATA_DIR = folder / os.environ["RANK"]
+    run_train(*flags)
+
+
+def test_processes_with_different_datasets_are_refused(dataset, tmp_path):
+    for rank in ("0", "1"):
+        shutil.copytree(dataset, tmp_path / rank / "text")
+    tokens = np.fromfile(tmp_path / "1" / "text" / "train.bin", dtype="<u2")
+    tokens[::-1].tofile(tmp_path / "1" / "text" / "train.bin")
+    flags = (*make_tiny_flags("text", tmp_path / "run"), *TWO_PROCESSES)
+    result = start_job(run_train_in_data_folder, tmp_path, *flags, n_processes=2).wait()
+    assert result.exit_codes == [2, 2], result.stderr
+    assert "process 1: " in result.stderr and "is not the dataset of process 0" in result.stderr
+    assert not (tmp_path / "run" / "resume.pt").exists()
 
 
 def test_lost_process_ends_the_job_with_one_line(dataset, tmp_path):
@@ -558,7 +603,28 @@ def assert_saved(folder: Path) -> None:
 
 
 def test_sigterm_to_torchrun_saves_and_exits(tiny_flags, tmp_path):
-    """With the command itself: `torchrun --standalone --nproc_per_node=2 train.py`."""
+    command = (
+        "--standalone", "--nproc_per_node=2", f"--log-dir={tmp_path / 'output'}", "--redirects=3",
+        str(ROOT / "train.py"), *tiny_flags, *ENDLESS,
+    )  # fmt: skip
+    job = start((run_torchrun_command, command, {}))
+    try:
+        wait_for_rows(tmp_path / "run", 3, job.processes[0].is_alive)
+    finally:
+        job.processes[0].terminate()
+        result = job.wait()
+    stdout, stderr = (
+        [path.read_text() for path in sorted(tmp_path.glob(f"output/*/attempt_0/*/{name}.log"))]
+        for name in ("stdout", "stderr")
+    )
+    assert result.exit_codes != [0] and "SIGKILL" not in result.stderr
+    assert "stopped" in stdout[0] and stdout[1] == ""
+    assert stderr == ["", ""]
+    assert_saved(tmp_path / "run")
+
+
+def test_sigterm_to_the_command_torchrun_saves_and_exits(nightly, tiny_flags, tmp_path):
+    """With new processes: `torchrun --standalone --nproc_per_node=2 train.py`."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
         str(ROOT / "train.py"), *tiny_flags, *ENDLESS,

@@ -1,14 +1,17 @@
 """Documents from text files, folders, .jsonl files and pipes."""
 
+import bz2
 import errno
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
 import tarfile
 import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,14 +122,31 @@ def run_printed_command(error: pytest.ExceptionInfo) -> None:
     subprocess.run(command, shell=True, check=True)
 
 
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
 @posix_only
-@pytest.mark.parametrize("name", ["my verse.txt.gz", "verse.zip", "verse.tar", "verse.TGZ"])
+@pytest.mark.parametrize("name", ["my verse.txt.gz", "it's.TXT.GZ", "verse.txt.bz2", "-v.md.xz"])
+def test_the_printed_command_decompresses_a_file(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path(name)
+    path.write_bytes(COMPRESS[path.suffix.lower()](b"a verse"))
+    with pytest.raises(FolioError, match="not a text file") as error:
+        texts_in(path)
+    run_printed_command(error)
+    assert texts_in(path.with_suffix("")) == ["a verse"]
+    path.with_suffix("").write_text("my changes")
+    with pytest.raises(subprocess.CalledProcessError):  # nothing is overwritten
+        run_printed_command(error)
+    assert path.with_suffix("").read_text() == "my changes"
+
+
+@posix_only
+@pytest.mark.parametrize("name", ["verse.zip", "my verse.tar", "verse.TGZ"])
 def test_the_printed_command_unpacks_an_archive(tmp_path, name):
     path, text = tmp_path / name, tmp_path / "verse.txt"
     text.write_text("a verse")
-    if name.endswith(".gz"):
-        path.write_bytes(gzip.compress(text.read_bytes()))
-    elif name.endswith(".zip"):
+    if name.endswith(".zip"):
         with zipfile.ZipFile(path, "w") as archive:
             archive.write(text, "verse.txt")
     else:
@@ -189,11 +209,13 @@ def test_the_printed_command_converts_what_other_programs_write(tmp_path, name, 
 # --- Documents ---
 
 
-@pytest.mark.parametrize("name", ["chat.jsonl", "chat.ndjson", "CHAT.JSONL"])
-def test_each_line_of_json_is_a_document(tmp_path, name):
-    texts = ["hi 🙂", "so long\nfarewell", "é"]
-    lines = [json.dumps({"text": text}) for text in texts]
-    (tmp_path / name).write_text("\ufeff" + lines[0] + "\n\n" + "\n".join(lines[1:]))
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ["chat.jsonl", "chat.ndjson", "CHAT.JSONL", "chat.jsonlines"])
+def test_each_line_of_json_is_a_document(tmp_path, name, newline):
+    texts = ["hi 🙂", "so long\nfarewell", "é\u2028"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    content = "\ufeff" + lines[0] + newline + " \t" + newline + newline.join(lines[1:])
+    (tmp_path / name).write_bytes(content.encode())
     assert texts_in(tmp_path / name) == texts
 
 
@@ -204,8 +226,11 @@ def test_the_key_of_the_text_can_be_given(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["plain text", '{"txet": "a"}', '["a"]', '{"text": 3}', '{"text": "\\ud83d"}', "[" * 9999],
-)
+    [
+        "plain text", '{"txet": "a"}', '["a"]', '{"text": 3}', '{"text": null}', '{"text": ["a"]}',
+        '{"text": "cut', '{"text": "\\ud83d"}', "[" * 9999,
+    ],
+)  # fmt: skip
 def test_a_line_without_a_text_is_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(FolioError, match=r"a\.jsonl:2: not a line like .*--json_key=KEY"):

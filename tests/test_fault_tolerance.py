@@ -17,7 +17,6 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import time
 import zipfile
@@ -35,9 +34,10 @@ from configurator import FolioError, run_main
 from data.files import atomic_write
 from engine import checkpoint, metrics
 from engine.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, load_checkpoint, load_model
+from engine.log_file import parse_log
 from engine.run_folder import SETTINGS_FILE, prepare_out_dir
-from tests.conftest import ROOT, assert_one_line_error, make_tiny_flags, prepare_tiny_dataset
-from tests.processes import Job, run_train, start
+from tests.conftest import assert_one_line_error, make_tiny_flags, prepare_tiny_dataset
+from tests.processes import Job, redirect, run_train, start
 from tests.test_train import assert_same_state, read_log, without_times
 
 # Windows has other signals and limits.
@@ -64,23 +64,13 @@ def wait_for(condition, job: Job, timeout: float = 60):
     return value
 
 
-def redirect(stream: str, descriptor: int) -> None:
-    """Connect "stdin", "stdout" or "stderr" of this process to an open file."""
-    number = ("stdin", "stdout", "stderr").index(stream)
-    os.dup2(descriptor, number)
-    setattr(sys, stream, os.fdopen(number, "w" if number else "r", closefd=False))
-
-
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory) -> SimpleNamespace:
     """A run of four steps that all tests of this file copy: .folder and .dataset."""
     base = tmp_path_factory.mktemp("fault_tolerance")
     dataset = prepare_tiny_dataset(base / "dataset")
     flags = make_tiny_flags(dataset, base / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *flags, "--max_iters=4"])
-        with pytest.raises(SystemExit, match="0"):
-            run_main(train.main)
+    assert run_process(run_train, *flags, "--max_iters=4").returncode == 0
     return SimpleNamespace(folder=base / "run", dataset=dataset)
 
 
@@ -173,9 +163,7 @@ def train_with_phases(phase: Phase, flags: tuple[str, ...]) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(step + 1)
-        if shutdown.local_exit_status():
-            shutdown.sync()
-        return metrics.StepMetrics(1.0, 1.0, 1.0)
+        return torch.tensor([1.0, 1.0, shutdown.local_exit_status() > 0])
 
     def evaluate(model, *args):
         step = round(next(model.parameters()).flatten()[0].item())
@@ -298,7 +286,7 @@ def test_a_file_is_flushed_before_it_is_renamed_and_the_folder_afterwards(tmp_pa
 
 def train_with_a_slow_step(*flags: str) -> None:
     def train_step(*args):
-        print("training", flush=True)
+        print("in the slow step", flush=True)
         time.sleep(60)
 
     train.train_step = train_step
@@ -307,7 +295,7 @@ def train_with_a_slow_step(*flags: str) -> None:
 
 def test_a_second_ctrl_c_exits_at_once(flags):
     job = start_process(train_with_a_slow_step, *flags)
-    wait_for(lambda: "training\n" in job.read("stdout"), job)
+    wait_for(lambda: "in the slow step" in job.read("stdout"), job)
     os.kill(job.processes[0].pid, signal.SIGINT)
     wait_for(lambda: job.read("stderr"), job)
     time.sleep(0.5)  # longer than MIN_INTERVAL
@@ -378,34 +366,32 @@ def test_a_stopped_run_leaves_no_progress_bar_on_the_terminal(flags, terminal):
     assert "--init_from=resume" in last_lines
 
 
-def test_closing_the_terminal_saves_and_exits(flags, terminal, tmp_path):
+def train_on_a_terminal_of_its_own(terminal: str, *flags: str) -> None:
     import fcntl
     import termios
 
-    def control_the_terminal():
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # closing the terminal then sends SIGHUP
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
-
-    # A process of its own, because Python's last flush of stdout and stderr can change its exit
-    # status; without PYTHONUNBUFFERED, which would leave nothing to flush.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    command = [
-        sys.executable, "train.py", *flags, "--max_iters=100000", "--eval_interval=100000",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True,
-        preexec_fn=control_the_terminal,
-        stdin=terminal.slave, stdout=terminal.slave, stderr=terminal.slave,
-    )  # fmt: skip
+    os.setsid()
+    # Closing the terminal then sends SIGHUP.
+    fcntl.ioctl(os.open(terminal, os.O_RDWR), termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     try:
+        train_on_a_terminal(terminal, *flags)
+    except SystemExit as exit_:
+        # What Python does at the end of a program: if its last flush of stdout and stderr fails,
+        # the exit status is 120. The end of a process of multiprocessing ignores such a failure.
+        ctypes.pythonapi.Py_Exit(exit_.code)
+
+
+def test_closing_the_terminal_saves_and_exits(flags, terminal, tmp_path):
+    flags = [*flags, "--max_iters=100000", "--eval_interval=100000"]
+    job = start_process(train_on_a_terminal_of_its_own, terminal.name, *flags)
+    try:
+        wait_for(lambda: PROGRESS_BAR in terminal.read(), job)
         os.close(terminal.slave)
-        while PROGRESS_BAR not in terminal.read():
-            assert process.poll() is None, terminal.output
-            time.sleep(0.01)
         os.close(terminal.master)
-        assert process.wait(timeout=30) == 128 + signal.SIGHUP
     finally:
-        process.kill()
+        result = job.wait(timeout=30)
+    assert result.exit_codes == [128 + signal.SIGHUP]
     assert saved_step(tmp_path / "run") > 0
 
 
@@ -644,12 +630,27 @@ def test_a_malformed_checkpoint_is_a_one_line_error(trained, flags, call, key, v
     state[key] = value
     if value == "removed":
         del state[key]
+    (trained / CHECKPOINT_FILE).unlink()  # the loaded tensors are still read from this file
     torch.save(state, trained / CHECKPOINT_FILE)
     result = call(train, *flags, "--init_from=resume")
     assert_one_line_error(result, CHECKPOINT_FILE if key != "dataset" else "dataset")
 
 
-def test_an_edited_n_head_is_a_one_line_error(trained, flags, call):
+def test_running_means_of_another_shape_are_a_one_line_error(trained, flags, call):
+    """torch's fused AdamW would read and write beyond the end of their memory."""
+    for name in ("exp_avg", "step"):
+        state = load_checkpoint(trained)
+        values = state["optimizer"]["AdamW"]["state"][0]
+        values[name] = torch.zeros(1, 1)
+        checkpoint.save_checkpoint(trained, state)
+        result = call(train, *flags, "--init_from=resume")
+        assert_one_line_error(result, CHECKPOINT_FILE, f"{name} is [1, 1] instead of")
+
+
+@pytest.mark.parametrize("config", ["config.json", "no config.json"])
+def test_an_edited_n_head_is_a_one_line_error(trained, flags, call, config):
+    if config == "no config.json":  # as before the first evaluation of trained weights
+        (trained / "config.json").unlink()
     path = trained / SETTINGS_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "n_head": 4}))
     flags = [flag for flag in flags if not flag.startswith("--n_head")]
@@ -704,6 +705,15 @@ def test_a_truncated_log_is_repaired_when_the_run_is_resumed(trained, flags, cal
     assert steps == sorted(set(steps)) and steps[-1] == 12
 
 
+def test_a_log_whose_last_line_has_no_end_loses_no_row(trained):
+    """As some editors and spreadsheets save it."""
+    log = trained / "log.csv"
+    before = parse_log(log)
+    assert len(before[0]) == 3 and before[1]
+    log.write_bytes(log.read_bytes().rstrip())
+    assert parse_log(log) == before
+
+
 # --- Folders ---
 
 
@@ -741,7 +751,7 @@ def test_a_folder_that_is_deleted_or_renamed_while_training_is_made_again(flags,
     folder = tmp_path / "run"
     result = run_process(train_while_the_folder_is_deleted, folder, *flags)
     assert result.returncode == 0, result.stderr
-    assert f"WARNING  {folder} was moved or deleted" in result.stdout
+    assert f"{folder} was moved or deleted" in " ".join(result.stdout.split())
     assert load_checkpoint(folder)["train_state"]["step"] == 8
     assert [row["step"] for row in read_log(folder)][-1] == "8"
     assert call(train, *flags, "--init_from=resume", "--max_iters=10").returncode == 0

@@ -1,6 +1,7 @@
 """GPT-2: the same logits, losses, updates and greedy text as transformers; weights by name."""
 
 import logging
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,14 @@ import transformers
 
 import sample
 import train
+from configurator import FolioError
+from data import prepare_text
 from data.prepare import split_text, write_dataset
+from data.tokenizer import load_tokenizer
 from engine.checkpoint import (
     WEIGHTS_FILE, load_model, load_model_and_tokenizer, save_model, save_tokenizer,
 )  # fmt: skip
+from engine.hf_format import hf_names, read_weights
 from model import GPT, GPTConfig
 from tests.conftest import assert_one_line_error
 from tests.hub_server import HubServer, use_hub
@@ -92,7 +97,8 @@ def test_an_update_equals_transformers(pair, tmp_path):
 # --- Models and tokenizers that other programs saved ---
 
 
-def their_model(vocab_size: int, **settings) -> transformers.GPT2LMHeadModel:
+# In quotes: to evaluate these types takes seconds in every worker of pytest-xdist.
+def their_model(vocab_size: int, **settings) -> "transformers.GPT2LMHeadModel":
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=vocab_size, n_positions=16, n_embd=8, n_layer=2, n_head=2,
@@ -101,7 +107,7 @@ def their_model(vocab_size: int, **settings) -> transformers.GPT2LMHeadModel:
     ).eval()  # fmt: skip
 
 
-def their_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
+def their_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerFast":
     save_tokenizer(toy_bpe(), folder, block_size=16)
     return transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -127,6 +133,13 @@ def save_head_only(folder: Path) -> None:
     safetensors.torch.save_model(model, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
 
 
+def save_untied_head(folder: Path, difference: float = 0.0) -> None:
+    model = their_model(len(their_tokenizer(folder)), tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.transformer.wte.weight + difference)
+    model.save_pretrained(folder)
+
+
 def save_bin_only(folder: Path) -> None:
     model = their_model(len(their_tokenizer(folder)))
     model.save_pretrained(folder)
@@ -135,22 +148,78 @@ def save_bin_only(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "save", [save_with_added_tokens, save_with_padded_table, save_head_only, save_bin_only]
-)
+    "save",
+    [
+        save_with_added_tokens, save_with_padded_table, save_head_only, save_bin_only,
+        save_untied_head,
+    ],
+)  # fmt: skip
 def test_folders_of_other_programs_give_the_logits_and_ids_of_transformers(tmp_path, save):
     save(tmp_path)
     model, tokenizer = load_model_and_tokenizer(tmp_path)
     assert model.config.vocab_size == tokenizer.vocab_size
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    text = "lower <|assistant|> flow"
-    ids = tokenizer.encode(text)
-    if save is not save_with_added_tokens:  # Folio does not read special tokens in plain text
-        assert ids.tolist() == theirs(text)["input_ids"]
+    ids = tokenizer.encode("lower <|assistant|> flow")
+    assert ids.tolist() == theirs("lower <|assistant|> flow")["input_ids"]
     idx = torch.from_numpy(ids)[None, :16]
     with torch.no_grad():
         logits = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(idx).logits
         expected = logits[..., : tokenizer.vocab_size]
         torch.testing.assert_close(model(idx), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_model_with_added_tokens_is_finetuned_on_a_new_text(call, data_folder, tmp_path):
+    """By the commands that the programs print; and transformers opens the result."""
+    save_with_added_tokens(tmp_path / "model")
+    (tmp_path / "chat.txt").write_text("<|user|>lower<|assistant|>flow\n" * 60)
+    prepared = call(
+        prepare_text, tmp_path / "chat.txt", "--dataset=chat", f"--tokenizer={tmp_path / 'model'}"
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    _, _, *flags = shlex.split(prepared.stdout.partition("next: ")[2])
+    tuned = call(
+        train, *flags, f"--out_dir={tmp_path / 'tuned'}", "--max_iters=1", "--warmup_iters=0",
+        "--gradient_accumulation_steps=1", "--device=cpu", "--sample_tokens=0",
+    )  # fmt: skip
+    assert tuned.returncode == 0, tuned.stderr
+    before, after = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("model", "tuned")
+    )
+    text = "<|user|>lower<|assistant|>"
+    ids = after(text)["input_ids"]
+    assert (
+        ids == before(text)["input_ids"] == load_tokenizer(tmp_path / "model").encode(text).tolist()
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    assert model.config.vocab_size == len(after) == len(before)
+
+
+def test_an_untied_head_that_differs_is_the_named_reason(tmp_path):
+    save_untied_head(tmp_path, difference=0.1)
+    with pytest.raises(FolioError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        "model.{}".format,
+        "module._orig_mod.{}".format,
+        lambda name: name.replace(".attn.", "._checkpoint_wrapped_module.attn."),
+        lambda name: name.replace("transformer.", "gpt.decoder."),  # a bare GPT2Model
+    ],
+)
+def test_names_lose_what_other_programs_add_to_them(rename):
+    model = their_model(11)
+    names = [name for name, _ in model.named_parameters()]
+    assert list(hf_names(map(rename, names)).values()) == names
+    assert hf_names(["transformer.wpe.weight", "score.weight"])["score.weight"] == "score.weight"
+
+
+def test_a_torch_file_with_more_than_weights_is_refused(tmp_path):
+    torch.save({"state_dict": {}, "step": 3}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(FolioError, match="not the weights alone: 'state_dict'"):
+        read_weights(tmp_path)
 
 
 # --- A run folder in transformers ---
@@ -182,6 +251,9 @@ def test_pipeline_generates_text_without_warnings(run_folder, recwarn, caplog):
 
 def test_auto_tokenizer_gives_the_same_ids_on_awkward_texts(run_folder):
     theirs = transformers.AutoTokenizer.from_pretrained(run_folder)
+    names = {theirs.bos_token, theirs.eos_token, theirs.unk_token, theirs.pad_token}
+    assert names == {"<|endoftext|>"}  # as GPT-2's; CTranslate2 opens no model without unk_token
+    assert len(theirs) == toy_bpe().vocab_size
     for text in (AWKWARD_TEXT, "a\r\nb", "\t\t x", "e\u0301", "🙂" * 3, "<|endoftext|>", " low  l"):
         ids = toy_bpe().encode(text).tolist()
         assert theirs(text)["input_ids"] == ids

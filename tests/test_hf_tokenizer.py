@@ -354,6 +354,26 @@ def test_added_tokens_json_is_read(tmp_path):
     assert tokenizer.eos_token_id == theirs.eos_token_id
 
 
+@pytest.mark.parametrize(
+    "config", [{}, {"do_lower_case": False, "strip_accents": True, "tokenize_chinese_chars": False}]
+)
+def test_vocab_txt_of_berts_class_is_read(tmp_path, config):
+    """The files of a Chinese GPT-2, uer/gpt2-chinese-cluecorpussmall."""
+    save(bert_class(), tmp_path / "new")
+    vocab = load_tokenizer(tmp_path / "new")._backend.get_vocab()
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "vocab.txt").write_text("\n".join([*sorted(vocab, key=vocab.get), ""]), encoding="utf-8")
+    (old / "config.json").write_text('{"model_type": "gpt2", "tokenizer_class": "BertTokenizer"}')
+    (old / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, theirs = load_tokenizer(old), AutoTokenizer.from_pretrained(old)
+    for text in TEXTS:
+        assert (
+            tokenizer.encode(text).tolist() == theirs(text, add_special_tokens=False)["input_ids"]
+        )
+    assert tokenizer.decode(tokenizer.encode_prompt("star")[:1]) == "[CLS]"
+
+
 # --- Refusals ---
 
 
@@ -368,6 +388,10 @@ def test_added_tokens_json_is_read(tmp_path):
         ),
         (lambda: byte_level(use_regex=False), {"tokenizer_class": None}, "ignores pre_tokenizer"),
         (bert_class, {"do_lower_case": False}, "ignores normalizer"),
+        (
+            with_added_tokens, {"pad_token": "star", "split_special_tokens": True},
+            "only tokenizer_config.json calls the token 'star' special",
+        ),
         (lambda: byte_level(add_prefix_space=True), {"add_prefix_space": False}, "prefix_space"),
         (
             with_added_tokens,

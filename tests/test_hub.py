@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from data.download import DownloadError
-from data.hub import hub_file, hub_files, hub_model
+from data.hub import hub_file, hub_files, hub_model, is_hub_name
 from tests.conftest import ROOT
 from tests.hub_server import HubServer, use_hub
 
@@ -37,6 +37,18 @@ def names_in(folder) -> set[str]:
 
 
 # --- Models ---
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("distilgpt2", True), ("gpt2-xl", True), ("someone/My_GPT", True), ("words", False),
+        ("out/shakspere", False), ("data/mine", False), ("a/b/c", False), ("../x", False),
+        ("/tmp/x", False), ("~/x", False),
+    ],
+)  # fmt: skip
+def test_names_are_told_from_misspelled_folders(name, expected):
+    assert is_hub_name(name) == expected
 
 
 @pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])

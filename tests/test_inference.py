@@ -250,7 +250,8 @@ def test_no_new_tokens(inference):
 def test_a_finished_row_repeats_its_stop_token_until_all_rows_are_finished(inference):
     idx = torch.arange(5)[:, None]
     free = generate(inference, idx, 60)
-    stop_tokens = [int(free[0, 3]), int(free[1, 5])]
+    stop_tokens = [int(free[0, 4]), int(free[1, 3])]
+    assert len(set(stop_tokens)) == 2
     ids = generate(inference, idx, 60, stop_tokens=stop_tokens)
     lengths = []
     for row, free_row in zip(ids.tolist(), free.tolist(), strict=True):

@@ -1,6 +1,8 @@
 """MetricsLogger: log.csv, progress, warnings; the banner and the summary; FLOPs and MFU."""
 
+import contextlib
 import dataclasses
+import io
 import math
 import os
 import sys
@@ -16,8 +18,8 @@ from configurator import FolioError
 from engine import metrics
 from engine.log_file import COLUMNS, parse_log
 from engine.metrics import (
-    MetricsLogger, StepMetrics, banner, flops_per_token, format_duration, peak_flops, read_log,
-    summary,
+    MetricsLogger, StepMetrics, banner, flops_per_token, format_duration, indented, peak_flops,
+    read_log, show_evaluation, summary,
 )  # fmt: skip
 from engine.run import TrainState
 from engine.train_config import TrainConfig
@@ -45,7 +47,7 @@ def make_step(
     """Log a step of 100 tokens and 0.5 seconds, as train.py does."""
     state = logger.state
     state.step, state.tokens, state.seconds = step, step * 100, step * 0.5
-    logger.log_step(StepMetrics(train_loss or 3.0 / step, 1.0, 1e-3))
+    logger.log_steps([StepMetrics(train_loss or 3.0 / step, 1.0, 1e-3)])
     if val_loss is not None and val_loss < state.best_val_loss:
         state.best_val_loss, state.best_step = val_loss, step
     logger.log_row(val_loss, None if val_loss is None else val_loss / math.log(2))
@@ -58,14 +60,14 @@ def test_train_loss_is_the_mean_since_the_row_before_and_survives_a_restart(make
     with make_logger() as logger:
         for step, loss in ((1, 4.0), (2, 2.0), (3, 1.0)):
             logger.state.step = step
-            logger.log_step(StepMetrics(loss, 1.0, 1e-3))
+            logger.log_steps([StepMetrics(loss, 1.0, 1e-3)])
             if step == 2:
                 logger.log_row()
     assert logger.rows[-1]["train_loss"] == 3.0
     saved = dataclasses.asdict(logger.state)
     with make_logger() as resumed:
         resumed.state = TrainState(**{**saved, "step": 4})
-        resumed.log_step(StepMetrics(0.5, 1.0, 1e-3))
+        resumed.log_steps([StepMetrics(0.5, 1.0, 1e-3)])
         resumed.log_row()
     assert resumed.rows[-1]["train_loss"] == 0.75
 
@@ -137,6 +139,15 @@ def test_a_log_with_unreadable_lines_is_kept_under_another_name(
     assert (tmp_path / "log.csv.1").read_bytes() == content
     assert parse_log(tmp_path / "log.csv") == (logger.rows, True)
     assert "log.csv.1" in capsys.readouterr().out
+
+
+def test_a_folder_in_the_place_of_the_log_is_kept_under_another_name(make_logger, tmp_path):
+    (tmp_path / "log.csv").mkdir()
+    with make_logger() as logger:
+        make_step(logger, 1)
+        make_step(logger, 2)
+    assert (tmp_path / "log.csv.1").is_dir()
+    assert parse_log(tmp_path / "log.csv") == (logger.rows, True)
 
 
 def test_an_empty_or_missing_log_starts_silently(make_logger, tmp_path, capsys):
@@ -234,6 +245,54 @@ def test_the_evaluation_line_compares_with_training_and_the_best(make_logger):
     assert max(map(len, lines)) <= 80
 
 
+def show_batches(
+    monkeypatch, n_batches: int, is_terminal: bool = True, is_main: bool = True
+) -> tuple[list[int], str]:
+    """The first batches of an evaluation of 1,000 tokens by two processes, and what stderr got."""
+    stderr = io.StringIO()
+    stderr.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stderr", stderr)
+    config = TrainConfig(batch_size=12, block_size=8)
+    dist = SimpleNamespace(is_main=is_main, world_size=2)
+    batches = []
+    for batch in show_evaluation(iter(range(6)), SimpleNamespace(val=range(1000)), config, dist):
+        batches.append(batch)
+        if len(batches) == n_batches:  # as if a signal interrupted the evaluation
+            break
+    return batches, stderr.getvalue()
+
+
+@pytest.mark.parametrize("n_batches", [7, 3])
+def test_a_terminal_shows_the_progress_of_an_evaluation_until_it_ends(monkeypatch, n_batches):
+    batches, shown = show_batches(monkeypatch, n_batches)
+    assert batches == [0, 1, 2, 3, 4, 5][:n_batches]
+    first, *_, last = shown.split("\r")[1:]
+    assert first.startswith("evaluating |")
+    assert " 0/6 batches" in first  # 1000 / 96 = 10.4, so 6 batches for one of two processes
+    assert last == ""  # the line was cleared
+
+
+def test_an_evaluation_is_silent_without_a_terminal_and_in_other_processes(monkeypatch):
+    for options in ({"is_terminal": False}, {"is_main": False}):
+        assert show_batches(monkeypatch, 6, **options) == ([0, 1, 2, 3, 4, 5], "")
+
+
+def test_lines_of_a_sample_fit_the_terminal_and_empty_lines_stay(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    assert indented("ROMEO:\nwho is here at night\n\nso late?") == (
+        "    ROMEO:\n    who is here at\n    night\n\n    so late?"
+    )
+
+
+def test_warnings_fit_the_terminal(make_logger, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    with make_logger() as logger:
+        logger.warn_once("log.csv: write failed; training continues")
+    assert capsys.readouterr().out.splitlines() == [
+        "WARNING  log.csv: write failed; training", "         continues",
+    ]  # fmt: skip
+
+
 # --- loss.png ---
 
 
@@ -253,7 +312,7 @@ def test_loss_png_is_not_plotted_at_every_evaluation(make_logger, tmp_path):
         logger.log_row(4.0)
         logger.maybe_plot()
         assert not (tmp_path / "loss.png").exists()
-        logger.last_plot -= 10  # as if ten seconds had passed
+        logger.last_plot -= 40  # as if so many seconds had passed
         logger.maybe_plot()
     assert (tmp_path / "loss.png").exists()
 
@@ -273,7 +332,7 @@ def test_a_failing_plot_is_one_warning_and_training_continues(
         logger.plot()
         logger.plot()
     out = capsys.readouterr().out
-    assert out.count("WARNING  no loss.png") == 1 and out.count("\n") == 1
+    assert out.count("WARNING") == out.count("WARNING  no loss.png") == 1
 
 
 # --- Banner and summary ---
@@ -479,6 +538,25 @@ def test_wandb_gets_every_row_and_the_settings(make_logger, tmp_path, monkeypatc
     while not all(text in file.read_bytes() for text in expected):  # uncompressed messages
         assert time.monotonic() < deadline, file.read_bytes()
         time.sleep(0.1)
+
+
+def test_a_resumed_run_continues_its_run_on_wandb(make_logger, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    started = []
+
+    class FakeRun(contextlib.nullcontext):
+        def log(self, values, step):
+            pass
+
+    monkeypatch.setattr(wandb, "init", lambda **settings: started.append(settings) or FakeRun())
+    for _ in range(2):
+        logger = make_logger()
+        logger.config.wandb_log = True
+        with logger:
+            pass
+    first, second = (settings["id"] for settings in started)
+    assert first == second != ""
+    assert [settings["resume"] for settings in started] == ["allow", "allow"]
 
 
 def test_wandb_without_an_account_is_a_one_line_error(make_logger, tmp_path, monkeypatch):

@@ -321,6 +321,12 @@ def test_top_k_samples_among_the_k_likeliest(model, tokens):
     assert model.generate(tokens, 2, top_k=99).shape == (3, 10)  # more than there are tokens: all
 
 
+@pytest.mark.parametrize("temperature", [0, -1, math.nan])
+def test_a_temperature_must_be_above_0(model, tokens, temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        model.generate(tokens, 1, temperature=temperature)
+
+
 def test_a_generator_makes_generation_repeatable(model, tokens):
     before = torch.get_rng_state()
     first, second = (

@@ -10,7 +10,7 @@ import pytest
 from configurator import to_json
 from engine import metrics, plot
 from engine.log_file import COLUMNS, LogRow, write_log
-from engine.plot import loss_range, plot_losses
+from engine.plot import loss_range, plot_losses, run_results
 from engine.train_config import TrainConfig
 from tests.conftest import assert_one_line_error
 
@@ -153,6 +153,25 @@ def test_runs_are_compared_in_a_table_and_a_picture(runs, call, axes):
     assert picture.exists()
     assert axes[0].get_xlabel() == "seconds"
     assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["a", "b"]
+
+
+def test_runs_that_do_not_fit_the_terminal_are_below_one_another(runs, call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "36")  # 20 and 2 for the names, 6 and 2 and 6 for the runs
+    folders = [str(runs / "a"), str(runs / "b"), f"--picture={runs / 'x.png'}"]
+    assert call(plot, *folders).stdout.splitlines()[0].split() == ["a", "b"]
+    monkeypatch.setenv("COLUMNS", "35")
+    lines = call(plot, *folders).stdout.splitlines()
+    assert lines[0].split() == ["a"]
+    assert lines[3:5] == ["best validation loss  1.6000", "its bits per byte     1.6000"]
+    assert lines[9:11] == ["", "                      b"]
+    assert lines[13] == "best validation loss  2.6000"
+    assert max(map(len, lines[:-1])) <= 35
+
+
+def test_untrained_weights_are_not_the_best_of_a_run():
+    rows = [make_row(0, None, 2.0), make_row(10, 1.9, 2.5), make_row(20, 1.8, 2.4)]
+    assert run_results(rows)["best validation loss"] == "2.4000"
+    assert run_results(rows[:1])["best validation loss"] == run_results(rows[:1])["its step"] == ""
 
 
 def test_runs_of_equal_names_are_distinguished_by_their_paths(runs, call, monkeypatch):

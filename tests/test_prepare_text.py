@@ -23,6 +23,7 @@ from data.shakespeare import REPLACEMENT_TEXT
 from data.tokenizer import CharTokenizer
 from tests import processes
 from tests.conftest import ROOT, TINY_TEXT, assert_one_line_error
+from tests.hub_server import HubServer
 from tests.test_tokenizer import toy_bpe
 
 PLAY = REPLACEMENT_TEXT.read_text(encoding="utf-8")[:50_000]
@@ -129,6 +130,26 @@ def test_a_pipe_is_read_once_for_all_purposes(prepare, tmp_path):
     assert source == f"{tmp_path / '1.txt'}, {tmp_path / 'pipe'}"
 
 
+@pytest.mark.parametrize(
+    ("name", "added"), [("a.txt", "more"), ("a.jsonl", '{"text": "more"}\n'), ("a.jsonl", "cut")]
+)
+def test_a_text_that_grows_while_it_is_read_is_refused(
+    prepare, tmp_path, data_folder, monkeypatch, name, added
+):
+    (tmp_path / name).write_text('{"text": "one more"}\n' * 9)
+    choose = prepare_text.choose_tokenizer
+
+    def choose_and_add(*args):
+        with open(tmp_path / name, "a") as file:
+            file.write(added)
+        return choose(*args)
+
+    monkeypatch.setattr(prepare_text, "choose_tokenizer", choose_and_add)
+    result = prepare(tmp_path / name, "--dataset=mine")
+    assert_one_line_error(result, "a.jsonl:10: not" if added == "cut" else "the text has changed")
+    assert [path for path in data_folder.iterdir() if path.is_dir()] == []
+
+
 # --- Tokenizers ---
 
 
@@ -138,6 +159,24 @@ def test_a_text_is_prepared_in_the_vocabulary_of_a_folder(prepare, tmp_path, dat
     result = prepare(tmp_path / "a.txt", "--dataset=mine", f"--tokenizer={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr
     assert open_dataset("mine", 8).tokenizer == toy_bpe()
+
+
+def test_the_tokenizer_of_a_model_on_the_hub_is_used_by_name(
+    prepare, tmp_path, data_folder, monkeypatch
+):
+    (tmp_path / "a.txt").write_text("lower low " * 50)
+    model = {"tokenizer.json": toy_bpe().to_json().encode(), "model.safetensors": b"large"}
+    model["config.json"] = b'{"model_type": "gpt2", "n_positions": 9}'
+    with HubServer() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        hub.files["someone/My_GPT", "main"] = model
+        result = prepare(tmp_path / "a.txt", "--dataset=mine", "--tokenizer=someone/My_GPT")
+        assert result.returncode == 0, result.stderr
+        assert {"--init_from=someone/My_GPT", "--block_size=9"} < {*next_command(result.stdout)}
+        assert not any("safetensors" in path for path in hub.paths("GET"))
+        unknown = prepare(tmp_path / "a.txt", "--dataset=mine", "--tokenizer=someone/else")
+    assert open_dataset("mine", 8).tokenizer == toy_bpe()
+    assert_one_line_error(unknown, "someone/else: not found on", "--tokenizer=FOLDER")
 
 
 def test_documents_without_an_end_of_text_token_are_separated_by_newlines(prepare, tmp_path):
@@ -281,6 +320,21 @@ def test_the_printed_next_command_works(prepare, call, tmp_path, monkeypatch, te
     small = ["--n_layer=1", "--n_embd=16", "--max_iters=1", "--warmup_iters=0", "--device=cpu"]
     trained = call(train, *flags, f"--out_dir={tmp_path / 'run'}", *small)
     assert trained.returncode == 0, trained.stderr
+
+
+def test_the_first_recipe_stops_when_it_overfits_a_small_text(prepare, call, tmp_path):
+    """Letters at random: all that can be learned of them is the text itself."""
+    text = "".join(np.random.default_rng(0).choice([*"abcdefgh\n"], size=600))
+    (tmp_path / "a.txt").write_text(text)
+    result = prepare(tmp_path / "a.txt", "--dataset=mine")
+    small = ["--n_layer=1", "--n_embd=32", "--block_size=16", "--batch_size=16", "--device=cpu"]
+    out_dir = f"--out_dir={tmp_path / 'run'}"
+    evaluations = ["--eval_interval=20", "--sample_tokens=0"]
+    trained = call(train, *next_command(result.stdout)[2:], *small, out_dir, *evaluations)
+    assert trained.returncode == 0, trained.stderr
+    assert "\nstopped " in trained.stdout and "overfitting" in trained.stdout
+    rows = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    assert int(rows[-1].split(",")[0]) <= 200  # of 2,000 steps
 
 
 @pytest.mark.parametrize("name", ["prepare_text", "prepare_fineweb", "prepare_openwebtext", "show"])

@@ -67,6 +67,16 @@ def test_newest_run_is_the_one_whose_weights_were_saved_last(tmp_path, monkeypat
     assert newest_run().name == "new"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need a permission on Windows")
+def test_only_files_of_weights_count_as_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "REPO_ROOT", tmp_path)
+    (tmp_path / "out" / "folder" / WEIGHTS_FILE).mkdir(parents=True)
+    (tmp_path / "out" / "link").mkdir()
+    (tmp_path / "out" / "link" / WEIGHTS_FILE).symlink_to(tmp_path / "unmounted" / WEIGHTS_FILE)
+    with pytest.raises(FolioError, match="no trained model"):
+        newest_run()
+
+
 def test_describe_run_gives_step_and_loss_and_whether_training_was_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "REPO_ROOT", tmp_path)
     folder = tmp_path / "out" / "my_run"
@@ -111,7 +121,8 @@ def test_a_disk_without_locks_is_named_and_used(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", flock)
     with lock_run_folder(tmp_path / "run"):
-        assert f"{tmp_path}: no file locks" in capsys.readouterr().out
+        output = " ".join(capsys.readouterr().out.split())  # without the ends of lines
+        assert f"{tmp_path}: no file locks" in output
 
 
 @pytest.mark.skipif(os.name == "nt", reason="symbolic links need a permission on Windows")
@@ -129,6 +140,22 @@ def test_symbolic_links_lead_to_the_lock_and_the_backup_of_the_real_folder(tmp_p
     prepare_out_dir(resolve_out_dir(link), resume=False)
     assert link.is_symlink() and list(link.iterdir()) == []
     assert (tmp_path / "real.1" / SETTINGS_FILE).exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need a permission on Windows")
+def test_the_lock_of_a_mount_point_is_inside(tmp_path, monkeypatch):
+    """Two containers may mount one volume at different paths. A link stands for the second path."""
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "elsewhere").symlink_to("volume")
+    monkeypatch.setattr("os.path.ismount", lambda path: path.name in ("volume", "elsewhere"))
+    with (
+        lock_run_folder(tmp_path / "volume"),
+        pytest.raises(FolioError, match="another process"),
+        lock_run_folder(tmp_path / "elsewhere"),
+    ):
+        pass
+    prepare_out_dir(tmp_path / "volume", resume=False)  # empty, but for the lock
+    assert not list(tmp_path.glob("volume.*"))
 
 
 def test_an_old_run_is_moved_aside_and_other_files_are_never_moved(tmp_path, capsys):

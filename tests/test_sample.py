@@ -1,9 +1,10 @@
 """sample.py: prompts, streaming, where samples end, and what a user may get wrong."""
 
 import builtins
+import io
+import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from engine.inference import InferenceModel
 from model import GPT, GPTConfig
 from sample import encode_prompt, print_samples, until_stop
 from tests.conftest import ROOT, assert_one_line_error
-from tests.processes import start
+from tests.processes import redirect, start
 
 LETTERS = CharTokenizer.from_text("\nabcdefgh")
 BYTES = BPETokenizer({bytes([i]): i for i in range(256)}, eos_token_id=256)
@@ -200,6 +201,22 @@ def test_interactive_reads_prompts_until_the_end_of_input(
     assert "'x'" in result.stderr and "Traceback" not in result.stderr  # the second prompt
 
 
+def test_a_prompt_that_is_not_utf8_is_refused_and_the_next_one_is_read(
+    run_sample, folder, monkeypatch
+):
+    lines = io.TextIOWrapper(io.BytesIO(b"a\xff\nab\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", lines)
+    result = run_sample(folder, "--interactive", "--max_new_tokens=2")
+    assert result.returncode == 0 and "udcff" in result.stderr
+    assert result.stdout.startswith("ab")
+
+
+def test_interactive_without_standard_input_is_a_one_line_error(run_sample, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # as Python does for `sample.py --interactive <&-`
+    result = run_sample(folder, "--interactive")
+    assert result.returncode == 2 and "standard input is closed" in result.stderr
+
+
 # --- The end of a sample ---
 
 
@@ -291,7 +308,6 @@ def sample_forever(folder) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.xdist_group("processes")
 def test_ctrl_c_ends_forever_without_a_traceback(folder):
     job = start((sample_forever, (folder,), {}))
     try:
@@ -306,20 +322,28 @@ def test_ctrl_c_ends_forever_without_a_traceback(folder):
     assert result.stderr.split() == sample.describe_run(folder).split()
 
 
+def sample_into_a_pipe(pipe, folder) -> None:
+    redirect("stdout", os.open(pipe, os.O_WRONLY))
+    sample_forever(folder)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
-def test_a_closed_pipe_ends_forever_without_a_traceback(folder):
+def test_a_closed_pipe_ends_forever_without_a_traceback(folder, tmp_path):
     """As in `python sample.py --forever | head -c 2000`."""
-    process = subprocess.Popen(
-        [sys.executable, "sample.py", f"--out_dir={folder}", "--forever"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    os.mkfifo(tmp_path / "pipe")
+    reader, n_bytes = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK), 0
+    job = start((sample_into_a_pipe, (tmp_path / "pipe", folder), {}))
     try:
-        assert len(process.stdout.read(2000)) == 2000
-        process.stdout.close()
-        assert process.stderr.read().split() == sample.describe_run(folder).split()
-        assert process.wait(timeout=30) == 141
+        while n_bytes < 2000:
+            assert job.processes[0].is_alive(), job.read("stderr")
+            with contextlib.suppress(BlockingIOError):  # nothing was printed since
+                n_bytes += len(os.read(reader, 2000))
+            time.sleep(0.01)
     finally:
-        process.kill()
+        os.close(reader)
+        result = job.wait(timeout=20)  # kills a process that does not end
+    assert result.exit_codes == [141]
+    assert result.stderr.split() == sample.describe_run(folder).split()
 
 
 def test_a_standard_output_that_is_closed_from_the_start_is_no_traceback(folder, monkeypatch):

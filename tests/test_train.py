@@ -1,5 +1,6 @@
 """The training program: exact numbers, exact resuming, nothing lost."""
 
+import bisect
 import csv
 import itertools
 import json
@@ -25,8 +26,9 @@ from data.tokenizer import BPETokenizer, CharTokenizer
 from engine.checkpoint import (
     CHECKPOINT_FILE, WEIGHTS_FILE, load_checkpoint, load_model, save_checkpoint, save_model,
 )  # fmt: skip
-from engine.device import choose_device
+from engine.device import ComputeDevice, choose_device
 from engine.distributed import Distributed, GracefulShutdown
+from engine.metrics import StepMetrics
 from engine.optimizer import make_optimizer
 from engine.run import TrainState, build_model, check_divisible, load_dataset, resolve_config
 from engine.run_folder import SETTINGS_FILE
@@ -66,11 +68,17 @@ def batches_of(run: SimpleNamespace) -> train.Batches:
     return train.training_batches(run.dataset.train, run.config, 0, run.device, run.dist)
 
 
-def train_step(run: SimpleNamespace, batches: train.Batches, step: int = 0) -> train.StepMetrics:
-    return train.train_step(
+def train_step(run: SimpleNamespace, batches: train.Batches, step: int = 0) -> StepMetrics:
+    """One step, and its metrics."""
+    numbers = train.train_step(
         run.model, run.optimizer, run.scaler, batches, run.config, step, run.device, run.dist,
         run.shutdown,
     )  # fmt: skip
+    run.shutdown.should_stop = True  # on a GPU, too, read the numbers of the newest step
+    (metrics,) = train.read_metrics(
+        [numbers], run.config, TrainState(step + 1), run.scaler, run.device, run.dist, run.shutdown
+    )
+    return metrics
 
 
 def evaluate(run: SimpleNamespace) -> tuple[float, float]:
@@ -122,8 +130,9 @@ def test_the_learning_rate_can_stay_constant_or_decay_to_a_minimum():
 # --- One run ---
 
 
-def test_a_run_takes_max_iters_steps_and_writes_its_folder(tiny_flags, tmp_path, run_train):
-    output = run_train(*tiny_flags)
+def test_a_run_takes_max_iters_steps_and_writes_its_folder(tiny_flags, tmp_path, call):
+    result = call(train, *tiny_flags, loss_png=True)
+    assert result.returncode == 0, result.stderr
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -138,8 +147,8 @@ def test_a_run_takes_max_iters_steps_and_writes_its_folder(tiny_flags, tmp_path,
     assert [int(row["tokens"]) for row in rows] == [32 * s for s in (0, 2, 4, 6, 8)]
     assert [bool(row["val_loss"]) for row in rows] == [True, False, True, False, True]
     assert load_checkpoint(folder)["train_state"]["step"] == 8
-    assert "8 of 8 steps" in output
-    assert "python sample.py" in output
+    assert "8 of 8 steps" in result.stdout
+    assert "python sample.py" in result.stdout
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -312,6 +321,59 @@ def test_evaluations_and_samples_do_not_change_training(uninterrupted, tmp_path,
     left, right = load_checkpoint(reference), load_checkpoint(tmp_path / "other")
     assert_same_state(left["model"], right["model"])
     assert_same_state(left["optimizer"], right["optimizer"])
+
+
+def test_reading_the_numbers_of_a_step_late_changes_no_number(
+    uninterrupted, tmp_path, run_train, monkeypatch
+):
+    """As on a GPU, where a step is started before the numbers of the previous step are read."""
+    flags, reference = uninterrupted("muon")
+    monkeypatch.setattr(ComputeDevice, "max_unread_steps", 1)
+    run_train(*flags, f"--out_dir={tmp_path / 'run'}")
+    assert_same_state(load_checkpoint(reference), load_checkpoint(tmp_path / "run"))
+    assert without_times(read_log(reference)) == without_times(read_log(tmp_path / "run"))
+
+
+def test_a_signal_that_is_read_late_stops_after_the_next_step(
+    uninterrupted, tmp_path, call, run_train, monkeypatch
+):
+    flags, reference = uninterrupted("muon")
+    flags = [*flags, f"--out_dir={tmp_path / 'run'}", "--log_interval=100"]
+    step_function = train.train_step
+
+    def train_step_with_signal(*args):
+        if args[5] == 4:  # the fifth step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_function(*args)
+
+    monkeypatch.setattr(ComputeDevice, "max_unread_steps", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", train_step_with_signal)
+        assert call(train, *flags).returncode == 143
+    state = load_checkpoint(tmp_path / "run")["train_state"]
+    assert (state["step"], state["unlogged_steps"]) == (6, 2)
+    run_train(*flags, "--init_from=resume")
+    assert_same_state(load_checkpoint(reference), load_checkpoint(tmp_path / "run"))
+
+
+def test_a_nan_loss_that_is_read_late_changes_no_weights(tiny_flags, call, monkeypatch):
+    """The step after it has been started already, and its loss is finite."""
+    flags = [*tiny_flags, "--log_interval=100", "--optimizer=adamw"]
+    step_function, models = train.train_step, []
+
+    def train_step_with_nan(model, *args):
+        models.append(model)
+        factor = math.nan if args[4] == 1 else 1.0  # args[4]: the step
+        hook = model.transformer.ln_f.register_forward_hook(lambda _, __, x: x * factor)
+        numbers = step_function(model, *args)
+        hook.remove()
+        return numbers
+
+    monkeypatch.setattr(ComputeDevice, "max_unread_steps", 1)
+    monkeypatch.setattr(train, "train_step", train_step_with_nan)
+    assert_one_line_error(call(train, *flags), "step 1: the loss is nan")
+    assert len(models) == 3  # steps 0, 1 and 2
+    assert all(p.isfinite().all() for p in models[0].parameters())
 
 
 def test_another_seed_gives_other_weights_and_batches(tiny_flags):
@@ -489,9 +551,10 @@ def test_a_markov_text_is_learned_to_its_entropy(tmp_path, run_train):
     rng = np.random.default_rng(0)
     n = 6
     transition = rng.dirichlet(np.full(n, 0.2), size=n)  # row: probabilities of the next letter
+    cumulative = [row.cumsum().tolist() for row in transition]
     letters, letter = [], 0
     for u in rng.random(60_000):
-        letter = int(np.searchsorted(transition[letter].cumsum(), u).clip(max=n - 1))
+        letter = min(bisect.bisect_left(cumulative[letter], u), n - 1)
         letters.append("abcdef"[letter])
     frequency = np.linalg.matrix_power(transition, 200)[0]  # of each letter, in the long run
     entropy = -(frequency[:, None] * transition * np.log(transition)).sum()  # nats per letter
@@ -516,10 +579,10 @@ def test_patience_stops_after_evaluations_without_improvement(
     losses = iter([4.0, 3.0, 2.0, 2.5, 2.6, 2.7])
     monkeypatch.setattr(train, "evaluate", lambda *_: (next(losses), 1.0))
     flags = [*tiny_flags, "--max_iters=100", "--eval_interval=2", "--patience=2"]
-    output = run_train(*flags)
+    output = " ".join(run_train(*flags).split())  # without the ends of lines
     state = load_checkpoint(tmp_path / "run")["train_state"]
     assert (state["step"], state["best_step"]) == (8, 4)  # evaluated at 0, 2, 4, 6, 8
-    assert "patience" in output
+    assert "8 of 100 steps" in output and "2 evaluations without improvement (patience)" in output
     run_train(*flags, "--init_from=resume")  # continues until the next evaluation
     assert load_checkpoint(tmp_path / "run")["train_state"]["step"] == 10
 
@@ -599,7 +662,6 @@ def test_micro_batches_must_be_divisible_by_the_number_of_processes():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
-@pytest.mark.xdist_group("processes")
 def test_ctrl_c_finishes_the_step_saves_and_exits(tiny_flags, tmp_path):
     flags = [*tiny_flags, "--max_iters=1000000", "--eval_interval=1000000"]
     job = start((processes.run_train, flags, {}))
@@ -772,6 +834,67 @@ def test_float16_stops_when_no_loss_scale_is_small_enough(tiny_flags):
 
 
 # --- The files ---
+
+
+def test_checkpoints_can_be_rarer_or_more_frequent_than_evaluations(
+    tiny_flags, run_train, monkeypatch
+):
+    saved, save_run = [], train.save_run
+
+    def recorded(folder, config, state, *args):
+        saved.append(state.step)
+        save_run(folder, config, state, *args)
+
+    monkeypatch.setattr(train, "save_run", recorded)
+    for interval, steps in ((0, [0, 4, 8]), (3, [0, 3, 6, 8]), (8, [0, 8]), (16, [0, 8])):
+        saved.clear()
+        run_train(*tiny_flags, f"--checkpoint_interval={interval}")
+        assert saved == steps
+
+
+@pytest.mark.parametrize("interval", [3, 100])
+def test_resuming_is_exact_with_checkpoints_between_evaluations(
+    uninterrupted, tmp_path, call, run_train, monkeypatch, interval
+):
+    """A run killed after step 7: resumed from step 6, or from the start."""
+    flags, reference = uninterrupted("muon")
+    flags = [*flags, f"--out_dir={tmp_path / 'run'}", f"--checkpoint_interval={interval}"]
+    steps, step_function = itertools.count(), train.train_step
+
+    def train_step_until_killed(*args):
+        if next(steps) == 7:
+            raise KeyboardInterrupt
+        return step_function(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", train_step_until_killed)
+        assert call(train, *flags).returncode == 130
+    run_train(*flags, "--init_from=resume")
+    assert_same_state(load_checkpoint(reference), load_checkpoint(tmp_path / "run"))
+    assert without_times(read_log(reference)) == without_times(read_log(tmp_path / "run"))
+
+
+def test_a_slow_checkpoint_says_what_it_costs(tiny_flags, run_train, monkeypatch):
+    clock = itertools.count(step=2.0)  # two seconds pass between two looks at the clock
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    assert "checkpoint of 0.0 GB written in 2.0 s" in run_train(*tiny_flags)
+
+
+def test_samples_can_be_rarer_than_evaluations(tiny_flags, run_train, monkeypatch):
+    shown, show = [], train.InferenceModel
+    monkeypatch.setattr(train, "InferenceModel", lambda *args: shown.append(1) or show(*args))
+    flags = [*tiny_flags, "--eval_interval=1"]  # evaluations at steps 0 to 8
+    for interval, number in ((1, 9), (4, 3), (5, 3), (100, 2)):
+        shown.clear()
+        run_train(*flags, f"--sample_interval={interval}")
+        assert len(shown) == number
+
+
+def test_activation_checkpointing_changes_no_number(uninterrupted, tmp_path, run_train):
+    """Dropout, too, is equal when a block's forward pass is computed again."""
+    flags, reference = uninterrupted("muon")
+    run_train(*flags, f"--out_dir={tmp_path / 'run'}", "--activation_checkpointing")
+    assert_same_state(load_checkpoint(reference), load_checkpoint(tmp_path / "run"))
 
 
 def test_snapshots_of_the_weights_can_be_kept(tiny_flags, tmp_path, run_train):

@@ -83,6 +83,7 @@ def predict(config: TrainConfig, vocab_size: int) -> dict[str, int]:
     shape = GPTConfig(
         config.block_size, vocab_size, config.n_layer, config.n_head, config.n_embd,
         config.dropout, config.bias, config.pad_vocab_to,
+        activation_checkpointing=config.activation_checkpointing,
     )  # fmt: skip
     with FakeTensorMode(), MemoryCounter() as counter:
         model = GPT(shape)

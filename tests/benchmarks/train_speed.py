@@ -125,6 +125,7 @@ def make_step(
     """A function that makes one training step as train.py does, with a new model."""
     dist = Distributed()  # one process
     shutdown = GracefulShutdown(dist)
+    unread: list[torch.Tensor] = []
     torch.manual_seed(0)
     shape.float32_attention = device.use_float32_attention(shape.block_size)
     model = GPT(shape).to(device.torch_device, device.param_dtype)
@@ -133,7 +134,11 @@ def make_step(
     batches = prefetch(training_batches(tokens, config, 0, device, dist))
 
     def step() -> None:
-        train_step(wrapped_model, optimizer, scaler, batches, config, 0, device, dist, shutdown)
+        unread.append(
+            train_step(wrapped_model, optimizer, scaler, batches, config, 0, device, dist, shutdown)
+        )
+        if len(unread) > device.max_unread_steps:  # waits for the GPU, as train.py does
+            unread.pop(0).tolist()
 
     return step
 
