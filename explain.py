@@ -219,8 +219,8 @@ def explain(model: GPT, ids: torch.Tensor) -> dict[str, Any]:
 def likeliest_logits(logits: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
     """The logits of each position in descending order, and their ids.
 
-    Of a large vocabulary, the page gets MAX_LOGITS tokens. The others enter its softmax as one
-    number for each temperature: the logarithm of the sum of exp(logit / temperature).
+    Of a large vocabulary, the page gets MAX_LOGITS tokens. All other tokens enter its softmax as
+    one number for each temperature: the logarithm of the sum of exp(logit / temperature).
     """
     top = logits.topk(min(MAX_LOGITS, logits.size(-1)))
     rest = logits.scatter(1, top.indices, -math.inf)  # (T, V)

@@ -94,7 +94,7 @@ MUTATIONS = [
         'approximate="tanh"', 'approximate="none"',
         "test_model.py::test_gelu_is_the_tanh_form_of_gpt2",
         "OpenAI's weights were trained with the tanh form. With the exact form the logits differ "
-        "slightly from those of GPT-2.",
+        "slightly from the results of GPT-2.",
     ),
     Mutation(
         "with an output layer whose rows are shifted by one", "model.py",

@@ -32,7 +32,7 @@ def full_precision(monkeypatch):
 
 @pytest.fixture
 def gpu_flags(tiny_flags) -> list[str]:
-    """Those of tiny_flags, on the GPU, in float32 and without torch.compile."""
+    """tiny_flags, but on the GPU, in float32 and without torch.compile."""
     return [*tiny_flags, f"--device={DEVICE}", "--compile=False"]
 
 

@@ -1,4 +1,4 @@
-"""Muon keeps the directions of a gradient and makes them equally large; AdamW has the others."""
+"""Muon keeps the directions of a gradient, makes them equally large; AdamW: all other weights."""
 
 import math
 import sys

@@ -9,7 +9,7 @@ context, side by side; nanoGPT's model is measured in the same way. Needs tiny S
 data/shakespeare_char (python prepare_shakespeare.py), which nanoGPT is given, too.
 
 Three seeds of the long recipe take half an hour to an hour. Each finished run is saved in the JSON
-file, and the same command continues with the others. (Delete the file after changing a recipe.)
+file; the same command makes the missing runs. (Delete the file after changing a recipe.)
 """
 
 import dataclasses
