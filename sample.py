@@ -36,9 +36,9 @@ from data.files import user_path
 from data.prepare import read_text
 from data.tokenizer import Tokenizer
 from engine.checkpoint import load_model_and_tokenizer
-from engine.cpu_threads import ThreadAdapter
+from engine.cpu_threads import ThreadAdapter, use_one_thread
 from engine.device import DeviceName, DTypeName, choose_device, explain_out_of_memory
-from engine.inference import InferenceModel, read_ids
+from engine.inference import InferenceModel, is_small, read_ids
 from engine.run_folder import describe_run, newest_run, resolve_model_dir
 
 SEPARATOR = "---------------"  # a line between two texts
@@ -96,6 +96,8 @@ def sample(config: SampleConfig) -> None:
         raise FolioError(f"--compile: only for CUDA; here is {device.description}")
     with explain_out_of_memory("a smaller model, or --device=cpu"):
         model, tokenizer = load_model_and_tokenizer(folder)
+        if config.num_samples == 1 and is_small(model):
+            use_one_thread()  # as fast as two threads, and much faster beside other programs
         inference = InferenceModel(
             model, device.torch_device, config.dtype, config.num_samples, compile=config.compile
         )

@@ -38,7 +38,7 @@ class ThreadAdapter:
 
     def __init__(self, device: ComputeDevice, num_threads: int = 0, world_size: int = 1):
         self.max_threads = torch.get_num_threads()
-        is_fixed = num_threads or {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys()
+        is_fixed = num_threads or is_num_threads_set()
         is_cpu = device.torch_device.type == "cpu" and not device.compile
         self.enabled = is_cpu and not is_fixed and world_size == 1 and self.max_threads > 1
         self.n_windows = 0  # windows in a row that call for another number of threads
@@ -68,6 +68,17 @@ class ThreadAdapter:
             f"threads  {new} instead of {self.max_threads}: other programs use the CPU "
             f"(--num_threads={self.max_threads} keeps {self.max_threads})"
         )
+
+
+def use_one_thread() -> None:
+    """For work that more threads do not make faster. Respects a number that the user has set."""
+    if not is_num_threads_set():
+        torch.set_num_threads(1)
+
+
+def is_num_threads_set() -> bool:
+    """Whether environment variables of OpenMP or MKL set the number of threads."""
+    return bool({"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys())
 
 
 def fitting_num_threads(

@@ -64,8 +64,7 @@ class InferenceModel:
     ):
         self.config = model.config
         self.device = torch.device(device)
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        small = self.device.type == "cpu" and num_parameters < SMALL_MODEL_PARAMETERS
+        small = self.device.type == "cpu" and is_small(model)
         self.dtype = choose_dtype("float32" if small and dtype == "auto" else dtype, self.device)
         packed = not small and packing_is_faster(self.device, self.dtype, batch_size)
         self.weights = prepare_weights(model, self.device, self.dtype, packed)
@@ -185,6 +184,11 @@ class InferenceModel:
             return step()
 
         return decode
+
+
+def is_small(model: GPT) -> bool:
+    """Whether all weights fit into the caches of a CPU."""
+    return sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL_PARAMETERS
 
 
 def read_ids(steps: Iterable[torch.Tensor], late: bool | None = None) -> Iterator[list[int]]:

@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,9 @@ import train
 from data.prepare import split_text, write_dataset
 from data.tokenizer import CharTokenizer
 from engine.train_config import TrainConfig
-from tests.benchmarks import gpu, memory, sample_speed, startup, time_to_loss, train_speed
+from tests.benchmarks import (
+    busy_cores, gpu, memory, sample_speed, startup, time_to_loss, train_speed,
+)  # fmt: skip
 from tests.benchmarks.measuring import format_cell, in_subprocess, run_interleaved, throughput
 from tests.conftest import ROOT, TINY_TEXT, assert_one_line_error
 from tests.processes import run_train, start_job
@@ -54,6 +57,35 @@ def test_train_speed_compares_with_the_limit(call, tmp_path):
     assert [row["step"].split(",")[0] for row in rows] == ["Folio"] * 3
     assert all(row["tokens/s"][0] > 0 for row in rows)
     assert rows[0]["ratio"] == 1
+
+
+def test_busy_cores_compares_with_the_best_fixed_number_of_threads(call, tmp_path, monkeypatch):
+    seconds = {"auto": 3.0, "all": 8.0, "one": 2.0}
+    monkeypatch.setattr(busy_cores, "measure_sampling", lambda name, way: seconds[way])
+    result = call(
+        busy_cores, "--train=", "--sample=tiny", "--busy=0,1", "--ways=auto,all,one",
+        f"--json={tmp_path / 'busy.json'}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "busy.json").read_text())["rows"]
+    assert [row["other programs"] for row in rows] == [0, 1]
+    assert all(row["auto / best fixed"] == 1.5 and row["all"] == [8.0] * 3 for row in rows)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="/proc is Linux's")
+def test_busy_loops_run_until_the_measurement_ends():
+    def children() -> str:
+        return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+
+    before = children()
+    with busy_cores.busy_loops(2):
+        assert len(children().split()) == len(before.split()) + 2
+    assert children() == before
+
+
+def test_busy_cores_measures_a_model_of_the_given_size(capsys):
+    busy_cores.sample("1/16/8:12", num_threads=1)  # longer than the context
+    assert float(capsys.readouterr().out) > 0
 
 
 def test_sample_speed_compares_one_sample_and_ten(call, tmp_path):

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from engine import cpu_threads
-from engine.cpu_threads import CpuUsage, ThreadAdapter, fitting_num_threads, own_cpus
+from engine.cpu_threads import (
+    CpuUsage, ThreadAdapter, fitting_num_threads, own_cpus, use_one_thread,
+)  # fmt: skip
 from engine.device import ComputeDevice
 
 
@@ -132,3 +134,15 @@ def test_cpu_time_of_all_programs_contains_that_of_this_one():
     after = CpuUsage.now()
     assert after.total - before.total >= 0.9 * (after.own - before.own) - 0.05
     assert after.total - before.total <= len(own_cpus()) * (after.wall - before.wall) + 0.1
+
+
+def test_one_thread_is_used_unless_the_user_has_chosen_a_number(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    use_one_thread()
+    assert chosen == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    use_one_thread()
+    assert chosen == [1]

@@ -141,6 +141,18 @@ def test_the_threads_adapt_to_other_programs_after_each_token(run_sample, folder
     assert len(result.stdout) == 2 + 20 + 1  # the line about threads is not in the text
 
 
+def test_one_sample_from_a_small_model_uses_one_thread(run_sample, folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sample, "use_one_thread", lambda: calls.append(1))
+    run_sample(folder, "--start=ab", "--max_new_tokens=2", "--num_samples=2")
+    assert calls == []
+    run_sample(folder, "--start=ab", "--max_new_tokens=2")
+    assert calls == [1]
+    monkeypatch.setattr(sample, "is_small", lambda model: False)
+    run_sample(folder, "--start=ab", "--max_new_tokens=2")
+    assert calls == [1]
+
+
 # --- The prompt ---
 
 

@@ -30,9 +30,9 @@ import torch
 
 from configurator import PositiveInt, configure, run_main
 from data.dataset import open_dataset
-from engine.cpu_threads import ThreadAdapter, own_cpus
+from engine.cpu_threads import ThreadAdapter, own_cpus, use_one_thread
 from engine.device import choose_device
-from engine.inference import InferenceModel, read_ids
+from engine.inference import InferenceModel, is_small, read_ids
 from engine.log_file import LOG_FILE, read_log
 from model import GPT, GPTConfig
 from tests.benchmarks.measuring import report_results, split_csv
@@ -52,7 +52,8 @@ class BusyCoresConfig:
 
 def main() -> None:
     config = configure(BusyCoresConfig)
-    open_dataset("shakespeare_char", 256)
+    if config.train:
+        open_dataset("shakespeare_char", 256)  # raises its error before anything is measured
     ways = split_csv(config.ways)
     cells: dict[tuple[str, int], dict[str, list[float]]] = {}
     work = [(measure_training, name) for name in split_csv(config.train) if name]
@@ -137,6 +138,8 @@ def sample(name: str, num_threads: int) -> None:
             n_layer=n_layer, n_head=4, n_embd=n_embd, block_size=block_size, vocab_size=vocab_size
         )
     )
+    if num_threads == 0 and is_small(model):
+        use_one_thread()  # as sample.py does
     inference = InferenceModel(model, device.torch_device, "float32")
     threads = ThreadAdapter(device, num_threads)
     prompt = torch.zeros((1, 1), dtype=torch.long)
