@@ -34,10 +34,11 @@ from engine.inference import InferenceModel, read_ids
 from engine.metrics import MetricsLogger, StepMetrics, banner, check_trackers
 from engine.metrics import indented, peak_tokens_per_second, show_evaluation, summary
 from engine.optimizer import make_optimizer, set_lr_multiplier, step_if_finite
-from engine.run import OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model
-from engine.run import is_patience_exhausted
-from engine.run import check_same_dataset, load_dataset, make_room, resolve_config, restore
-from engine.run import save_run, save_run_tokenizer, share_state, start_run_folder, wrap_model
+from engine.run import (
+    OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, check_same_dataset,
+    is_patience_exhausted, load_dataset, make_room, resolve_config, restore, save_run,
+    save_run_tokenizer, share_state, start_run_folder, wrap_model,
+)  # fmt: skip
 from engine.run_folder import lock_run_folder, resolve_out_dir, weights_metadata
 from engine.train_config import TrainConfig
 from model import GPT
@@ -122,7 +123,7 @@ def train(
                     logger.log_row()
                 else:
                     record_evaluation(*losses, config, state, dataset, model, dist, logger)
-            if should_save(state, config):  # last: a run killed before it repeats the evaluation
+            if should_save(state, config):  # after the weights: see find_best()
                 save_state(config, state, dataset, model, optimizer, scaler, dist, logger)
             if losses is not None:
                 show_sample(config, state, dataset, model, device, dist, logger)
@@ -217,7 +218,7 @@ def train_step(
     scaler.unscale_(optimizer)
     max_norm = config.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # 3. clip
-    # The only exchange between the processes beside the gradients.
+    # One exchange between the processes for both numbers: their sums over all processes.
     stop_flag = torch.full_like(mean_loss, shutdown.local_exit_status() > 0)
     mean_loss, n_stopped = dist.all_reduce_sum(torch.stack((mean_loss, stop_flag)))
     is_finite = torch.isfinite(mean_loss) & torch.isfinite(grad_norm)
@@ -277,7 +278,7 @@ def check_finite(
     scaler: torch.amp.GradScaler,
     dist: Distributed,
 ) -> None:
-    """Raise FolioError before a loss or gradient that is NaN or infinite changes the weights.
+    """Raise FolioError if a loss or gradient is NaN or infinite. It has changed no weights.
 
     In float16 a gradient may overflow: the scaler then skips the step and lowers its scale. Only
     a scale that is already tiny means that lowering it will not help.
