@@ -15,7 +15,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import data  # noqa: F401 - first: it says what to do if torch is missing
@@ -28,7 +28,7 @@ from engine.checkpoint import (
     WEIGHTS_FILE, load_checkpoint, load_model, save_model, save_model_card,
 )  # fmt: skip
 from engine.cpu_threads import ThreadAdapter
-from engine.device import ComputeDevice, choose_device, explain_out_of_memory
+from engine.device import ComputeDevice, choose_device, explain_out_of_memory, start_reading
 from engine.distributed import Distributed, GracefulShutdown, is_restarted
 from engine.inference import InferenceModel, read_ids
 from engine.metrics import MetricsLogger, StepMetrics, banner, check_trackers
@@ -111,21 +111,21 @@ def train(
     batches = prefetch(training_batches(dataset.train, config, state.step, device, dist))
     peak = peak_tokens_per_second(model.config, device, dist.world_size)
     threads = ThreadAdapter(device, config.num_threads, dist.world_size)
-    unread: list[torch.Tensor] = []  # what train_step() returned: loss, ..., on the device
+    unread: list[Callable[[], list[float]]] = []  # results of started steps, not read yet
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         logger.print(banner(config, state, dataset, model, device, folder))
         find_best(config, state, dataset, device, dist)
         while True:
-            losses = None  # of the validation tokens
+            evaluation = None  # validation loss and bits per byte, if evaluated at this step
             if should_evaluate(state, config):
-                losses = evaluate(wrapped_model, dataset, config, device, dist, shutdown)
-                if losses is None:  # a signal interrupted the evaluation; resuming repeats it
+                evaluation = evaluate(wrapped_model, dataset, config, device, dist, shutdown)
+                if evaluation is None:  # a signal interrupted it; resuming repeats it
                     logger.log_row()
                 else:
-                    record_evaluation(*losses, config, state, dataset, model, dist, logger)
-            if should_save(state, config):  # after the weights: see find_best()
+                    record_evaluation(*evaluation, config, state, dataset, model, dist, logger)
+            if should_save(state, config):  # last: a run that is killed earlier evaluates again
                 save_state(config, state, dataset, model, optimizer, scaler, dist, logger)
-            if losses is not None:
+            if evaluation is not None:
                 show_sample(config, state, dataset, model, device, dist, logger)
                 if is_patience_exhausted(state, config):
                     break
@@ -187,16 +187,17 @@ def train_step(
     device: ComputeDevice,
     dist: Distributed,
     shutdown: GracefulShutdown,
-) -> torch.Tensor:
+) -> Callable[[], list[float]]:
     """Update the weights once, with the mean gradient of all micro-batches.
 
     The four numbered lines are what every training step does. `dist` has an effect with several
     processes only, `scaler` in float16 only, and autocast has no effect in float32. `shutdown`
     knows whether this process has received a signal, such as Ctrl-C.
 
-    Returns three numbers, on the device: the training loss before the step (nats per token), the
-    norm of the gradient before clipping, and how many processes have received a signal. Each
-    process gets equal numbers. If loss or norm is NaN or infinite, the weights do not change.
+    Returns a function that waits until the step is done and returns three numbers: the training
+    loss before the step (nats per token), the norm of the gradient before clipping, and how many
+    processes have received a signal. Each process gets equal numbers. If loss or norm is NaN or
+    infinite, the weights do not change.
     """
     set_lr_multiplier(optimizer, get_lr_multiplier(step, config))
     grad_accum_steps = config.gradient_accumulation_steps
@@ -218,18 +219,18 @@ def train_step(
     scaler.unscale_(optimizer)
     max_norm = config.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # 3. clip
-    # One exchange between the processes for both numbers: their sums over all processes.
+    # Loss and signals of all processes, in one all-reduce.
     stop_flag = torch.full_like(mean_loss, shutdown.local_exit_status() > 0)
     mean_loss, n_stopped = dist.all_reduce_sum(torch.stack((mean_loss, stop_flag)))
     is_finite = torch.isfinite(mean_loss) & torch.isfinite(grad_norm)
     step_if_finite(optimizer, scaler, is_finite)  # 4. step
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return torch.stack((mean_loss, grad_norm, n_stopped))
+    return start_reading(torch.stack((mean_loss, grad_norm, n_stopped)))
 
 
 def read_metrics(
-    unread: list[torch.Tensor],
+    unread: list[Callable[[], list[float]]],
     config: TrainConfig,
     state: TrainState,
     scaler: torch.amp.GradScaler,
@@ -237,18 +238,21 @@ def read_metrics(
     dist: Distributed,
     shutdown: GracefulShutdown,
 ) -> list[StepMetrics]:
-    """Take numbers that train_step() has returned out of `unread`; return them as metrics.
+    """Read the results of train_step() in `unread`, remove them from it, and return the metrics.
 
-    unread: the numbers of the last steps; state.step steps have been started.
-    Reading a number waits until the device has computed it. So on a GPU the numbers of the newest
-    step stay in `unread` until the next step has been started, unless they are needed now.
+    unread: the results of the last steps; state.step steps have been started.
+    Reading waits until the device has computed the step. So on a GPU the result of the newest step
+    stays in `unread` until the next step has been started, unless it is needed now.
     Raises FolioError if a loss or a gradient is NaN or infinite.
     """
     metrics = []
     n_kept = 0 if needs_metrics(state, config) else device.max_unread_steps
     while len(unread) > n_kept or (unread and shutdown.should_stop):
         step = state.step - len(unread)
-        mean_loss, grad_norm, n_stopped = unread.pop(0).tolist()
+        mean_loss, grad_norm, n_stopped = unread.pop(0)()
+        if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
+            for read in unread:  # before an error, all processes complete what they have started
+                read()
         check_finite(mean_loss, grad_norm, step, config, scaler, dist)
         if n_stopped > 0:  # equal in all processes: all of them stop
             shutdown.sync()
@@ -283,8 +287,9 @@ def check_finite(
     In float16 a gradient may overflow: the scaler then skips the step and lowers its scale. Only
     a scale that is already tiny means that lowering it will not help.
     """
-    recoverable = scaler.is_enabled() and scaler.get_scale() > 1e-3
-    if math.isfinite(loss) and (math.isfinite(grad_norm) or recoverable):
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    if math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > 1e-3:
         return
 
     def raise_error() -> None:
@@ -451,10 +456,10 @@ def save_state(
     dist: Distributed,
     logger: MetricsLogger,
 ) -> None:
-    """Write resume.pt, unless the latest validation loss is not finite: the last good one stays."""
+    """Write resume.pt. If the latest validation loss is not finite, keep the old resume.pt."""
     state.last_checkpoint_step = state.step
     if not math.isfinite(state.val_loss):
-        logger.warn_once(f"the validation loss is {state.val_loss}: checkpoints stay as they are")
+        logger.warn_once(f"the validation loss is {state.val_loss}: resume.pt is not overwritten")
     elif dist.is_main:
         start_time = time.perf_counter()
         save_run(resolve_out_dir(config.out_dir), config, state, model, optimizer, scaler, dataset)

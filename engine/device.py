@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -71,7 +71,7 @@ class ComputeDevice:
 
     @property
     def max_unread_steps(self) -> int:
-        """How many training steps may have been started whose results the CPU has not read yet.
+        """How many started training steps the CPU may leave unread.
 
         1 on CUDA: while the GPU computes a step, the CPU prepares the next one. Elsewhere 0.
         """
@@ -279,6 +279,24 @@ def keep_freed_memory() -> None:
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes of free memory above which it is returned
         mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes of a block that is returned at once: the maximum
+
+
+def start_reading(tensor: torch.Tensor) -> Callable[[], list]:
+    """Start to copy a tensor to the CPU. The function that is returned waits, and returns a list.
+
+    On CUDA it waits for this copy only, not for work that has been started after this call.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    on_cpu = tensor.to("cpu", non_blocking=True)  # into pinned memory
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def read() -> list:
+        copied.synchronize()
+        return on_cpu.tolist()
+
+    return read
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engine.device import DTypeName, choose_dtype, has_bfloat16, is_intel_cpu
+from engine.device import DTypeName, choose_dtype, has_bfloat16, is_intel_cpu, start_reading
 from model import GPT, GPTConfig
 
 SMALL_MODEL_PARAMETERS = 2_000_000  # the weights of a smaller model stay in the CPU's caches
@@ -205,21 +205,6 @@ def read_ids(steps: Iterable[torch.Tensor], late: bool | None = None) -> Iterato
             yield pending.popleft()()
     for read in pending:
         yield read()
-
-
-def start_reading(ids: torch.Tensor) -> Callable[[], list[int]]:
-    """Start to copy ids to the CPU. The function that is returned waits for the copy."""
-    if ids.device.type != "cuda":
-        return ids.tolist
-    on_cpu = ids.to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(ids.device))
-
-    def read() -> list[int]:
-        copied.synchronize()  # waits for this copy only, not for the next step
-        return on_cpu.tolist()
-
-    return read
 
 
 def crop_start(length: int, block_size: int, overlap: int) -> int:

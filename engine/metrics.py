@@ -70,6 +70,7 @@ class MetricsLogger:
         self.rows: list[LogRow] = []
         self.log_is_complete = False  # whether log.csv has all rows
         self.metrics: StepMetrics | None = None  # of the latest step
+        self.first_tokens = state.tokens  # when this process started
         self.last_logged: tuple[int, float] | None = None  # (tokens, seconds) of the last row
         self.last_print = self.last_plot = time.monotonic()
         self.bar: tqdm | None = None
@@ -126,7 +127,9 @@ class MetricsLogger:
             self.state.unlogged_steps += 1
         if self.last_logged is None:
             # The first step includes warming up (and compiling), so speed is measured after it.
-            self.last_logged = (self.state.tokens, self.state.seconds)
+            # On a GPU, the state already counts a step that is not in `metrics` yet.
+            tokens = self.first_tokens + len(metrics) * self.config.tokens_per_step
+            self.last_logged = (tokens, self.state.seconds)
             if self.enabled and is_terminal():
                 self.bar = tqdm(
                     total=self.config.max_iters, initial=self.state.step - 1, dynamic_ncols=True,

@@ -93,9 +93,9 @@ def step_if_finite(
     """
     if scaler.is_enabled():  # float16: the scaler itself skips steps whose gradients overflow
         scaler.step(optimizer)
-    elif not is_finite.is_cpu:
+    elif is_finite.device.type in ("cuda", "meta"):  # meta: tests/test_device_placement.py
         step_unless(optimizer, ~is_finite)
-    elif is_finite:
+    elif is_finite:  # Apple GPUs: torch's fused AdamW ignores found_inf there
         optimizer.step()
 
 
@@ -176,7 +176,9 @@ class Muon(torch.optim.Optimizer):
             gradients = [p.grad for p in params]
             found_inf = getattr(self, "found_inf", None)  # see step_unless()
             if found_inf is not None:
-                gradients = [g.masked_fill(found_inf > 0, 0) for g in gradients]  # NaN * 0 is NaN
+                for gradient in gradients:
+                    gradient.masked_fill_(found_inf > 0, 0)  # NaN * 0 would be NaN
+                found_inf = found_inf.to(gradients[0].dtype)
             keep = 1 if found_inf is None else 1 - found_inf  # 0: change no weight
             buffers = [self.momentum_buffer(p) for p in params]
             beta, lr = group["momentum"], group["lr"]

@@ -391,16 +391,19 @@ def check_optimizer_state(optimizer: Optimizer) -> None:
 
 
 def check_same_dataset(dataset: Dataset, dist: Distributed) -> None:
-    """Raises FolioError if this process has opened another dataset than the main process has.
+    """Raises FolioError if this process's dataset is not the main process's; all processes exit.
 
     On several nodes, each may have a copy of the dataset on its own disk.
     """
     expected, found = dist.broadcast_from_main(lambda: fingerprint(dataset)), fingerprint(dataset)
-    if found != expected:
-        raise FolioError(
-            f"process {dist.rank}: {dataset.folder} is not the dataset of process 0 ({found} here, "
-            f"{expected} there); copy it to all nodes"
-        )
+    if not dist.all_reduce_max(int(found != expected)):
+        return
+    if found == expected:
+        raise SystemExit(0)  # the process with another dataset prints the error
+    raise FolioError(
+        f"process {dist.rank}: {dataset.folder} is not the dataset of process 0 ({found} here, "
+        f"{expected} there); copy it to all nodes"
+    )
 
 
 def fingerprint(dataset: Dataset) -> list[Any]:

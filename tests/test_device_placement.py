@@ -107,13 +107,13 @@ def test_a_training_step_reads_nothing_and_its_numbers_are_read_at_once(run):
     batches = train.training_batches(run.dataset.train, run.config, 0, run.device, run.dist)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with FakeGPU() as gpu:
-        numbers = train.train_step(
+        result = train.train_step(
             run.model, run.optimizer, scaler, batches, run.config, 0, run.device, run.dist,
             run.shutdown,
         )  # fmt: skip
         assert gpu.reads == []  # the CPU does not wait for the step
         parts = (scaler, run.device, run.dist, run.shutdown)
-        (metrics,) = train.read_metrics([numbers], run.config, TrainState(10), *parts)
+        (metrics,) = train.read_metrics([result], run.config, TrainState(10), *parts)
     assert (metrics.loss, metrics.grad_norm) == (1, 1)
     assert gpu.reads == ["to cpu"]  # loss and norm together
 

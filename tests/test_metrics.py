@@ -56,6 +56,20 @@ def make_step(
 # --- log.csv ---
 
 
+def test_the_speed_counts_the_steps_whose_time_it_counts(make_logger):
+    """As on a GPU: the second step has been started, but not read, when the first one is logged."""
+    with make_logger() as logger:
+        config, state = logger.config, logger.state
+        config.batch_size, config.block_size = 10, 10  # 100 tokens per step
+        metrics = StepMetrics(3.0, 1.0, 1e-3)
+        state.step, state.tokens, state.seconds = 2, 200, 0.5
+        logger.log_steps([metrics])
+        state.step, state.tokens, state.seconds = 3, 300, 1.5
+        logger.log_steps([metrics, metrics])
+        logger.log_row()
+    assert logger.rows[-1]["tokens_per_second"] == 200  # steps 2 and 3, in one second
+
+
 def test_train_loss_is_the_mean_since_the_row_before_and_survives_a_restart(make_logger):
     with make_logger() as logger:
         for step, loss in ((1, 4.0), (2, 2.0), (3, 1.0)):

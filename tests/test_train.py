@@ -70,13 +70,13 @@ def batches_of(run: SimpleNamespace) -> train.Batches:
 
 def train_step(run: SimpleNamespace, batches: train.Batches, step: int = 0) -> StepMetrics:
     """One step, and its metrics."""
-    numbers = train.train_step(
+    result = train.train_step(
         run.model, run.optimizer, run.scaler, batches, run.config, step, run.device, run.dist,
         run.shutdown,
     )  # fmt: skip
     run.shutdown.should_stop = True  # on a GPU, too, read the numbers of the newest step
     (metrics,) = train.read_metrics(
-        [numbers], run.config, TrainState(step + 1), run.scaler, run.device, run.dist, run.shutdown
+        [result], run.config, TrainState(step + 1), run.scaler, run.device, run.dist, run.shutdown
     )
     return metrics
 

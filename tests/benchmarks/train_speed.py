@@ -125,7 +125,7 @@ def make_step(
     """A function that makes one training step as train.py does, with a new model."""
     dist = Distributed()  # one process
     shutdown = GracefulShutdown(dist)
-    unread: list[torch.Tensor] = []
+    unread: list[Callable[[], list[float]]] = []
     torch.manual_seed(0)
     shape.float32_attention = device.use_float32_attention(shape.block_size)
     model = GPT(shape).to(device.torch_device, device.param_dtype)
@@ -138,7 +138,7 @@ def make_step(
             train_step(wrapped_model, optimizer, scaler, batches, config, 0, device, dist, shutdown)
         )
         if len(unread) > device.max_unread_steps:  # waits for the GPU, as train.py does
-            unread.pop(0).tolist()
+            unread.pop(0)()
 
     return step
 
