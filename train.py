@@ -110,15 +110,17 @@ def train(
     wrapped_model = wrap_model(model, config, device, dist)
     batches = prefetch(training_batches(dataset.train, config, state.step, device, dist))
     peak = peak_tokens_per_second(model.config, device, dist.world_size)
-    threads = ThreadAdapter(device, config.num_threads, dist.world_size)
     unread: list[Callable[[], list[float]]] = []  # results of started steps, not read yet
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
+        threads = ThreadAdapter(device, config.num_threads, dist.world_size, logger.print)
         logger.print(banner(config, state, dataset, model, device, folder))
         find_best(config, state, dataset, device, dist)
         while True:
             evaluation = None  # validation loss and bits per byte, if evaluated at this step
             if should_evaluate(state, config):
-                evaluation = evaluate(wrapped_model, dataset, config, device, dist, shutdown)
+                evaluation = evaluate(
+                    wrapped_model, dataset, config, device, dist, shutdown, threads
+                )
                 if evaluation is None:  # a signal interrupted it; resuming repeats it
                     logger.log_row()
                 else:
@@ -141,8 +143,7 @@ def train(
             metrics = read_metrics(unread, config, state, scaler, device, dist, shutdown)
             state.seconds += time.perf_counter() - start_time
             logger.log_steps(metrics)
-            if message := threads.after_step():  # other programs need the CPU, too
-                logger.print(message)
+            threads.after_step()  # fewer threads while other programs need the CPU
             if state.step % config.log_interval == 0 and not should_evaluate(state, config):
                 logger.log_row()
             if config.snapshot_interval and state.step % config.snapshot_interval == 0:
@@ -329,6 +330,7 @@ def evaluate(
     device: ComputeDevice,
     dist: Distributed,
     shutdown: GracefulShutdown | None = None,
+    threads: ThreadAdapter | None = None,
 ) -> tuple[float, float] | None:
     """Validation loss in nats per token, and in bits per byte; None if a signal interrupts it.
 
@@ -350,6 +352,8 @@ def evaluate(
         n_bytes += int(byte_lengths[valid_targets].sum())
         with device.autocast():
             losses.append(model(*device.to_device(inputs, targets)))
+        if threads is not None:
+            threads.after_step()
     model.train()
     if shutdown is not None and shutdown.sync():
         return None
@@ -434,7 +438,10 @@ def evaluate_only(
     wrapped_model = wrap_model(model, config, device, dist)
     if dist.is_main:
         print(banner(config, state, dataset, model, device, folder), flush=True)
-    val_loss, bits_per_byte = evaluate(wrapped_model, dataset, config, device, dist)
+    threads = ThreadAdapter(device, config.num_threads, dist.world_size, print)
+    val_loss, bits_per_byte = evaluate(
+        wrapped_model, dataset, config, device, dist, threads=threads
+    )
     if dist.is_main:
         perplexity = torch.tensor(val_loss).exp()  # as unsure as between so many equal choices
         print(

@@ -1,8 +1,8 @@
-"""Character-level Shakespeare in 7 to 15 seconds on two CPU cores, for demonstrations.
+"""Character-level Shakespeare in 8 to 25 seconds on two CPU cores, for demonstrations.
 
     python train.py config/shakespeare_quick.py
 
-Reaches a lower loss than nanoGPT's config for a CPU, in a sixth of the time. The small model and
+Reaches a lower loss than nanoGPT's config for a CPU, in a seventh of the time. The small model and
 the short context allow many steps per second, and early in training the number of steps matters
 most.
 """

@@ -285,7 +285,8 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
         if tokens.lengths.max() <= block_size:
             raise FolioError(
                 f"{tokens.name}: only {int(tokens.lengths.max()):,} tokens, but a window needs "
-                f"block_size + 1 = {block_size + 1:,}; use more text or a smaller --block_size"
+                f"block_size + 1 = {block_size + 1:,}; use more text, or try "
+                f"--block_size={max(int(tokens.lengths.max()) - 1, 1)}"
             )
     if folder_id(folder) != before:  # the files may be of two datasets
         raise FolioError(f"{folder}: was replaced while it was opened; start again")
@@ -303,6 +304,8 @@ def folder_id(folder: Path) -> tuple[int, int] | None:
 
 def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenizer:
     """The dataset's own tokenizer or, in a folder without tokenizer.json, the given one."""
+    if not name:
+        raise FolioError("--dataset is empty; give the name of a folder in data/")
     try:
         files = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):

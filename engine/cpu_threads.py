@@ -1,20 +1,21 @@
 """Use fewer CPU threads while other programs compete for the cores.
 
-    thread_adapter = ThreadAdapter(device)
+    threads = ThreadAdapter(device, report=print)
     for batch in batches:
         train_step(...)
-        if message := thread_adapter.after_step():
-            print(message)
+        threads.after_step()
 
 torch's threads wait for one another after each operation, and keep their cores busy while they
 wait. If one thread shares its core with another program, all threads wait for it, in every
 operation: the program becomes many times slower. With one thread fewer it is much faster.
-train.py calls after_step() after each training step, sample.py after each piece of text.
+train.py calls after_step() after each training step and each batch of an evaluation, sample.py
+after each piece of text.
 """
 
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from engine.device import ComputeDevice
 class ThreadAdapter:
     """Changes torch's number of threads when other programs start or stop to use the cores.
 
-    Call after_step() after each training step, and print the line that it returns, if any.
+    Call after_step() after each training step.
 
     The number of threads changes the order of sums, and so the last digits of all numbers. Runs
     are equal bit by bit only if nothing was adapted. Nothing is if num_threads is not 0, if
@@ -36,7 +37,14 @@ class ThreadAdapter:
     WINDOW_SECONDS = 0.5  # the CPU usage is measured in windows of at least this length
     REDUCE_AFTER, RESTORE_AFTER = 2, 20  # so many windows in a row must agree
 
-    def __init__(self, device: ComputeDevice, num_threads: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        device: ComputeDevice,
+        num_threads: int = 0,
+        world_size: int = 1,
+        report: Callable[[str], None] = lambda message: None,
+    ):
+        self.report = report  # gets the line that says so when the number of threads changes
         self.max_threads = torch.get_num_threads()
         is_fixed = num_threads or is_num_threads_set()
         is_cpu = device.torch_device.type == "cpu" and not device.compile
@@ -62,12 +70,14 @@ class ThreadAdapter:
         if self.n_windows < (self.REDUCE_AFTER if new < threads else self.RESTORE_AFTER):
             return ""
         torch.set_num_threads(new)
-        if new == self.max_threads:
-            return f"threads  {new} again: other programs leave the CPU free"
-        return (
+        message = (
             f"threads  {new} instead of {self.max_threads}: other programs use the CPU "
             f"(--num_threads={self.max_threads} keeps {self.max_threads})"
         )
+        if new == self.max_threads:
+            message = f"threads  {new} again: other programs leave the CPU free"
+        self.report(message)
+        return message
 
 
 def use_one_thread() -> None:

@@ -3,9 +3,12 @@
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
+import shutil
 import sys
+import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -484,7 +487,7 @@ def summary(config: TrainConfig, state: TrainState, folder: str | Path) -> str:
     ]
     if (folder / PLOT_FILE).exists():
         lines.append(f"curve    {relative_path(folder / PLOT_FILE)}")
-    if (folder / WEIGHTS_FILE).exists():
+    if (folder / WEIGHTS_FILE).exists() and state.best_step >= 0:  # not random weights
         lines.append(f"next     {sample_command(folder)}")
     if state.step < config.max_iters:
         lines.append("or       the same command with --init_from=resume, to continue")
@@ -531,7 +534,9 @@ def labeled(label: str, text: str) -> str:
 
 def indented(text: str) -> str:
     """The lines of a text, indented by 4 columns and wrapped at the width of the terminal."""
-    return "\n".join(wrap(f"    {line}", indent=4) for line in text.splitlines())
+    width = shutil.get_terminal_size().columns - 4
+    lines = [textwrap.wrap(line, width) or [""] for line in text.splitlines()]
+    return textwrap.indent("\n".join(itertools.chain(*lines)), "    ")
 
 
 def relative_path(path: str | Path) -> Path:

@@ -95,8 +95,8 @@ def step_if_finite(
         scaler.step(optimizer)
     elif is_finite.device.type in ("cuda", "meta"):  # meta: tests/test_device_placement.py
         step_unless(optimizer, ~is_finite)
-    elif is_finite:  # Apple GPUs: torch's fused AdamW ignores found_inf there
-        optimizer.step()
+    elif is_finite:
+        optimizer.step()  # also on Apple GPUs, where torch's fused AdamW ignores found_inf
 
 
 def step_unless(optimizer: "torch.optim.Optimizer | CombinedOptimizer", skip: torch.Tensor) -> None:

@@ -80,13 +80,27 @@ def saved_weights() -> list[Path]:
 
 
 def newest_run() -> Path:
-    """The folder under out/ whose weights were saved last. Raises FolioError if there is none."""
-    if paths := saved_weights():
-        return paths[-1].parent
+    """The folder under out/ whose weights were saved last. Raises FolioError if there is none.
+
+    A run that was stopped before its weights were evaluated counts only if there is no other run.
+    """
+    folders = [path.parent for path in saved_weights()]
+    if evaluated := [folder for folder in folders if not is_unevaluated(folder)]:
+        return evaluated[-1]
+    if folders:
+        return folders[-1]
     raise FolioError(
         f"no trained model in {REPO_ROOT / 'out'}; train one: "
         "python train.py config/shakespeare_char.py"
     )
+
+
+def is_unevaluated(folder: Path) -> bool:
+    """Whether a run saved its weights without an evaluation, because it was stopped too early."""
+    with contextlib.suppress(FolioError):
+        metadata = weights_metadata(folder)
+        return "step" in metadata and "val_loss" not in metadata
+    return False
 
 
 def describe_run(folder: str | Path) -> str:
@@ -102,7 +116,7 @@ def describe_run(folder: str | Path) -> str:
         description += f", step {step:,}"
         if settings is not None:
             description += f" of {settings['max_iters']:,}"
-            last_step = max((row["step"] for row in read_log(folder / LOG_FILE)), default=step)
+            last_step = max(step, *(row["step"] for row in read_log(folder / LOG_FILE)), 0)
             if last_step < settings["max_iters"]:
                 description += f" (stopped after step {last_step:,})"
         description += f", validation loss {float(val_loss):.4f}" if val_loss else ", not evaluated"

@@ -163,7 +163,7 @@ def train_with_phases(phase: Phase, flags: tuple[str, ...]) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(step + 1)
-        return torch.tensor([1.0, 1.0, shutdown.local_exit_status() > 0])
+        return lambda: [1.0, 1.0, shutdown.local_exit_status() > 0]
 
     def evaluate(model, *args):
         step = round(next(model.parameters()).flatten()[0].item())

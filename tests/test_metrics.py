@@ -429,7 +429,8 @@ def run_folders(tmp_path, monkeypatch) -> Path:
 
 
 def next_command(folder: Path) -> str:
-    lines = summary(TrainConfig(), TrainState(step=2000), folder).splitlines()
+    state = TrainState(step=2000, best_step=2000)
+    lines = summary(TrainConfig(), state, folder).splitlines()
     return next(line for line in lines if line.startswith("next"))
 
 
@@ -437,6 +438,11 @@ def test_the_next_command_samples_from_this_run(run_folders):
     """sample.py uses the newest run by default."""
     assert next_command(run_folders / "newer") == "next     python sample.py"
     assert next_command(run_folders / "older") == "next     python sample.py --out_dir=out/older"
+
+
+def test_weights_that_were_not_evaluated_are_not_offered_for_sampling(run_folders):
+    text = summary(TrainConfig(), TrainState(step=3), run_folders / "newer")
+    assert "sample.py" not in text and "--init_from=resume" in text
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its shells quote in another way")

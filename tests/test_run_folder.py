@@ -193,3 +193,13 @@ def test_a_run_killed_before_it_saved_its_settings_does_not_block_the_folder(tmp
     (tmp_path / f".{SETTINGS_FILE}.tmp").write_text("{")
     prepare_out_dir(tmp_path, resume=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_newest_run_has_evaluated_weights_if_there_are_any(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.run_folder.REPO_ROOT", tmp_path)
+    model = random_model()
+    save_model(model, tmp_path / "out" / "stopped", step=3)
+    assert newest_run() == tmp_path / "out" / "stopped"
+    save_model(model, tmp_path / "out" / "finished", step=9, val_loss=1.5)
+    os.utime(tmp_path / "out" / "finished" / "model.safetensors", (1e9, 1e9))  # older
+    assert newest_run() == tmp_path / "out" / "finished"

@@ -880,6 +880,14 @@ def test_a_slow_checkpoint_says_what_it_costs(tiny_flags, run_train, monkeypatch
     assert "checkpoint of 0.0 GB written in 2.0 s" in run_train(*tiny_flags)
 
 
+def test_the_threads_adapt_during_an_evaluation(tiny_flags):
+    run, calls = start_training(*tiny_flags), []
+    threads = SimpleNamespace(after_step=lambda: calls.append(1))
+    parts = (run.model, run.dataset, run.config, run.device, run.dist)
+    train.evaluate(*parts, threads=threads)
+    assert len(calls) == 64 / (4 * 8)  # eval_tokens / (batch_size * block_size)
+
+
 def test_samples_can_be_rarer_than_evaluations(tiny_flags, run_train, monkeypatch):
     shown, show = [], train.InferenceModel
     monkeypatch.setattr(train, "InferenceModel", lambda *args: shown.append(1) or show(*args))
