@@ -212,7 +212,7 @@ def print_samples(
             for piece in pieces:
                 print(piece, end="", flush=True)
                 if threads:
-                    threads.after_step()  # what it says would stand in the middle of the text
+                    threads.after_step()  # its message would interrupt the text
         print()
     except BrokenPipeError:  # its reader has seen enough: python sample.py | head
         raise

@@ -1,6 +1,6 @@
 """Tokenizers, datasets and their preparation. Each folder in here is a prepared dataset.
 
-Every program imports this package before torch, so here it learns whether torch is installed.
+Every program imports this package before torch, so it prints the message for a missing torch.
 """
 
 try:

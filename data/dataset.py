@@ -294,7 +294,7 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
 
 
 def folder_id(folder: Path) -> tuple[int, int] | None:
-    """Another folder of this name has another id; None if there is none."""
+    """Identifies a folder: a new folder of this name has another id. None if there is no folder."""
     try:
         status = folder.stat()
         return status.st_dev, status.st_ino

@@ -81,7 +81,7 @@ class ThreadAdapter:
 
 
 def use_one_thread() -> None:
-    """For work that more threads do not make faster. Respects a number that the user has set."""
+    """Use one CPU thread, unless OMP_NUM_THREADS or MKL_NUM_THREADS is set."""
     if not is_num_threads_set():
         torch.set_num_threads(1)
 

@@ -120,7 +120,7 @@ class Distributed:
         If fn raises, or exits, in the main process, the other processes exit silently.
         """
         results = []
-        self.broadcast_from_main(lambda: results.append(fn()))
+        self.broadcast_from_main(lambda: results.append(fn()))  # fn's result is not sent
         return results[0] if self.is_main else None
 
     def main_process_first(self, fn: Callable[[], T]) -> T:
@@ -132,10 +132,10 @@ class Distributed:
         return result if self.is_main else fn()
 
     def broadcast_tensors(self, nested: Any, device: torch.device) -> Any:
-        """The main process's dicts and lists of tensors and numbers, with all tensors on `device`.
+        """Send nested dicts and lists from the main process to all processes.
 
-        The other processes pass None. Each tensor is sent by itself, from device to device, so no
-        process needs memory for a second copy.
+        Returns them with all tensors on `device`. The other processes pass None. Each tensor is
+        sent by itself, from device to device, so no process needs memory for a second copy.
         """
         if self.world_size == 1:
             return map_tensors(nested, lambda tensor: tensor.to(device))

@@ -144,7 +144,7 @@ class MetricsLogger:
             self.bar.update(self.state.step - self.bar.n)
 
     def log_checkpoint(self, seconds: float) -> None:
-        """Say what writing resume.pt has cost, if it took longer than a second."""
+        """Print the size of resume.pt and the seconds it took, if more than one."""
         if seconds > 1:
             size = (self.folder / CHECKPOINT_FILE).stat().st_size
             self.print(f"    checkpoint of {size / 1e9:.1f} GB written in {seconds:.1f} s")

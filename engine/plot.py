@@ -72,7 +72,7 @@ def read_run(folder: str | Path) -> LoggedRun:
 def comparison_table(runs: dict[str, LoggedRun], width: int) -> str:
     """A column for each run; a row for each setting that differs, then for each result.
 
-    Runs for which a table of this width has no place are in another table below.
+    Runs that do not fit into `width` columns follow in another table.
     """
     lines = [["", *runs]]
     settings = [run.settings for run in runs.values()]

@@ -167,7 +167,7 @@ def build_model(
     """The model on its device: with new weights, or with the weights of the model to finetune.
 
     Only the main process makes or reads weights; wrap_model() sends them to the other processes,
-    whose parameters have no values before that. When resuming, restore() loads the saved weights.
+    whose parameters are uninitialized until then. When resuming, restore() loads the saved weights.
     dist: None means one process.
     Raises FolioError if the model to start from has another tokenizer.
     """
@@ -180,7 +180,7 @@ def build_model(
 
 
 def empty_model(model_config: GPTConfig, device: ComputeDevice) -> GPT:
-    """A model whose parameters have no values yet. Takes no time, and memory on the device only."""
+    """A model with uninitialized parameters. Fast; allocates memory on the device only."""
     with torch.device("meta"):
         model = GPT(model_config)
     return model.to_empty(device=device.torch_device)
