@@ -114,7 +114,7 @@ def train(
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         threads = ThreadAdapter(device, config.num_threads, dist.world_size, logger.print)
         logger.print(banner(config, state, dataset, model, device, folder))
-        find_best(config, state, dataset, device, dist)
+        find_best(config, state, dataset, device, dist, shutdown, threads)
         while True:
             evaluation = None  # validation loss and bits per byte, if evaluated at this step
             if should_evaluate(state, config):
@@ -404,12 +404,14 @@ def find_best(
     dataset: Dataset,
     device: ComputeDevice,
     dist: Distributed,
+    shutdown: GracefulShutdown,
+    threads: ThreadAdapter,
 ) -> None:
     """After resuming: let the state describe the best weights that are in the run folder.
 
     If the run was killed between saving these weights and its checkpoint, they are newer than the
     checkpoint. If eval_tokens has changed, they are evaluated again: losses on different windows
-    cannot be compared.
+    cannot be compared. If a signal interrupts this evaluation, the next resuming repeats it.
     """
     folder = resolve_out_dir(config.out_dir)
     saved = dist.broadcast_from_main(lambda: weights_metadata(folder))
@@ -418,11 +420,13 @@ def find_best(
         return
     state.best_val_loss, state.best_step = float(saved["val_loss"]), int(saved["step"])
     eval_tokens = int(saved.get("eval_tokens", state.best_eval_tokens))
-    state.best_eval_tokens = config.eval_tokens
+    state.best_eval_tokens = eval_tokens
     if eval_tokens != config.eval_tokens:
         best_model = load_model(folder, vocab_size=dataset.tokenizer.vocab_size)
         best_model.to(device.torch_device, device.param_dtype)
-        state.best_val_loss, _ = evaluate(best_model, dataset, config, device, dist)
+        evaluation = evaluate(best_model, dataset, config, device, dist, shutdown, threads)
+        if evaluation is not None:
+            state.best_val_loss, state.best_eval_tokens = evaluation[0], config.eval_tokens
 
 
 def evaluate_only(

@@ -9,6 +9,7 @@ a JSON object that holds one document. Files are read in pieces, however large t
 """
 
 import codecs
+import filecmp
 import json
 import os
 import re
@@ -71,18 +72,21 @@ def find_files(inputs: Iterable[str | Path], tmp_dir: str | Path) -> list[Path]:
 def files_of_input(path: Path, tmp_dir: Path) -> list[Path]:
     if path.is_dir():
         return text_files_in(path)
-    if path.is_file():
-        if command := conversion_command(path):
-            raise FolioError(f"{path}: not a text file; convert it first: {command}")
-        if not is_text(path):
-            raise FolioError(f"{path}: contains NUL bytes, so it is not UTF-8 text")
-        return [path]
     if not path.exists():
         raise FolioError(f"{path}: no such file or folder")
+    if command := conversion_command(path):
+        raise FolioError(f"{path}: not a text file; convert it first: {command}")
+    file = path if path.is_file() else copy_pipe(path, tmp_dir)
+    if not is_text(file):
+        raise FolioError(f"{path}: contains NUL bytes, so it is not UTF-8 text")
+    return [file]
+
+
+def copy_pipe(path: Path, tmp_dir: Path) -> Path:
     copy = tmp_dir / f"{len(list(tmp_dir.iterdir()))}{path.suffix}"
     with open(path, "rb") as pipe, open(copy, "wb") as file:
         shutil.copyfileobj(pipe, file)
-    return [copy]
+    return copy
 
 
 def text_files_in(folder: Path) -> list[Path]:
@@ -116,6 +120,18 @@ def file_id(path: Path) -> tuple[int, int]:
     """Equal for two paths of the same file, such as a file and a link to it."""
     status = path.stat()
     return status.st_dev, status.st_ino
+
+
+def find_copies(files: Iterable[Path], originals: Iterable[Path]) -> list[Path]:
+    """The files that have the content of one of `originals`. Empty files do not count."""
+    by_size: dict[int, list[Path]] = {}
+    for original in originals:
+        by_size.setdefault(original.stat().st_size, []).append(original)
+    by_size.pop(0, None)
+    return [
+        file for file in files for original in by_size.get(file.stat().st_size, ())
+        if filecmp.cmp(file, original, shallow=False)
+    ]  # fmt: skip
 
 
 def conversion_command(path: Path) -> str:
@@ -158,8 +174,9 @@ def is_jsonl(path: Path) -> bool:
     if path.suffix:
         return path.suffix.lower() in JSONL_SUFFIXES
     with explain_os_error(path, "cannot read"), open(path, "rb") as file:
+        first_line = next(filter(bytes.strip, file), b"")
         try:
-            return isinstance(json.loads(file.readline(PIECE_BYTES)), dict)
+            return isinstance(json.loads(first_line), dict)
         except (ValueError, RecursionError):
             return False
 

@@ -116,14 +116,17 @@ def split_text(text: str, val_fraction: float = 0.1) -> dict[str, list[str]]:
 
 
 def dataset_folder(name: str) -> Path:
-    """data/NAME. FolioError if NAME is missing or is not the name of one folder."""
+    """data/NAME, or the folder to which this name is a link.
+
+    Raises FolioError if NAME is missing or is not the name of one folder.
+    """
     if not name:
         raise FolioError("--dataset=NAME is missing: the folder under data/ for the new dataset")
     if name.startswith(".") or Path(name).name != name or user_path(name).name != name:
         raise FolioError(
             f"--dataset={name}: must be the name of one folder under {dataset_module.DATA_DIR}"
         )
-    return dataset_module.DATA_DIR / name
+    return (dataset_module.DATA_DIR / name).resolve()
 
 
 def dataset_lock(folder: str | Path) -> AbstractContextManager[None]:
@@ -166,6 +169,7 @@ def write_dataset(
             # The SHA-256 of the tokens identifies a text whose own SHA-256 is not given.
             meta = {"sha256": sha256.hexdigest(), **source_meta, **counts, "dtype": dtype.name}
             meta["vocab_size"] = tokenizer.vocab_size
+            meta["tokenizer_sha256"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
             save_tokenizer(tokenizer, tmp_dir)
             write_json(tmp_dir / "meta.json", meta)
             replace_dataset(tmp_dir, folder, meta)

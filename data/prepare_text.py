@@ -27,8 +27,8 @@ from typing import Annotated, Any
 from tqdm import tqdm
 
 from configurator import FolioError, PositiveInt, Range, parse_inputs, run_main
-from data.documents import file_id, find_files, read_documents
-from data.files import join_names, user_path
+from data.documents import find_copies, find_files, read_documents
+from data.files import explain_os_error, join_names, user_path
 from data.hub import is_hub_name
 from data.prepare import (
     REPO_ROOT,
@@ -149,8 +149,9 @@ def open_corpus(inputs: list[Path], config: PrepareTextConfig, tmp_dir: Path) ->
     """Find and measure all documents. FolioError if there is no text."""
     files = find_files(inputs, tmp_dir)
     val_files = find_files([config.val], tmp_dir) if config.val else []
-    if {*map(file_id, files)} & {*map(file_id, val_files)}:
-        raise FolioError(f"--val={config.val}: this text is also given for training")
+    with explain_os_error(config.val, "cannot read"):
+        if copies := find_copies(val_files, files):
+            raise FolioError(f"--val={config.val}: {copies[0]} is also given for training")
     separator = config.document_separator
     for escaped, character in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
         separator = separator.replace(escaped, character)

@@ -11,7 +11,7 @@ from typing import Any
 
 from configurator import FolioError
 from data.download import DownloadError, download
-from data.documents import JSONL_SUFFIXES, conversion_command, is_text
+from data.documents import JSONL_SUFFIXES, conversion_command
 from data.files import atomic_write, explain_os_error, file_lock, shell_command
 from data.prepare import (
     TOKENIZER_TYPES,
@@ -56,8 +56,6 @@ def refuse_other_formats(path: Path) -> None:
     """Raises FolioError for tables and archives, whose braces and commas would become the text."""
     if path.suffix.lower() in JSONL_SUFFIXES or conversion_command(path):
         raise FolioError(f"{path}: not a text file; use `python -m data.prepare_text`")
-    if path.is_file() and not is_text(path):
-        raise FolioError(f"{path}: contains NUL bytes, so it is not UTF-8 text")
 
 
 def ensure_shakespeare(dataset: str) -> None:
@@ -81,6 +79,8 @@ def write_shakespeare(
     """prepare_shakespeare() for a process that holds the dataset's lock."""
     if input_file:
         text, source_meta = read_text(input_file), {"source": str(Path(input_file).resolve())}
+        if "\0" in text:
+            raise FolioError(f"{input_file}: contains NUL bytes, so it is not UTF-8 text")
     else:
         text, source_meta = load_shakespeare()
     raw = text.encode()

@@ -52,7 +52,8 @@ def main() -> None:
     print(comparison_table(runs, shutil.get_terminal_size().columns))
     picture = user_path(config.picture)
     picture.parent.mkdir(parents=True, exist_ok=True)
-    plot_losses({name: run.rows for name, run in runs.items()}, picture, x=config.x)
+    title = "validation loss (training loss: pale)" if len(runs) > 1 else names[0]
+    plot_losses({name: run.rows for name, run in runs.items()}, picture, title, config.x)
     print(f"\nplotted {picture}")
 
 
@@ -172,16 +173,15 @@ def plot_run(axes: Any, name: str, rows: list[LogRow], x: XAxis, color: str) -> 
 
 
 def loss_range(logs: list[list[LogRow]]) -> tuple[float, float]:
-    """The range of the vertical axis: all losses from the first evaluation after step 0 on.
+    """The range of the vertical axis: all losses after the first fifth of each run, or after its
+    first evaluation if that is earlier.
 
     Earlier losses fall so fast that later losses would have a narrow strip of the picture.
     """
     losses = []
     for rows in logs:
-        steps = [row["step"] for row in evaluations(rows) if row["step"] > 0]
-        start = steps[0] if len(steps) > 1 else 1
-        if all(row["step"] == 0 for row in rows):
-            start = 0
+        evaluated = [row["step"] for row in evaluations(rows) if row["step"] > 0]
+        start = min([rows[-1]["step"] / 5, *evaluated])
         late = [row for row in rows if row["step"] >= start]
         losses += [row[name] for row in late for name in ("train_loss", "val_loss")]
     losses = [loss for loss in losses if loss is not None and math.isfinite(loss)] or [0.0]

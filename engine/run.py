@@ -244,15 +244,18 @@ def wrap_model(
 
 
 def make_room(folder: Path, config: TrainConfig) -> None:
-    """Move an older run in this folder aside, unless it is resumed or its weights are the start.
+    """Move an older run here aside, unless it is resumed or has the weights to start with.
 
     This comes before the model is built and training starts: if they fail, a restarted job finds
     no older run that it would resume.
     """
     if config.init_from == "resume" or config.eval_only:
         return
-    if config.init_from == "scratch" or resolve_model_dir(config.init_from) != folder:
-        move_old_run_aside(folder)
+    if config.init_from != "scratch":
+        source = resolve_model_dir(config.init_from)
+        if folder in (source, *source.parents):  # start_run_folder() moves it when it has been read
+            return
+    move_old_run_aside(folder)
 
 
 def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> None:

@@ -75,10 +75,11 @@ def test_a_pipe_of_json_lines_is_read_as_lines(tmp_path):
     """In the shell: zcat chat.jsonl.gz | python -m data.prepare_text /dev/stdin"""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "copies").mkdir()
-    lines = '{"text": "one"}\n{"text": "two"}\n'
+    long_text = "word " * 250_000  # longer than what is read at a time
+    lines = f'\n{{"text": "{long_text}"}}\n{{"text": "two"}}\n'
     writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(lines,))
     writer.start()
-    assert texts_in(tmp_path / "pipe", tmp_dir=tmp_path / "copies") == ["one", "two"]
+    assert texts_in(tmp_path / "pipe", tmp_dir=tmp_path / "copies") == [long_text, "two"]
     writer.join()
     (tmp_path / "verse").write_text("[1] a verse\n")  # no JSON
     assert texts_in(tmp_path / "verse") == ["[1] a verse\n"]
@@ -94,6 +95,18 @@ def test_a_pipe_is_read_once_into_a_file(tmp_path):
     writer.join()
     for _ in range(2):
         assert ["".join(document) for document in read_documents(files)] == ["from a pipe"]
+
+
+@posix_only
+def test_a_pipe_of_binary_data_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "copies").mkdir()
+    data = "To be".encode("utf-16")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
+    writer.start()
+    with pytest.raises(FolioError, match="pipe: contains NUL bytes"):
+        find_files([tmp_path / "pipe"], tmp_path / "copies")
+    writer.join()
 
 
 def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configurator import FolioError
+from data import dataset as dataset_module
 from data import prepare
 from data.dataset import open_dataset
 from data.prepare import (
@@ -23,6 +24,7 @@ from data.prepare import (
     write_dataset,
 )
 from data.tokenizer import CharTokenizer
+from tests.test_documents import posix_only
 from tests.test_tokenizer import toy_bpe
 
 LINE = "to be or not to be\n"
@@ -127,6 +129,26 @@ def test_the_same_text_replaces_its_dataset_and_another_text_renames_it(tmp_path
     prepared(folder, "that is the question\n" * 9)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "mine.1"]
     assert "renamed the existing dataset to" in capsys.readouterr().out
+
+
+def test_equal_ids_of_another_vocabulary_are_another_dataset(tmp_path):
+    for text in (LINE, LINE.upper()):
+        splits = {"train": [text * 9], "val": [text]}
+        write_dataset(tmp_path / "mine", CharTokenizer.from_text(text), splits, {})
+    assert "t" in (tmp_path / "mine.1" / "tokenizer.json").read_text()
+    ids = [(tmp_path / name / "train.bin").read_bytes() for name in ("mine", "mine.1")]
+    assert ids[0] == ids[1]
+
+
+@posix_only
+def test_a_dataset_may_be_a_link_to_a_folder_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module, "DATA_DIR", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").symlink_to(tmp_path / "disk" / "mine")
+    for text in (LINE, LINE.upper()):
+        prepared(dataset_folder("mine"), text * 9)
+    assert (tmp_path / "data" / "mine").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["mine", "mine.1"]
 
 
 def test_other_files_in_the_folder_of_a_dataset_are_never_deleted(tmp_path, capsys):

@@ -105,6 +105,9 @@ def test_a_validation_file_can_be_given(prepare, tmp_path):
     assert prepared_texts("mine") == {"train": "abc" * 10, "val": "xyz" * 10}
     result = prepare(tmp_path / "train.txt", f"--val={tmp_path}", "--dataset=mine")
     assert_one_line_error(result, "--val=", "also given for training")
+    (tmp_path / "copy.txt").write_text("abc" * 10)
+    result = prepare(tmp_path / "train.txt", f"--val={tmp_path / 'copy.txt'}", "--dataset=mine")
+    assert_one_line_error(result, "copy.txt is also given for training")
 
 
 def test_documents_in_one_file_are_separated(prepare, tmp_path):

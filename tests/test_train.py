@@ -604,6 +604,17 @@ def test_finetuning_uses_the_architecture_of_the_weights(
     assert (tuned.n_embd, tuned.block_size) == (16, 4)
 
 
+def test_finetuning_may_start_from_a_snapshot_inside_the_folder_of_the_new_run(
+    tiny_flags, tmp_path, run_train
+):
+    run_train(*tiny_flags, "--snapshot_interval=4")
+    start_weights = tmp_path / "run" / "step_000004"
+    output = run_train(*tiny_flags, f"--init_from={start_weights}", "--max_iters=0")
+    assert "the previous run is now in" in output
+    old, new = load_model(tmp_path / "run.1" / "step_000004"), load_model(tmp_path / "run")
+    assert torch.equal(old.transformer.wte.weight, new.transformer.wte.weight)
+
+
 def test_finetuning_refuses_a_dataset_with_another_tokenizer(tiny_flags, tmp_path, run_train, call):
     run_train(*tiny_flags)
     text = "".join(map(chr, range(40, 64))) * 20  # as many characters, but others
@@ -699,6 +710,21 @@ def test_a_signal_interrupts_a_long_evaluation_and_resuming_repeats_it(
     run_train(*flags, "--init_from=resume")
     assert_same_state(load_checkpoint(reference), load_checkpoint(tmp_path / "run"))
     assert without_times(read_log(reference)) == without_times(read_log(tmp_path / "run"))
+
+
+def test_a_signal_interrupts_the_evaluation_of_the_best_weights_after_resuming(
+    tiny_flags, tmp_path, run_train
+):
+    folder = tmp_path / "run"
+    run_train(*tiny_flags, "--max_iters=4")
+    before = load_checkpoint(folder)["train_state"]
+    flags = [*tiny_flags, "--init_from=resume", "--max_iters=8", "--eval_tokens=128"]
+    stopped = start((train_with_sigterm_in_evaluation, (1, flags), {})).wait()
+    assert stopped.exit_codes == [143], stopped.stderr
+    assert load_checkpoint(folder)["train_state"] == before
+    output = run_train(*flags)  # measures the best weights again
+    assert "8 of 8 steps" in output
+    assert load_checkpoint(folder)["train_state"]["best_eval_tokens"] == 128
 
 
 def train_with_sigterm_in_evaluation(number: int, flags: list[str]) -> None:
