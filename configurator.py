@@ -189,6 +189,7 @@ def settings_of(cls: type) -> dict[str, Setting]:
             section = heading[1]
         if field := re.match(r"    (\w+):", line):
             name = field[1]
+        # The first comment in the line of a field, or in a line after it, is the help text.
         if (comment := re.search(r"  # (.*)$", line)) and name not in documentation:
             documentation[name] = comment[1], section
     settings = {}
@@ -261,6 +262,7 @@ def parse_command_line(
         elif name in settings and not equals:  # the value may be the next argument
             follows = bool(args) and not args[0].startswith("--")
             choices = settings[name].choices
+            # --bias alone means True; --bias False takes the next argument, if it is a valid value.
             if True in choices and not (follows and settings[name].parse(args[0]) in choices):
                 value = "True"
             elif follows:
@@ -416,7 +418,7 @@ def evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
     Raises ValueError for anything else: calls, imports, attributes, subscripts, powers, ...
     """
     match node:
-        case ast.Constant(value=bool() | str() | int() | float() as value):
+        case ast.Constant(value=bool() | str() | int() | float() as value):  # one of these types
             return value
         case ast.Name(id=name):
             if name not in names:

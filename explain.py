@@ -20,24 +20,22 @@ from typing import Any
 
 from data.files import atomic_write, user_path  # first: it says if torch is missing
 import numpy as np
-import safetensors
 import torch
 from torch.nn.functional import cross_entropy
 
-from configurator import FolioError, PositiveInt, configure, run_main
+from configurator import ROOT, FolioError, PositiveInt, configure, run_main
 from data.dataset import DATA_DIR, open_dataset
 from data.prepare import read_text
 from data.tokenizer import CharTokenizer, Tokenizer
 from engine.checkpoint import load_model, load_model_and_tokenizer
 from engine.hf_format import WEIGHTS_FILE
-from engine.inference import sampling_probs
 from engine.log_file import LOG_FILE, read_log
 from engine.run_folder import (
-    REPO_ROOT, SETTINGS_FILE, newest_run, read_run_settings, resolve_model_dir, shown_path,
+    SETTINGS_FILE, newest_run, read_run_settings, resolve_model_dir, shown_path, weights_metadata,
 )  # fmt: skip
 from model import GPT, attention_weights
 
-PAGE = REPO_ROOT / "engine" / "page"
+PAGE = ROOT / "engine" / "page"
 MAX_TOKENS = 256  # a page of this length is still readable
 MAX_SNAPSHOTS = 7  # checkpoints of the training slider, beside the best weights
 MAX_SCORES = 400_000  # q · k of all checkpoints: fewer snapshots of a long text; about 2 MB
@@ -67,15 +65,12 @@ def main() -> None:
     ids = choose_tokens(config, folder, tokenizer, model.config.block_size)
     scores_of_one = model.config.n_layer * model.config.n_head * len(ids) * (len(ids) + 1) // 2
     max_snapshots = min(max(MAX_SCORES // scores_of_one - 1, 1), MAX_SNAPSHOTS)
-    checkpoints, run = [], run_of(folder)
-    for step, path in choose_checkpoints(folder, max_snapshots).items():
-        label = checkpoint_label(step, run, is_best=path == run)
+    checkpoints = []
+    for path in choose_checkpoints(folder, max_snapshots):
+        label = checkpoint_label(path)
         print(f"computing {label or title}")
-        if path != folder:
-            explained = explain(load_model(path, vocab_size=tokenizer.vocab_size), ids)
-        else:
-            explained = explain(model, ids)
-        checkpoints.append({"label": label, "selected": path == folder, **explained})
+        snapshot = load_model(path, vocab_size=tokenizer.vocab_size) if path != folder else model
+        checkpoints.append({"label": label, "selected": path == folder, **explain(snapshot, ids)})
     data = {
         "title": title,
         "token": "one character" if isinstance(tokenizer, CharTokenizer) else "a piece of text",
@@ -133,8 +128,8 @@ def run_of(folder: Path) -> Path:
     return folder.parent if folder.name.startswith("step_") else folder
 
 
-def choose_checkpoints(folder: Path, max_snapshots: int) -> dict[int, Path]:
-    """Step -> folder, in the order of training: the best weights (the run folder) and snapshots.
+def choose_checkpoints(folder: Path, max_snapshots: int) -> list[Path]:
+    """Folders in the order of training: the best weights (the run folder) and snapshots.
 
     If there are too many snapshots (step_* folders), some of them at equal distances.
     """
@@ -146,28 +141,27 @@ def choose_checkpoints(folder: Path, max_snapshots: int) -> dict[int, Path]:
         print(f"the page shows {max_snapshots} of {len(steps)} snapshots, to keep it small")
         steps = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, max_snapshots)]
     chosen = {best_step: folder} | {step: snapshots[step] for step in steps}
-    return dict(sorted(chosen.items()))
+    return [chosen[step] for step in sorted(chosen)]
 
 
 def saved_step(folder: Path) -> int:
     """The step after which these weights of a run were saved; -1 if the file does not say it."""
-    try:
-        with safetensors.safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            return int((file.metadata() or {})["step"])
-    except (OSError, KeyError, ValueError, safetensors.SafetensorError):
-        return -1
+    step = weights_metadata(folder).get("step", "")
+    return int(step) if step.isdecimal() else -1
 
 
-def checkpoint_label(step: int, run: Path, is_best: bool) -> str:
+def checkpoint_label(folder: Path) -> str:
     """'step 500 of 2,000, validation loss 1.8721'; empty if the weights are not from a run."""
+    step, run = saved_step(folder), run_of(folder)
     if step < 0:
         return ""
     settings = read_run_settings(run)
     label = f"step {step:,}" + (f" of {settings['max_iters']:,}" if settings else "")
+    # Snapshots do not say their loss. log.csv has it, unless this step was repeated after a kill.
     losses = {row["step"]: row["val_loss"] for row in read_log(run / LOG_FILE)}
-    loss = losses.get(step)
-    label += ", not evaluated" if loss is None else f", validation loss {loss:.4f}"
-    return label + (" (best weights)" if is_best else "")
+    loss = weights_metadata(folder).get("val_loss", losses.get(step))
+    label += ", not evaluated" if loss is None else f", validation loss {float(loss):.4f}"
+    return label + (" (best weights)" if folder == run else "")
 
 
 def output_path(config: ExplainConfig, folder: Path) -> Path:
@@ -175,7 +169,7 @@ def output_path(config: ExplainConfig, folder: Path) -> Path:
         return user_path(config.output)
     if config.init_from and not (folder / SETTINGS_FILE).exists():
         name = config.init_from.replace("/", "_").strip("._") or "model"
-        return REPO_ROOT / "out" / f"explain_{name}.html"
+        return ROOT / "out" / f"explain_{name}.html"
     return folder / "explain.html"
 
 
@@ -202,8 +196,7 @@ def explain(model: GPT, ids: torch.Tensor) -> dict[str, Any]:
         streams.append(x)
     logits = model(idx)[0].float()  # (T, V)
     targets = torch.cat((ids[1:], ids.new_full((1,), -1)))
-    log_probs = logits.log_softmax(-1)
-    losses = [-log_probs[t, target].item() for t, target in enumerate(targets[:-1])]
+    losses = cross_entropy(logits[:-1], ids[1:], reduction="none").tolist()
     lower = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     return {
         "scores": encode(torch.stack(scores)[:, :, lower]),
@@ -240,7 +233,7 @@ def layer_predictions(model: GPT, stream: torch.Tensor, targets: torch.Tensor) -
     whole text: the mean loss.
     """
     logits = model.lm_head(model.transformer.ln_f(stream)).float()  # (T, V)
-    probs = sampling_probs(logits)
+    probs = logits.softmax(dim=-1)
     top = probs.topk(min(3, probs.size(-1)))
     actual = [probs[t, i].item() if i >= 0 else None for t, i in enumerate(targets.tolist())]
     return {
@@ -310,8 +303,7 @@ def write_page(data: dict[str, Any], output: Path) -> None:
         "/*DATA*/": text,
     }
     for mark, part in parts.items():
-        before, _, after = html.partition(mark)
-        html = before + part + after
+        html = html.replace(mark, part, 1)
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as temporary:
         temporary.write_text(html, encoding="utf-8")

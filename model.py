@@ -49,7 +49,7 @@ class GPTConfig:
     dropout: float = 0.0  # probability of zeroing an activation during training
     bias: bool = True  # use biases in the linear layers and layer norms
     pad_vocab_to: int = 1  # round the rows of the embedding up to a multiple of this (GPU speed)
-    float32_attention: bool = False  # compute attention in float32 under autocast (CPU speed)
+    float32_attention: bool = False  # attention in float32 under autocast: faster on some CPUs
     activation_checkpointing: bool = False  # in training, store only each block's input (memory)
 
     def __post_init__(self):
@@ -58,6 +58,8 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout={self.dropout} must be from 0 to 1")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -70,6 +72,8 @@ class GPTConfig:
 
 def attention_weights(q: torch.Tensor, k: torch.Tensor, causal: bool = True) -> torch.Tensor:
     """The attention table of each head: softmax(q k^T / sqrt(head_dim)); each row sums to 1.
+
+    The simple form: CausalSelfAttention computes attention_weights(q, k) @ v by a faster function.
 
     q: queries (B, n_head, T, head_dim). k: keys (B, n_head, S, head_dim).
     Returns (B, n_head, T, S): how much position t of the queries attends to position s of the keys.
@@ -92,8 +96,8 @@ class CausalSelfAttention(nn.Module):
     """Multi-head self-attention.
 
     Each token emits three vectors: a query (what it looks for), a key (what it contains), and a
-    value (what it passes on). The n_head heads are as many attention graphs side by side, each
-    with queries, keys and values of its own, of head_dim = C / n_head channels.
+    value (what it passes on). There are n_head heads. Each head is an attention graph with its own
+    queries, keys and values, which have head_dim = C / n_head channels.
     """
 
     def __init__(self, config: GPTConfig):
@@ -199,6 +203,8 @@ class GPT(nn.Module):
         logits = self.lm_head(self.hidden_states(idx))
         if targets is None:
             return logits
+        if targets.shape != idx.shape:  # flatten() would hide it
+            raise ValueError(f"targets {list(targets.shape)} for idx {list(idx.shape)}")
         # (B, T, V) -> (B*T, V) against (B*T,): (512, 65) against (512,)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
@@ -268,8 +274,9 @@ class GPT(nn.Module):
         temperature: below 1 the likely tokens become likelier, above 1 less likely. ValueError
             unless it is above 0.
         top_k: sample among the k likeliest tokens only; top_k=1 is greedy, 0 or None takes all.
-        Call model.eval() first if the model was trained with dropout. engine/inference.py is the
-        fast form; with overlap = block_size - 1 it gives the same tokens.
+        Call model.eval() first if the model was trained with dropout.
+        engine/inference.py is the fast form. It keeps the keys and values of earlier tokens. With
+        its setting overlap = block_size - 1 it gives the same tokens as this function.
         """
         if not temperature > 0:
             raise ValueError(f"temperature={temperature} must be above 0")

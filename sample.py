@@ -66,6 +66,7 @@ class SampleConfig:
     dtype: DTypeName = "auto"  # precision of the weights; auto: the fastest
     compile: bool = False  # compile the model first: only for CUDA, and for long texts
 
+    # Settings of train.py, and the error message for each of them.
     replaced_settings: ClassVar[dict[str, str]] = dict.fromkeys(
         ("max_iters", "dataset", "n_layer", "block_size"),  # a config file of train.py
         "for train.py; to sample from a run: --out_dir=out/RUN",
@@ -101,7 +102,7 @@ def sample(config: SampleConfig) -> None:
         inference = InferenceModel(
             model, device.torch_device, config.dtype, config.num_samples, compile=config.compile
         )
-        del model
+        del model  # to free its memory; `inference` has its own copy of the weights
     generator = device.generator(config.seed)
     if config.interactive:
         prompts = read_prompts(tokenizer)
@@ -122,8 +123,11 @@ def read_prompts(tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
     if sys.stdin is None:  # python sample.py --interactive <&-
         raise FolioError("--interactive: standard input is closed")
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # encode() then refuses what is not UTF-8
+        # Bytes that are not UTF-8 become characters without a token: encode() names them.
+        sys.stdin.reconfigure(errors="surrogateescape")
     is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        print("type a prompt, then Enter; to end: Ctrl-D (Windows: Ctrl-Z, Enter)", file=sys.stderr)
     while True:
         try:
             yield encode_prompt(input("prompt: " if is_terminal else ""), tokenizer)
@@ -172,8 +176,8 @@ def generate_texts(
         stop_tokens=() if eos is None else (eos,),
         generator=generator,
     )
-    # Each step gives one id for each sample. tee() keeps the ids of the other samples while the
-    # first sample is printed.
+    # read_ids() gives a tuple for each step: (id of sample 0, id of sample 1, ...). Sample i takes
+    # number i of each tuple. tee() keeps the ids of later samples while sample 0 is printed.
     copies = itertools.tee(read_ids(steps), config.num_samples)
     for i, copy in enumerate(copies):
         sample_ids = itertools.takewhile(lambda token: token != eos, map(itemgetter(i), copy))
@@ -183,7 +187,8 @@ def generate_texts(
 def until_stop(pieces: Iterable[str], stop: str) -> Iterator[str]:
     """Yield the pieces of a text up to the first `stop`, which may be spread over several pieces.
 
-    An end of the text that may be the beginning of `stop` is kept back until the next piece.
+    An end of the text that may be the beginning of `stop` is kept until the next piece: stop "END"
+    and the text "the EN" keep "EN".
     """
     pending = ""
     for piece in pieces:

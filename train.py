@@ -55,9 +55,10 @@ def main() -> None:
         overrides = dist.broadcast_from_main(lambda: parse_overrides(TrainConfig))
         folder = resolve_out_dir(overrides.get("out_dir", TrainConfig.out_dir))
         if not overrides.get("eval_only"):  # lock before reading: another job may write there
-            lock = lock_run_folder(folder)
+            lock = lock_run_folder(folder)  # of the main process; exit_stack releases it at the end
             dist.broadcast_from_main(lambda: exit_stack.enter_context(lock))
-        restarted = bool(dist.all_reduce_max(int(is_restarted())))  # of several nodes, one may know
+        # A restarted node sees it in its environment; the other nodes learn it from that node.
+        restarted = bool(dist.all_reduce_max(int(is_restarted())))
         config = dist.broadcast_from_main(
             lambda: resolve_config(overrides, restarted, dist.world_size)
         )
@@ -73,13 +74,15 @@ def main() -> None:
         check_same_dataset(dataset, dist)
         dist.broadcast_from_main(lambda: make_room(folder, config))  # moves an older run aside
         model = build_model(config, dataset.tokenizer, device, dist)
-        config = dataclasses.replace(config, bias=model.config.bias)  # finetuning: the model's
+        config = dataclasses.replace(config, bias=model.config.bias)  # may come from loaded weights
         optimizer = make_optimizer(model, config, device.dtype, dist)
         scaler = device.grad_scaler()  # keeps small float16 gradients above 0; else does nothing
 
         # Resume
         state = TrainState()
         if config.init_from == "resume":
+            # The main process reads resume.pt. share_state() sends the state of optimizer and
+            # scaler to all processes, and wrap_model() sends the weights.
             parts = (config, model, optimizer, scaler, dataset)
             state = dist.broadcast_from_main(lambda: restore(load_checkpoint(folder), *parts))
             share_state(optimizer, scaler, device, dist)
@@ -125,13 +128,11 @@ def train(
                     logger.log_row()
                 else:
                     record_evaluation(*evaluation, config, state, dataset, model, dist, logger)
-            if should_save(state, config):  # last: a run that is killed earlier evaluates again
+            if should_save(state, config):  # a run that is killed before it evaluates again
                 save_state(config, state, dataset, model, optimizer, scaler, dist, logger)
             if evaluation is not None:
                 show_sample(config, state, dataset, model, device, dist, logger)
-                if is_patience_exhausted(state, config):
-                    break
-            if state.step >= config.max_iters or shutdown.should_stop:
+            if is_finished(state, config) or shutdown.should_stop:
                 break
             start_time = time.perf_counter()
             unread.append(train_step(
@@ -148,12 +149,19 @@ def train(
                 logger.log_row()
             if config.snapshot_interval and state.step % config.snapshot_interval == 0:
                 save_snapshot(folder / f"step_{state.step:06}", config, state, dataset, model, dist)
-        if state.best_step < 0 or not (folder / WEIGHTS_FILE).exists():  # stopped too early
+        # best_step is -1 if no trained weights were evaluated: then keep the last weights.
+        if state.best_step < 0 or not (folder / WEIGHTS_FILE).exists():
             save_snapshot(folder, config, state, dataset, model, dist)
         if state.last_checkpoint_step != state.step:
             save_state(config, state, dataset, model, optimizer, scaler, dist, logger)
         logger.plot()
         logger.print(summary(config, state, folder))
+
+
+def is_finished(state: TrainState, config: TrainConfig) -> bool:
+    """At max_iters, and after an evaluation that exhausts the patience."""
+    is_evaluated = state.last_eval_step == state.step
+    return state.step >= config.max_iters or (is_evaluated and is_patience_exhausted(state, config))
 
 
 def should_evaluate(state: TrainState, config: TrainConfig) -> bool:
@@ -214,10 +222,11 @@ def train_step(
         with device.autocast():
             loss = model(inputs, targets)  # 1. forward
         loss = loss / grad_accum_steps  # its part of the mean over all micro-batches
-        # DistributedDataParallel averages gradients over processes; the sum is needed here.
+        # `loss` is divided by the number of micro-batches of all processes, so the gradients of the
+        # processes must be added. DistributedDataParallel averages them: times world_size, a sum.
         scaler.scale(loss * dist.world_size).backward()  # 2. backward
         mean_loss = mean_loss + loss.detach()
-    scaler.unscale_(optimizer)
+    scaler.unscale_(optimizer)  # float16: back to the true gradient, whose norm is clipped
     max_norm = config.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # 3. clip
     # Loss and signals of all processes, in one all-reduce.
@@ -252,7 +261,7 @@ def read_metrics(
         step = state.step - len(unread)
         mean_loss, grad_norm, n_stopped = unread.pop(0)()
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-            for read in unread:  # before an error, all processes complete what they have started
+            for read in unread:  # complete started steps: other processes wait for their all-reduce
                 read()
         check_finite(mean_loss, grad_norm, step, config, scaler, dist)
         if n_stopped > 0:  # equal in all processes: all of them stop
@@ -285,8 +294,8 @@ def check_finite(
 ) -> None:
     """Raise FolioError if a loss or gradient is NaN or infinite. It has changed no weights.
 
-    In float16 a gradient may overflow: the scaler then skips the step and lowers its scale. Only
-    a scale that is already tiny means that lowering it will not help.
+    In float16 a gradient may overflow: the scaler then skips the step and lowers its scale. If the
+    scale is already tiny, lowering it does not help, so this is an error.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
@@ -300,7 +309,7 @@ def check_finite(
             "--learning_rate and --muon_learning_rate, then use --init_from=resume"
         )
 
-    dist.broadcast_from_main(raise_error)
+    dist.broadcast_from_main(raise_error)  # all processes stop, and one of them prints the error
 
 
 def training_batches(
@@ -377,8 +386,8 @@ def record_evaluation(
 ) -> None:
     """Save the weights if they are the best so far; log and print the losses.
 
-    Weights that have not been trained (step 0) are never the best. So after finetuning that only
-    makes the loss worse, the folder has the least bad of the finetuned weights.
+    The weights of step 0 are never the best. So if finetuning only makes the loss worse, the folder
+    has the best of the finetuned weights.
     """
     state.last_eval_step, state.val_loss = state.step, val_loss
     is_best = state.step > 0 and val_loss < state.best_val_loss  # NaN < x is False
@@ -387,10 +396,13 @@ def record_evaluation(
         state.best_eval_tokens = config.eval_tokens
     if not dist.is_main:
         return
+    logger.check_folder()
+    folder, step = resolve_out_dir(config.out_dir), state.step
     if is_best:
-        folder, step = resolve_out_dir(config.out_dir), state.step
         numbers = {"step": step, "val_loss": val_loss, "eval_tokens": config.eval_tokens}
         save_model(model, folder, dataset.tokenizer, **numbers)
+    if state.step == state.best_step and val_loss == state.best_val_loss:
+        # Not only if is_best: the run may have been killed between saving weights and model card.
         losses = {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
         save_model_card(folder, config, dataset.meta, step=step, **losses)
     logger.log_row(val_loss, bits_per_byte)
@@ -447,7 +459,8 @@ def evaluate_only(
         wrapped_model, dataset, config, device, dist, threads=threads
     )
     if dist.is_main:
-        perplexity = torch.tensor(val_loss).exp()  # as unsure as between so many equal choices
+        # Perplexity 10: as unsure as a choice between 10 equally likely tokens.
+        perplexity = torch.tensor(val_loss).exp()
         print(
             f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte, perplexity "
             f"{perplexity:,.2f})"
@@ -472,6 +485,7 @@ def save_state(
     if not math.isfinite(state.val_loss):
         logger.warn_once(f"the validation loss is {state.val_loss}: resume.pt is not overwritten")
     elif dist.is_main:
+        logger.check_folder()
         start_time = time.perf_counter()
         save_run(resolve_out_dir(config.out_dir), config, state, model, optimizer, scaler, dataset)
         logger.log_checkpoint(time.perf_counter() - start_time)

@@ -16,7 +16,7 @@ batch_size = 8
 bias = False
 
 max_iters = 2000
-patience = 2  # a small text is overfitted long before step 2,000: stop when the loss only rises
+patience = 2  # for a text smaller than Shakespeare: stop when the validation loss only rises
 warmup_iters = 100
 learning_rate = 5e-3
 muon_learning_rate = 0.02

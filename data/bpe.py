@@ -27,7 +27,8 @@ from data.tokenizer import BYTE_ENCODER, GPT2_SPLIT_PATTERN, BPETokenizer
 SPLIT_RE = regex.compile(GPT2_SPLIT_PATTERN)
 MAX_WORD_BYTES = 1000  # longer "words" are not language (base64, for example) and are skipped
 MAX_WORDS = 2**18  # different words; the rarer ones hardly change the merges
-# The ids of the 256 bytes: any order would do; this is GPT-2's, with printable bytes first.
+# The ids of the 256 bytes: any order would do. GPT-2 and lessons/bpe.py have this one: printable
+# bytes first. BYTE_ENCODER has the character that stands for each byte in GPT-2's files.
 BASE_TOKENS = [bytes([byte]) for byte in sorted(range(256), key=lambda byte: BYTE_ENCODER[byte])]
 
 
@@ -60,7 +61,7 @@ def count_words(texts: Iterable[str]) -> Counter[bytes]:
     words = Counter()
     for text in texts:
         words.update(SPLIT_RE.findall(text))
-    # A text may contain half of a surrogate pair; encode() of the trained tokenizer refuses it.
+    # A text may contain a surrogate (in UTF-16: half of a character): the tokenizer refuses it.
     encoded = (
         (word.encode(errors="surrogatepass"), count) for word, count in words.most_common(MAX_WORDS)
     )
@@ -92,7 +93,9 @@ def learn_merges(word_counts: Mapping[bytes, int], num_merges: int) -> list[tupl
     while len(merges) < num_merges and heap:
         negative_count, pair = heapq.heappop(heap)
         count = pair_counts[pair]
-        if count != -negative_count:  # merges of other pairs have made this pair rarer
+        # Each pair has one entry. A merge of another pair can only lower the count of this pair. So
+        # an entry may be too large: then put it back with the right count.
+        if count != -negative_count:
             if count > 0:
                 heapq.heappush(heap, (-count, pair))
             continue
@@ -101,7 +104,7 @@ def learn_merges(word_counts: Mapping[bytes, int], num_merges: int) -> list[tupl
         new_id = len(tokens)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
         new_pairs = set()
-        for i in words_with_pair.pop(pair):
+        for i in words_with_pair.pop(pair):  # a word that has lost the pair does not change
             for old_pair in pairwise(words[i]):
                 pair_counts[old_pair] -= counts[i]
             words[i] = merge(words[i], pair, new_id)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from configurator import FolioError, did_you_mean, format_value
-from data.files import explain_os_error, shell_command, user_path
+from data.files import explain_os_error, file_id, shell_command, user_path
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
 
 DATA_DIR = Path(__file__).resolve().parent
@@ -71,8 +71,9 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Fixed windows in which each token is predicted once: inputs and targets, each (B, T), int64.
+    """Fixed windows: inputs and targets, each (B, T), int64.
 
+    Each token but the first one of a shard is predicted once.
     Targets that do not count are IGNORE_INDEX: those that the window before has predicted, and all
     targets of the rows that fill up the last batch.
     max_tokens: number of tokens to predict, rounded up to whole windows; 0 means all.
@@ -119,11 +120,11 @@ Item = TypeVar("Item")
 
 def prefetch(items: Iterator[Item]) -> Iterator[Item]:
     """Yields the items. For speed, a thread computes the next item while one is in use."""
-    end = object()
+    end = object()  # next(items, end) returns it after the last item
     with ThreadPoolExecutor(max_workers=1) as thread:
         future = thread.submit(next, items, end)
         while (item := future.result()) is not end:
-            future = thread.submit(next, items, end)
+            future = thread.submit(next, items, end)  # the item after this one
             yield item
 
 
@@ -135,8 +136,8 @@ def derive_seed(*numbers: int) -> int:
 # --- The files of token ids ---
 #
 # train*.bin and val*.bin hold token ids as little-endian uint16, or uint32 if the vocabulary is
-# larger than 65,536. A split may have several files, called shards. GPT-2-tokenized FineWeb has
-# shards with a header of 256 int32; no other dataset has it.
+# larger than 65,536. A split may have several files, called shards. GPT-2-tokenized FineWeb (web
+# pages) has shards with a header of 256 int32; no other dataset has it.
 #
 # The files are memory-mapped: do not change or shorten them while a program reads them. If a mapped
 # file becomes shorter, the system kills the program (bus error). A new file may replace an old one.
@@ -194,9 +195,11 @@ class ShardedTokens:
         """The windows with these indices: (n,) -> (n, length), int64. No window crosses shards.
 
         With a single shard, an index is the position of a window's first token, and the windows are
-        shard[index : index + length]. With several shards, the count goes on in the next shard.
+        shard[index : index + length]. With several shards, the count goes on in the next shard:
+        shards of 10 and 6 tokens have the windows of 3 tokens 0 to 7 and 8 to 11.
         """
-        first_index = np.cumsum([0, *(self.lengths - length + 1).clip(min=0)])  # of each shard
+        # The index of the first window of each shard, and the number of windows: 0, 8, 12.
+        first_index = np.cumsum([0, *(self.lengths - length + 1).clip(min=0)])
         shard_of = np.searchsorted(first_index, indices, side="right") - 1  # (n,)
         starts = indices - first_index[shard_of]  # (n,) positions within the shards
         windows = np.empty((len(indices), length), dtype=np.int64)
@@ -276,7 +279,7 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
     window of block_size + 1 tokens, or if an id is outside the vocabulary.
     """
     folder = DATA_DIR / user_path(name)
-    before = folder_id(folder)
+    before = file_id(folder)
     tokenizer = find_tokenizer(folder, str(name), tokenizer)
     meta = read_meta(folder)
     train = ShardedTokens(folder, "train", meta, tokenizer.vocab_size)
@@ -288,18 +291,9 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
                 f"block_size + 1 = {block_size + 1:,}; use more text, or try "
                 f"--block_size={max(int(tokens.lengths.max()) - 1, 1)}"
             )
-    if folder_id(folder) != before:  # the files may be of two datasets
+    if file_id(folder) != before:  # the files may be of two datasets
         raise FolioError(f"{folder}: was replaced while it was opened; start again")
     return Dataset(folder, tokenizer, meta, train, val)
-
-
-def folder_id(folder: Path) -> tuple[int, int] | None:
-    """Identifies a folder: a new folder of this name has another id. None if there is no folder."""
-    try:
-        status = folder.stat()
-        return status.st_dev, status.st_ino
-    except OSError:
-        return None
 
 
 def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenizer:

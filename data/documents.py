@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from configurator import FolioError
-from data.files import explain_os_error, join_names, shell_command, user_path
+from data.files import explain_os_error, file_id, join_names, shell_command, user_path
 
 PIECE_BYTES = 2**20  # read at a time
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
@@ -57,7 +57,7 @@ def find_files(inputs: Iterable[str | Path], tmp_dir: str | Path) -> list[Path]:
     tmp_dir: for copies of pipes, because a pipe can be read only once.
     Raises FolioError if an input does not exist, cannot be read, or is not a text file.
     """
-    found: dict[tuple[int, int], Path] = {}
+    found: dict[tuple[int, int] | None, Path] = {}
     for path in map(user_path, inputs):
         with explain_os_error(path, "cannot read"):
             for file in files_of_input(path, Path(tmp_dir)):
@@ -114,12 +114,6 @@ def is_text(path: Path) -> bool:
         return False
     with explain_os_error(path, "cannot read"), open(path, "rb") as file:
         return b"\0" not in file.read(8192)
-
-
-def file_id(path: Path) -> tuple[int, int]:
-    """Equal for two paths of the same file, such as a file and a link to it."""
-    status = path.stat()
-    return status.st_dev, status.st_ino
 
 
 def find_copies(files: Iterable[Path], originals: Iterable[Path]) -> list[Path]:
@@ -247,6 +241,8 @@ def read_pieces(path: Path) -> Iterator[str]:
 def last_safe_cut(text: str) -> int:
     """The last index where white space follows another character; len(text) if there is none."""
     for i in range(len(text) - 1, 0, -1):
-        if text[i].isspace() and not text[i - 1].isspace():
+        # U+001C to U+001F are white space for Python, but not for GPT-2's pattern.
+        is_space = text[i].isspace() and text[i] not in "\x1c\x1d\x1e\x1f"
+        if is_space and not text[i - 1].isspace():
             return i
     return len(text)

@@ -41,8 +41,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with explain_os_error(path, "write failed; the old file, if any, is unchanged"):
             temporary.touch()
             mode = temporary.stat().st_mode
-            with unwrap_torch_save_error():
-                yield temporary
+            yield temporary
             temporary.chmod(mode)  # safetensors sets mode 600
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -51,23 +50,6 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def unwrap_torch_save_error() -> Iterator[None]:
-    """Raise the OSError behind a RuntimeError of torch.save, if there is one.
-
-    torch.save, while it handles the OSError of the Python file that it writes to, raises
-    RuntimeError("[enforce fail at inline_container.cc] ..."). All other RuntimeErrors, such as
-    CUDA's, must keep their traceback.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        cause = error.__context__
-        if "[enforce fail at inline_container" in str(error) and isinstance(cause, OSError):
-            raise cause from None
-        raise
 
 
 def fsync_dir(folder: str | Path) -> None:
@@ -114,7 +96,12 @@ def file_lock(path: str | Path, message: str, wait: bool = False) -> Iterator[No
     with explain_os_error(path, "cannot create this lock file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            acquire(lock, message, wait)
+            lock.acquire(timeout=0)
+        except filelock.Timeout:  # another process holds it
+            if not wait:
+                raise FolioError(message) from None
+            print(wrap(message), flush=True)
+            lock.acquire()
         except (OSError, NotImplementedError) as error:
             if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
                 raise
@@ -124,16 +111,6 @@ def file_lock(path: str | Path, message: str, wait: bool = False) -> Iterator[No
         yield
     finally:
         lock.release()
-
-
-def acquire(lock: filelock.BaseFileLock, message: str, wait: bool) -> None:
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        if not wait:
-            raise FolioError(message) from None
-        print(wrap(message), flush=True)
-        lock.acquire()
 
 
 def user_path(text: str | Path) -> Path:
@@ -146,6 +123,18 @@ def user_path(text: str | Path) -> Path:
     if not valid:
         raise FolioError(f"{format_value(str(text))}: not a valid path")
     return path
+
+
+def file_id(path: Path) -> tuple[int, int] | None:
+    """Identifies a file or a folder: equal for a link to it, another for a new file of its name.
+
+    None if there is none, or if the path cannot be read.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def join_names(names: list[str], max_names: int = 10) -> str:

@@ -3,8 +3,8 @@
     hub_model("gpt2-medium")           # a folder with config.json, tokenizer files and weights
     hub_model("distilgpt2")            # any model on the hub, by its name
     hub_tokenizer("distilgpt2")        # the same folder, but no weights are downloaded
-    commit, names = hub_files("kjj0/fineweb10B-gpt2", repo_type="dataset")
-    hub_file("kjj0/fineweb10B-gpt2", names[0], repo_type="dataset", revision=commit)
+    commit, names = hub_files("kjj0/fineweb10B-gpt2")  # a dataset
+    hub_file("kjj0/fineweb10B-gpt2", names[0], commit, local_dir="downloads")
 
 Files are kept in the hub's own cache (~/.cache/huggingface), which transformers uses, too. The
 variables HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as in every program of the hub.
@@ -95,35 +95,25 @@ def has_cached_weights(repo_id: str) -> bool:
     return any(isinstance(path, str) for path in cached)
 
 
-def hub_files(
-    repo_id: str, repo_type: str = "model", revision: str | None = None
-) -> tuple[str, list[str]]:
-    """The commit of a repository's revision, and the names of its files, sorted.
+def hub_files(repo_id: str, revision: str = "main") -> tuple[str, list[str]]:
+    """The commit of a dataset's revision, and the names of its files, sorted.
 
-    Raises DownloadError.
+    Raises DownloadError if there is no such dataset or no connection.
     """
     with explain_hub_errors(repo_id):
-        api = huggingface_hub.HfApi()
-        info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+        info = huggingface_hub.HfApi().dataset_info(repo_id, revision=revision)
     return info.sha, sorted(file.rfilename for file in info.siblings)
 
 
-def hub_file(
-    repo_id: str,
-    filename: str,
-    repo_type: str = "model",
-    revision: str | None = None,
-    local_dir: str | Path | None = None,
-) -> Path:
-    """The path of one file of a repository; the file is downloaded if necessary.
+def hub_file(repo_id: str, filename: str, revision: str, local_dir: str | Path) -> Path:
+    """Download one file of a dataset into the folder local_dir; returns its path.
 
-    local_dir: put the file in this folder instead of the hub's cache.
     Raises DownloadError if the file does not exist or cannot be downloaded.
     """
     with explain_hub_errors(f"{repo_id}/{filename}"):
         return Path(
             huggingface_hub.hf_hub_download(
-                repo_id, filename, repo_type=repo_type, revision=revision, local_dir=local_dir
+                repo_id, filename, repo_type="dataset", revision=revision, local_dir=local_dir
             )
         )
 

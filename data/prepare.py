@@ -1,4 +1,7 @@
-"""Shared code of the dataset preparation: from text to a folder under data/."""
+"""Shared code of prepare_shakespeare.py and data/prepare_*.py: from text to a folder under data/.
+
+The main function is write_dataset(): pieces of text -> token ids -> train.bin and val.bin.
+"""
 
 import hashlib
 import itertools
@@ -13,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from configurator import FolioError, did_you_mean
+from configurator import ROOT, FolioError, did_you_mean
 from data import dataset as dataset_module
 from data.bpe import train_bpe
 from data.dataset import memmap_shard, read_meta
@@ -30,7 +33,6 @@ from data.files import (
 from data.hub import hub_tokenizer, is_hub_name
 from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer
 
-REPO_ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER_TYPES = ("char", "gpt2", "bpe")
 DATASET_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
 EIGHT_GPUS = ("torchrun", "--standalone", "--nproc_per_node=8")
@@ -51,14 +53,14 @@ def make_tokenizer(
     Raises FolioError if the folder's vocabulary lacks a character of texts.
     """
     if tokenizer_type == "char":
-        return CharTokenizer.from_text(characters_of(texts), add_eos)
+        return CharTokenizer.from_text(itertools.chain.from_iterable(texts), add_eos)
     if tokenizer_type == "gpt2":
         return BPETokenizer.gpt2()
     if tokenizer_type == "bpe":
         return train_bpe(texts, vocab_size)
     tokenizer = load_tokenizer(tokenizer_folder(tokenizer_type))
     if isinstance(tokenizer, CharTokenizer):
-        missing = sorted(characters_of(texts) - set(tokenizer.characters))
+        missing = sorted(set(itertools.chain.from_iterable(texts)) - set(tokenizer.characters))
         if missing:
             raise FolioError(
                 f"--tokenizer={tokenizer_type}: its vocabulary lacks "
@@ -67,13 +69,6 @@ def make_tokenizer(
                 "--tokenizer=gpt2"
             )
     return tokenizer
-
-
-def characters_of(texts: Iterable[str]) -> set[str]:
-    characters = set()
-    for text in texts:
-        characters.update(text)
-    return characters
 
 
 def check_tokenizer_type(tokenizer_type: str) -> None:
@@ -89,10 +84,10 @@ def check_tokenizer_type(tokenizer_type: str) -> None:
 def tokenizer_folder(tokenizer_type: str) -> Path:
     """The folder that holds the tokenizer. A model on the hub: its tokenizer is downloaded.
 
-    A relative path starts at the current folder or, as that of out_dir, at the repository.
+    A relative path is looked up in the current folder, then in the repository, where out/ is.
     """
     path = user_path(tokenizer_type)
-    for folder in (path, REPO_ROOT / path):
+    for folder in (path, ROOT / path):
         if folder.is_dir():
             return folder.resolve()
     return hub_tokenizer(tokenizer_type) if is_hub_name(tokenizer_type) else path
@@ -165,7 +160,7 @@ def write_dataset(
                 path = tmp_dir / f"{split}.bin"
                 counts |= write_tokens(path, split, texts, tokenizer, dtype)
                 with open(path, "rb") as file:
-                    hashlib.file_digest(file, lambda: sha256)
+                    hashlib.file_digest(file, lambda: sha256)  # continues sha256 with this file
             # The SHA-256 of the tokens identifies a text whose own SHA-256 is not given.
             meta = {"sha256": sha256.hexdigest(), **source_meta, **counts, "dtype": dtype.name}
             meta["vocab_size"] = tokenizer.vocab_size
@@ -221,7 +216,7 @@ def end_of_document_ids(tokenizer: Tokenizer) -> np.ndarray:
     if tokenizer.eos_token_id is not None:
         return np.array([tokenizer.eos_token_id])
     try:
-        newline = tokenizer.encode("\n")
+        newline = tokenizer.encode("\n")  # BERT's tokenizer, for example, loses white space
         return newline if tokenizer.decode(newline) == "\n" else newline[:0]
     except FolioError:
         return np.array([], dtype=np.int64)
@@ -322,11 +317,11 @@ def train_command(
     It has a --block_size if the config file's is longer than max_block_size or than the text.
     launcher: EIGHT_GPUS, for example.
     """
-    program, config = REPO_ROOT / "train.py", REPO_ROOT / "config" / f"{config_name}.py"
+    program, config = ROOT / "train.py", ROOT / "config" / f"{config_name}.py"
     longest = min(meta["train_tokens"] - 1, meta["val_tokens"] - 1, max_block_size or 2**63)
     block_size = BLOCK_SIZE.search(config.read_text(encoding="utf-8"))
     if block_size and int(block_size[1]) > longest:
         flags = [*flags, f"--block_size={longest}"]
-    if Path.cwd() == REPO_ROOT:
-        program, config = program.relative_to(REPO_ROOT), config.relative_to(REPO_ROOT)
+    if Path.cwd() == ROOT:
+        program, config = program.relative_to(ROOT), config.relative_to(ROOT)
     return shell_command(*launcher, str(program), str(config), *flags)

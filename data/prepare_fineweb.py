@@ -50,7 +50,7 @@ def main() -> None:
         names = ["val_000000.bin"]
         names += [f"train_{number:06}.bin" for number in range(1, config.shards + 1)]
         missing = [name for name in names if not (folder / name).exists()]
-        commit = hub_files(REPO_ID, repo_type="dataset")[0] if missing else ""
+        commit = hub_files(REPO_ID)[0] if missing else ""
         for i, name in enumerate(missing, start=1):
             print(f"downloading shard {i} of {len(missing)}: {name}", flush=True)
             download_shard(folder, name, commit)
@@ -64,7 +64,7 @@ def main() -> None:
 def download_shard(folder: Path, name: str, commit: str) -> None:
     """Download the shard to folder/name. Raises FolioError if it has no header of a shard."""
     downloads = folder / "downloads"
-    path = hub_file(REPO_ID, f"fineweb_{name}", "dataset", commit, local_dir=downloads)
+    path = hub_file(REPO_ID, f"fineweb_{name}", commit, downloads)
     valid = has_header(path)
     with explain_os_error(folder / name, "cannot write this shard"):
         if valid:

@@ -83,7 +83,7 @@ def list_parquet_files() -> tuple[str, list[str]]:
     The hub keeps parquet copies of datasets of other formats in the revision refs/convert/parquet.
     """
     for revision in ("main", "refs/convert/parquet"):
-        commit, names = hub_files(REPO_ID, repo_type="dataset", revision=revision)
+        commit, names = hub_files(REPO_ID, revision)
         if files := [name for name in names if name.endswith(".parquet")]:
             return commit, files
     raise DownloadError(f"{REPO_ID}: the repository has no parquet files")
@@ -98,7 +98,7 @@ def prepare_file(
 ) -> None:
     """Write val_NNNN.bin and train_NNNN.bin from one parquet file, and delete that file."""
     downloads = folder / "downloads"
-    parquet = hub_file(REPO_ID, filename, "dataset", commit, local_dir=downloads)
+    parquet = hub_file(REPO_ID, filename, commit, downloads)
     for split in ("val", "train"):
         path = shard_path(folder, split, number)
         temporary = path.with_name(f".{path.name}.tmp")

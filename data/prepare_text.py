@@ -26,12 +26,11 @@ from typing import Annotated, Any
 
 from tqdm import tqdm
 
-from configurator import FolioError, PositiveInt, Range, parse_inputs, run_main
+from configurator import ROOT, FolioError, PositiveInt, Range, parse_inputs, run_main
 from data.documents import find_copies, find_files, read_documents
 from data.files import explain_os_error, join_names, user_path
 from data.hub import is_hub_name
 from data.prepare import (
-    REPO_ROOT,
     TOKENIZER_TYPES,
     check_tokenizer_type,
     dataset_folder,
@@ -101,7 +100,7 @@ def next_command(config: PrepareTextConfig, tokenizer: Tokenizer, meta: dict[str
     if model.get("model_type") != "gpt2":
         is_char = isinstance(tokenizer, CharTokenizer)
         return train_command(f"shakespeare_{'char' if is_char else 'bpe'}", meta, flags)
-    source = folder.relative_to(REPO_ROOT) if folder.is_relative_to(REPO_ROOT) else folder
+    source = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     if is_hub_name(config.tokenizer) and not user_path(config.tokenizer).is_dir():
         source = config.tokenizer
     flags = [f"--init_from={source}", *flags]

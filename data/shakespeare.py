@@ -6,6 +6,7 @@ network. Losses on it are not comparable. The next preparation with a network us
 """
 
 import hashlib
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,7 @@ def write_shakespeare(
 def load_shakespeare() -> tuple[str, dict[str, Any]]:
     """The text and its source: from the cache, else downloaded, else the replacement text."""
     path = cached_text_path()
-    with file_lock(
-        path.with_name(".input.txt.lock"),
-        "another process is downloading Shakespeare; waiting for it",
-        wait=True,
-    ):
+    with cache_lock(path):
         if is_shakespeare(path):
             return read_text(path), {"source": SHAKESPEARE}
         print(f"downloading tiny Shakespeare to {path}")
@@ -128,11 +125,16 @@ def is_shakespeare(path: Path) -> bool:
 
 def cache_shakespeare(raw: bytes) -> None:
     path = cached_text_path()
-    if not is_shakespeare(path):
-        with explain_os_error(path.parent, "cannot create this folder"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(raw)
+    with cache_lock(path):
+        if not is_shakespeare(path):
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(raw)
+
+
+def cache_lock(path: Path) -> AbstractContextManager[None]:
+    """One process at a time downloads or writes the text; every other process waits."""
+    message = f"another process is writing {path}; waiting for it"
+    return file_lock(path.with_name(f".{path.name}.lock"), message, wait=True)
 
 
 def replacement_warning(meta: dict[str, Any]) -> str:

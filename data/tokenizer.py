@@ -43,13 +43,14 @@ class CharTokenizer(Tokenizer):
     """One token per character: the id of a character is its index in the vocabulary.
 
     add_eos: add an end-of-text token, with the last id, to separate documents.
+    Tokenizer in data/tokenizer_base.py says what each method is for.
     """
 
     def __init__(self, characters: str, add_eos: bool = False):
         if len(set(characters)) != len(characters):
             raise ValueError("the vocabulary contains a character twice")
         for character in characters:
-            if "\ud800" <= character <= "\udfff":  # half of a surrogate pair
+            if "\ud800" <= character <= "\udfff":  # in UTF-16: half of a character
                 raise FolioError(f"invalid character {character!r} in the vocabulary")
         self.characters = characters
         self.eos_token_id = len(characters) if add_eos else None
@@ -80,13 +81,6 @@ class CharTokenizer(Tokenizer):
             )
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """[1, 3, 2, 0] -> 'hole'. Raises ValueError if an id is out of range."""
-        ids = [int(i) for i in ids]
-        for i in ids:
-            self.check_id(i)
-        return "".join(self._tokens[i] for i in ids)
-
     def token_bytes(self, token_id: int) -> bytes:
         self.check_id(token_id)
         return self._tokens[token_id].encode()
@@ -100,7 +94,10 @@ class CharTokenizer(Tokenizer):
 
 
 def code_points(text: str) -> np.ndarray:
-    """The Unicode number of each character: 'hé' -> array([104, 233]), uint32."""
+    """The Unicode number of each character: 'hé' -> array([104, 233]), uint32.
+
+    UTF-32 writes each character as a number of 4 bytes: its Unicode number.
+    """
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
 
 
@@ -109,6 +106,7 @@ def code_points(text: str) -> np.ndarray:
 # GPT-2 splits a text into words and then merges bytes within each word. A word is a contraction, or
 # letters, digits or other signs, each with the space before it, or a run of white space:
 #     "Hello, it's 42" -> ["Hello", ",", " it", "'s", " 42"]
+# \p{L} is a letter of any language, \p{N} a digit; ++ is +, but faster: it gives nothing back.
 # Source: OpenAI's tiktoken (MIT), where this is pat_str of the encoding "gpt2".
 GPT2_SPLIT_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -160,7 +158,7 @@ class BPETokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         """'Hello world' -> array([15496, 995]), int64.
 
-        Raises FolioError if the text contains half of a surrogate pair, which is no character.
+        Raises FolioError if the text contains a surrogate (in UTF-16: half of a character).
         """
         try:
             ids = self._encoding.encode_to_numpy(text, disallowed_special=())  # uint32
@@ -175,7 +173,10 @@ class BPETokenizer(Tokenizer):
 
     @cached_property
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """The merged pairs in the order of training, recovered from the ranks."""
+        """The merged pairs in the order of training, recovered from the ids.
+
+        tokenizer.json needs them; tiktoken knows the ids only.
+        """
         by_id = sorted(self.mergeable_ranks.items(), key=lambda item: item[1])
         return [
             recover_merge(token, rank, self.mergeable_ranks)
@@ -360,9 +361,8 @@ def bpe_from_dict(contents: Any, config: dict[str, Any]) -> BPETokenizer | None:
         return None
     eos_token_id = added.get(END_OF_TEXT)
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    with contextlib.suppress(
-        KeyError, ValueError
-    ):  # tokens that are no bytes, or no merge leads to
+    # KeyError: a token is not made of bytes. ValueError: no merges lead to a token.
+    with contextlib.suppress(KeyError, ValueError):
         ranks = {decode_bytes(t): i for t, i in model["vocab"].items() if i != eos_token_id}
         tokenizer = BPETokenizer(ranks, eos_token_id)
         # tiktoken merges by ids alone. That gives the same only if the merges follow from the ids.

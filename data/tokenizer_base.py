@@ -31,7 +31,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes of a token; they may be only a part of a character.
+        """The UTF-8 bytes of a token, which may be a part of a character: for decode(),
+        decode_stream() and bits per byte.
 
         Raises ValueError if the id is out of range.
         """
@@ -43,7 +44,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def _key(self) -> Any:
-        """What makes two tokenizers equal."""
+        """Two tokenizers are equal if their keys are equal: see __eq__()."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids: [1, 3, 2, 0] -> 'hole'. Invalid UTF-8 becomes U+FFFD (�).

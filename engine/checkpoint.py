@@ -24,20 +24,20 @@ import safetensors
 import safetensors.torch
 import torch
 
-import data.tokenizer
 from configurator import FolioError
 from data.dataset import ShardedTokens
 from data.files import atomic_write, shell_command, write_json, write_text
-from data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from engine.hf_format import (
     BIASES, SHA256_KEY, WEIGHTS_FILE, from_hf_state_dict, load_torch_file, read_config,
     read_weights, sha256_of, to_hf_config, to_hf_state_dict,
 )  # fmt: skip
-from engine.run_folder import SETTINGS_FILE, make_folder, refuse_nanogpt_checkpoint, shown_path
+from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, shown_path
 from engine.train_config import TrainConfig
-from model import GPT, GPTConfig
+from model import GPT
 
 CHECKPOINT_FILE = "resume.pt"
+MAX_UNUSED_ROWS = 1023  # of a table of embeddings: some round its rows up to a multiple of 1024
 
 
 # --- The model and its tokenizer ---
@@ -84,41 +84,28 @@ def unwrap(model: torch.nn.Module) -> GPT:
         if not isinstance(inner, torch.nn.Module):
             raise TypeError(f"a GPT is needed, not a {type(model).__name__}")
         model = inner
-    # Two embeddings, and the weights (and biases) of six layers per block and of ln_f.
+    # Two embeddings; the weights (and biases) of ln_f and of six layers per block: ln_1, c_attn,
+    # c_proj, ln_2, c_fc, c_proj.
     expected = 2 + (6 * model.config.n_layer + 1) * (1 + model.config.bias)
     if len(list(model.parameters())) != expected:
         raise TypeError("parameters of this GPT have been removed or added; save the original GPT")
     return model
 
 
-def load_model(
-    folder: str | Path,
-    *,
-    vocab_size: int | None = None,
-    block_size: int | None = None,
-    dropout: float | None = None,
-    pad_vocab_to: int = 1,
-    float32_attention: bool = False,
-    activation_checkpointing: bool = False,
-) -> GPT:
+def load_model(folder: str | Path, **overrides: Any) -> GPT:
     """Load a model from a run folder, or from any folder with GPT-2's weights; in eval mode.
 
-    vocab_size: that of the tokenizer, if the folder's table of embeddings has rows of padding.
-    block_size: at most the model's; positions beyond it are cut off.
+    overrides: fields of GPTConfig that replace the folder's, such as dropout=0.1.
+        vocab_size: that of the tokenizer, if the folder's table of embeddings has rows of padding.
+        block_size: at most the model's; positions beyond it are cut off.
     Raises FolioError if a file is missing or damaged, if the architecture is not GPT-2's, or if the
     weights do not match config.json.
     """
     saved_config, tensors = read_config(folder), read_weights(folder)
     if any(name.endswith(BIASES) and tensor.any() for name, tensor in tensors.items()):
-        # transformers' GPT-2 always has biases. If it trained a model of ours that has none, they
-        # are no longer zero.
+        # transformers' GPT-2 always has biases, so a model without biases is saved with zeros. If
+        # transformers has trained it, they are not zero any more, and the model needs them.
         saved_config = dataclasses.replace(saved_config, bias=True)
-    overrides = {"vocab_size": vocab_size, "block_size": block_size, "dropout": dropout}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    overrides |= {
-        "pad_vocab_to": pad_vocab_to, "float32_attention": float32_attention,
-        "activation_checkpointing": activation_checkpointing,
-    }  # fmt: skip
     config = dataclasses.replace(saved_config, **overrides)
     if config.block_size > saved_config.block_size:
         raise FolioError(
@@ -146,30 +133,10 @@ def load_model(
     return model.eval()
 
 
-MAX_UNUSED_ROWS = 1023  # of a table of embeddings: some round its rows up to a multiple of 1024
-
-
 def load_model_and_tokenizer(folder: str | Path) -> tuple[GPT, Tokenizer]:
     """Load both from one folder; FolioError if they do not belong together."""
     tokenizer = load_tokenizer(folder)
     return load_model(folder, vocab_size=tokenizer.vocab_size), tokenizer
-
-
-def save_tokenizer(
-    tokenizer: Tokenizer, folder: str | Path, block_size: int, pad_token_id: int | None = None
-) -> None:
-    """Write tokenizer.json and tokenizer_config.json.
-
-    block_size: the model's context length in tokens.
-    pad_token_id: with which transformers fills up a batch, if characters have no end-of-text token;
-        see rarest_token().
-    """
-    make_folder(Path(folder))
-    settings = {"model_max_length": block_size}
-    is_char = isinstance(tokenizer, CharTokenizer) and tokenizer.eos_token_id is None
-    if is_char and pad_token_id is not None:
-        settings["pad_token"] = tokenizer.decode([pad_token_id])
-    data.tokenizer.save_tokenizer(tokenizer, folder, **settings)
 
 
 def rarest_token(tokens: ShardedTokens) -> int:
@@ -254,13 +221,17 @@ generate = pipeline("text-generation", model="{folder}")
 def save_checkpoint(folder: str | Path, state: dict[str, Any]) -> None:
     """Write resume.pt. state: state_dicts, numbers and strings in dicts and lists.
 
-    Raises FolioError if it cannot be written, or if the run folder was deleted or moved meanwhile.
+    Raises FolioError if it cannot be written.
     """
-    folder = Path(folder)
-    if not (folder / SETTINGS_FILE).exists():
-        raise FolioError(f"{folder}: {SETTINGS_FILE} has disappeared; was this run folder moved?")
-    with atomic_write(folder / CHECKPOINT_FILE) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)  # given a path, it would not name the reason of a failure
+    with atomic_write(Path(folder) / CHECKPOINT_FILE) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)  # given a path, it reports a full disk without saying so
+        except RuntimeError as error:
+            # It hides an OSError of `file`. All other errors, such as CUDA's, keep their traceback.
+            cause = error.__context__
+            if "inline_container" in str(error) and isinstance(cause, OSError):
+                raise cause from None
+            raise
 
 
 def load_checkpoint(folder: str | Path) -> dict[str, Any]:
@@ -290,26 +261,3 @@ def advice_to_use_weights(folder: Path) -> str:
         flags = shell_command(f"--init_from={where}", f"--out_dir={where}-2")
         return f"to continue from the best weights: {flags}"
     return "--init_from=scratch starts a new run"
-
-
-def check_architecture(folder: str | Path, config: GPTConfig) -> None:
-    """Raises FolioError if config.json in the run folder describes another architecture.
-
-    Of a run that resumes, config is what its settings say. A changed n_head fits the weights just
-    as well, and would give wrong numbers without an error.
-    """
-    if not (Path(folder) / "config.json").exists():
-        return
-    saved = read_config(folder)
-    if saved.vocab_size != config.vocab_size:
-        raise FolioError(
-            f"{folder}: this run has a vocabulary of {saved.vocab_size:,} tokens, its dataset now "
-            f"{config.vocab_size:,}: the dataset has changed; start a new run with "
-            "--init_from=scratch (the old run is kept under another name)"
-        )
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias"):
-        if getattr(saved, name) != getattr(config, name):
-            raise FolioError(
-                f"{folder}: {SETTINGS_FILE} has {name}={getattr(config, name)}, config.json "
-                f"{getattr(saved, name)}; put the old value back into {SETTINGS_FILE}"
-            )

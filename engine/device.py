@@ -82,7 +82,7 @@ class ComputeDevice:
         if self.torch_device.type != "cuda":
             # Never non_blocking: the copy to an Apple GPU could read memory that is already freed.
             return tuple(tensor.to(self.torch_device) for tensor in tensors)
-        # A new thread's current GPU is number 0, and pin_memory() would claim memory there.
+        # prefetch() calls this in another thread. There torch would use GPU 0, and memory on it.
         with torch.cuda.device(self.torch_device):
             # Only from pinned memory can the GPU copy without the CPU.
             return tuple(
@@ -122,7 +122,8 @@ def choose_device(
     Raises FolioError if this machine does not support a request.
     """
     torch_device = find_device(device, local_rank, world_size)
-    chosen_dtype, dtype_note = choose_dtype(dtype, torch_device), ""
+    chosen_dtype = choose_dtype(dtype, torch_device)
+    dtype_note = ""
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
         if chosen_dtype == torch.float16 and dtype == "auto":
@@ -136,7 +137,7 @@ def choose_device(
             torch.set_num_threads(num_threads)
     chosen_compile, compile_note = choose_compile(compile, torch_device)
 
-    result = ComputeDevice(torch_device, chosen_dtype, chosen_compile, "")
+    result = ComputeDevice(torch_device, chosen_dtype, chosen_compile, "")  # for its name
     threads = torch.get_num_threads()
     cpu_name = "1 thread" if threads == 1 else f"{threads} threads"
     name = {"cuda": result.name, "mps": "Apple GPU"}.get(torch_device.type, cpu_name)
@@ -246,7 +247,8 @@ def missing_for_compile(torch_device: torch.device) -> str:
         return "" if any(map(shutil.which, compilers)) else "no C++ compiler found (g++)"
     if torch_device.type != "cuda":
         return ""
-    if not has_triton():
+    has_triton = importlib.util.find_spec("triton") is not None
+    if not has_triton or torch.cuda.get_device_capability(torch_device) < (7, 0):
         return "Triton is missing or does not support this GPU"
     if sys.platform == "win32":  # Triton for Windows includes a compiler
         return ""
@@ -255,14 +257,6 @@ def missing_for_compile(torch_device: torch.device) -> str:
         return "no C compiler found (gcc)"
     header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
     return "" if header.exists() else "Python.h not found (install python3-dev)"
-
-
-def has_triton() -> bool:
-    try:
-        from torch.utils._triton import has_triton as check  # private torch API
-    except ImportError:
-        return importlib.util.find_spec("triton") is not None
-    return check()
 
 
 # --- Memory ---

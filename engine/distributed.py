@@ -53,7 +53,7 @@ class Distributed:
 
     def __enter__(self) -> "Distributed":
         if {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # set by torchrun
-            if torch_dist.is_torchelastic_launched():
+            if torch_dist.is_torchelastic_launched():  # torchelastic: the code of torchrun
                 self._launcher_pid = os.getppid()
             store, self.rank, self.world_size = rendezvous()
             self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -106,7 +106,7 @@ class Distributed:
         try:
             if self.is_main:
                 result, failed = fn(), False
-        finally:
+        finally:  # also if fn raises: all processes receive failed=True, then the error goes on
             payload = [result, failed]
             torch_dist.broadcast_object_list(payload)  # the payload of rank 0 arrives in all
         result, failed = payload
@@ -139,7 +139,8 @@ class Distributed:
         """
         if self.world_size == 1:
             return map_tensors(nested, lambda tensor: tensor.to(device))
-        # First the containers, the numbers, and the shapes and dtypes of the tensors.
+        # First the containers, the numbers, and the shapes and dtypes of the tensors: a tensor on
+        # the device "meta" has nothing else.
         received = self.broadcast_from_main(
             lambda: map_tensors(nested, lambda tensor: tensor.to("meta"))
         )
@@ -180,7 +181,7 @@ class Distributed:
         Created when first needed, because only then it is known which device computes.
         """
         if device not in self._tensor_groups:
-            self.barrier()  # with the long timeout: some may still load what others have loaded
+            self.barrier()  # waits up to SETUP_TIMEOUT: other processes may still load data
             is_cuda = device.type == "cuda"
             if is_cuda:
                 gpus: list[str] = [""] * self.world_size
@@ -289,9 +290,10 @@ def rendezvous() -> tuple[torch_dist.Store, int, int]:
 def name_this_attempt(store: torch_dist.Store, rank: int, world_size: int) -> str:
     """A name for this start of the job: the same in all processes, new after each restart.
 
-    The counts of restarts cannot serve as a name: with several nodes they may differ. Each process
-    waits for an answer to its own random id, so an answer to an earlier process is never mistaken
-    for it.
+    The counts of restarts cannot serve as a name: with several nodes they may differ.
+    Example: process 1 writes "waiting 1" = a7, its random id, and waits for an answer. Process 0,
+    whose id is c3, reads a7 and writes "a7" = c3: the name is c3. After a restart, process 1 has
+    another id. So it never reads an old answer, which is under a7.
     """
     own_id = uuid.uuid4().hex
     if rank > 0:
@@ -346,8 +348,9 @@ class GracefulShutdown:
         """True if any process has received a signal; the answer is equal in all processes."""
         status = self.dist.all_reduce_max(self.local_exit_status())
         # A signal that arrived during the all-reduce is not in `status`: the next call sees it.
-        self.exit_status, self.should_stop = status or self.exit_status, status != 0
-        # Another process may have noticed it first, so local_exit_status() does not say it.
+        self.exit_status = status or self.exit_status
+        self.should_stop = status != 0
+        # Here, because another process may notice the death of torchrun before this one does.
         if self.should_stop and self.dist.is_main and self.dist.launcher_died():
             print_stderr("torchrun has died: saving, then exiting")
         return self.should_stop

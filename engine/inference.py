@@ -17,8 +17,8 @@ Why the cache does not last forever: see crop_start().
 
 On a CPU a new token attends to the filled part of the cache. On CUDA, starting an operation takes
 longer than computing it. There a step attends to the whole cache with a mask, so that no shape
-depends on the position: decode_step() is captured once, as a CUDA graph, and replayed for each
-token.
+depends on the position: decode_step() is recorded once, as a CUDA graph, and replayed for each
+token. (lessons/README.md has a glossary.)
 """
 
 import platform
@@ -46,7 +46,8 @@ class InferenceModel:
     batch_size: number of rows that generate() will get. The fastest way to store the weights
     depends on it. Each way adds numbers in its own order, so the logits differ in their last
     digits. A token changes only where two tokens are almost equally likely.
-    static_cache: compute one token with decode_step(); always on CUDA, and slower on a CPU.
+    static_cache: each step attends to the whole cache, so that no shape changes (see above); always
+    on CUDA, and slower on a CPU.
     compile: compile decode_step() with torch.compile, for CUDA. The first token then takes longer.
     After more training of the model, build a new InferenceModel: some of the weights are copies.
     Raises FolioError if the device does not support dtype.
@@ -64,6 +65,7 @@ class InferenceModel:
     ):
         self.config = model.config
         self.device = torch.device(device)
+        # 16 bits save reading weights from memory; a small model's are in the CPU's caches.
         small = self.device.type == "cpu" and is_small(model)
         self.dtype = choose_dtype("float32" if small and dtype == "auto" else dtype, self.device)
         packed = not small and packing_is_faster(self.device, self.dtype, batch_size)
@@ -134,6 +136,10 @@ class InferenceModel:
         stop: torch.Tensor,
         sample: Callable[[torch.Tensor], torch.Tensor],
     ) -> Iterator[torch.Tensor]:
+        """The steps of generate(), which checks the arguments.
+
+        A function with `yield` starts at the first next(). So the check is in another function.
+        """
         B, block_size = len(idx), self.config.block_size
         context = idx[:, -block_size:]  # (B, T): there are no more positions
         max_length = block_size
@@ -146,7 +152,8 @@ class InferenceModel:
             new = context[:1]  # (1, T): all rows have the same prompt, which is computed once
         finished = torch.zeros(B, dtype=torch.bool, device=self.device)
         check_interval = 1 if self.device.type == "cpu" else FINISHED_CHECK_INTERVAL
-        for step in count(1) if max_new_tokens is None else range(1, max_new_tokens + 1):
+        steps = count(1) if max_new_tokens is None else range(1, max_new_tokens + 1)
+        for step in steps:
             if cache.length == 0 or not self.static_cache:
                 logits = next_token_logits(self.weights, new, cache)  # (B, V), or (1, V)
             else:
@@ -201,8 +208,10 @@ def read_ids(steps: Iterable[torch.Tensor], late: bool | None = None) -> Iterato
     for ids in steps:
         pending.append(start_reading(ids))
         is_late = ids.device.type == "cuda" if late is None else late
-        if len(pending) > is_late:
-            yield pending.popleft()()
+        n_unread = 1 if is_late else 0  # so many results wait for the next step
+        if len(pending) > n_unread:
+            read = pending.popleft()
+            yield read()
     for read in pending:
         yield read()
 
@@ -284,6 +293,8 @@ def next_token_logits(weights: Weights, idx: torch.Tensor, cache: KVCache) -> to
     assert start == 0 or T == 1, "is_causal below is right for these cases only"
 
     def attend(i: int, qkv: torch.Tensor) -> torch.Tensor:
+        # qkv: (3, B, n_head, T, head_dim). cache.kv[i]: (2, B, n_head, max_length, head_dim).
+        # narrow(3, start, T) is [:, :, :, start : start + T].
         cache.kv[i].narrow(3, start, T).copy_(qkv[1:])  # the places of the new tokens
         q, k, v = qkv.unbind(0)
         if start > 0:
@@ -304,7 +315,7 @@ def decode_step(
     """(B, 1) new tokens -> (B, V): what next_token_logits() computes for T = 1.
 
     kv: of a KVCache. position: (1,), of the new tokens. Only numbers on the device change from
-    token to token, and no shape. So the step is compiled once and captured once.
+    token to token, and no shape. So the step is compiled once and recorded once.
     """
     places = torch.arange(kv[0].size(3), device=idx.device)  # (max_length,)
     mask = places <= position  # the filled places
@@ -333,7 +344,7 @@ def run_blocks(
     for i, block in enumerate(weights.blocks):
         # Attention
         qkv = block.c_attn(block.ln_1(x)).view(B, T, 3, n_head, C // n_head)
-        y = attend(i, qkv.permute(2, 0, 3, 1, 4))
+        y = attend(i, qkv.permute(2, 0, 3, 1, 4))  # qkv: now (3, B, n_head, T, head_dim)
         x = x + block.attn_c_proj(y.transpose(1, 2).reshape(B, T, C))
         # MLP
         x = x + block.mlp_c_proj(F.gelu(block.c_fc(block.ln_2(x)), approximate="tanh"))
@@ -343,12 +354,13 @@ def run_blocks(
 def capture_cuda_graph(
     step: Callable[[], torch.Tensor], stream: torch.cuda.Stream
 ) -> Callable[[], torch.Tensor]:
-    """Capture step() as a CUDA graph; the function that is returned replays it with one launch.
+    """Record step() as a CUDA graph; the function that is returned replays it with one command.
 
     A replay reads its inputs from the tensors that step() has read, and overwrites the tensor that
-    the replay before has returned; the caller keeps these tensors. Launching some hundred kernels
+    the replay before has returned; the caller keeps these tensors. Starting some hundred kernels
     one by one would take longer than computing them for one token.
-    stream: for the capture; one for all captures, because cuBLAS keeps memory for each stream.
+    stream: a queue of work for the GPU, in which step() is recorded. There is one for all graphs,
+    because cuBLAS, NVIDIA's library of matrix products, keeps memory for each stream.
     """
     with torch.cuda.device(stream.device):
         # Before the capture, everything is compiled and allocated.
@@ -416,8 +428,9 @@ def sample_next_token(
         return logits.argmax(dim=-1)
     probs, ids = candidates(logits, temperature, top_k, top_p)
     noise = exponential_noise(probs, generator)
-    # If each E_i is random with exponential distribution, the largest of all p_i / E_i is the
-    # i-th one with probability p_i. torch.multinomial samples in this way, too.
+    # A property of random numbers E_i with exponential distribution: p_i / E_i is the largest of
+    # all with probability p_i. (E_i / p_i is like the waiting time for token i, and the shortest
+    # one wins.) torch.multinomial samples in this way, too; lessons/sampling.py has a simpler way.
     choice = (probs / noise).argmax(dim=-1, keepdim=True)  # (B, 1)
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 
@@ -477,7 +490,8 @@ def prepare_weights(
 ) -> Weights:
     """The weights of a model on a device; the model is not changed.
 
-    packed: store the matrices in the order in which oneDNN reads them.
+    packed: store the matrices not row by row, but in the order in which oneDNN (a library for CPUs)
+    reads them.
     """
 
     def prepare(parameter: torch.Tensor | None) -> torch.Tensor | None:

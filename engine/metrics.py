@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from configurator import FolioError, first_line, wrap
+from configurator import ROOT, FolioError, first_line, wrap
 from data.dataset import Dataset
 from data.files import rename_to_backup, shell_command, write_text
 from data.prepare import plural
@@ -32,7 +32,7 @@ from engine.log_file import (
 )  # fmt: skip
 from engine.plot import plot_losses
 from engine.run import TrainState, is_patience_exhausted
-from engine.run_folder import REPO_ROOT, newest_run
+from engine.run_folder import lock_id, newest_run
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
@@ -83,6 +83,7 @@ class MetricsLogger:
 
     def __enter__(self) -> "MetricsLogger":
         if self.enabled:
+            self.lock_id = lock_id(self.folder)
             path = self.folder / LOG_FILE
             rows, all_valid = parse_log(path)
             if not all_valid:
@@ -101,6 +102,17 @@ class MetricsLogger:
         if self.rows and not self.log_is_complete:
             self._save_rows()
         self.exit_stack.__exit__(*exception_info)
+
+    def check_folder(self) -> None:
+        """Raise FolioError if another process has started a run in this folder.
+
+        The lock prevents this, unless the folder around the lock file was deleted or moved.
+        """
+        if self.enabled and lock_id(self.folder) not in (None, self.lock_id):
+            raise FolioError(
+                f"{self.folder}: was deleted or moved during this run, and another process has "
+                "started a run here; this run ends without saving"
+            )
 
     def print(self, text: str) -> None:
         """Print above the progress bar. Output to a closed stream is discarded."""
@@ -130,7 +142,7 @@ class MetricsLogger:
             self.state.unlogged_steps += 1
         if self.last_logged is None:
             # The first step includes warming up (and compiling), so speed is measured after it.
-            # On a GPU, the state already counts a step that is not in `metrics` yet.
+            # Not state.tokens: on a GPU they include a step that is started but not read yet.
             tokens = self.first_tokens + len(metrics) * self.config.tokens_per_step
             self.last_logged = (tokens, self.state.seconds)
             if self.enabled and is_terminal():
@@ -155,6 +167,7 @@ class MetricsLogger:
         """Write a row of log.csv and show the progress."""
         if not self.enabled:
             return
+        self.check_folder()
         row = self._new_row(val_loss, bits_per_byte)
         self.state.unlogged_losses, self.state.unlogged_steps = 0.0, 0
         if self.rows and self.rows[-1]["step"] == row["step"]:
@@ -238,7 +251,7 @@ class MetricsLogger:
         text += f"validation loss {row['val_loss']:.4f}"
         if row["step"] == 0:
             text += " (before training)"
-        elif row["step"] == state.best_step:
+        elif (row["step"], row["val_loss"]) == (state.best_step, state.best_val_loss):
             text += " (best so far)"
         elif state.best_step >= 0:  # else no loss has been a number
             text += f" (best {state.best_val_loss:.4f}, step {state.best_step:,})"
@@ -350,8 +363,8 @@ def check_trackers(config: TrainConfig) -> None:
 
 # --- FLOPs and MFU ---
 
-# Dense bfloat16 TFLOPS without sparsity, from NVIDIA's data sheets (T4: float16, it has no
-# bfloat16). The first name found in the device's name counts, so longer names stand first.
+# TFLOPS in bfloat16, without sparsity, from NVIDIA's data sheets (T4: float16, it has no bfloat16).
+# The first name found in the device's name counts, so longer names stand first. None: unknown.
 PEAK_TFLOPS = {
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312,
     "L40S": 362, "RTX 4090 Laptop": None, "RTX 4090": 165, "L4": 121, "T4": 65,
@@ -371,8 +384,8 @@ def flops_per_token(config: GPTConfig) -> int:
 
     Each of the N weights of matrix products costs a multiplication and an addition, once in the
     forward pass and twice in the backward pass. In each of L layers, a query is multiplied with T
-    keys and the attention weights with T values, each of C numbers. By convention the causal mask,
-    which makes half of these products superfluous, is not deducted.
+    keys and the attention weights with T values, each of C numbers: 2 products x 2 FLOPs x 3 passes
+    = 12 C T. By convention, the half of these products that the causal mask hides is counted, too.
     Source: PaLM (Chowdhery et al. 2022), appendix B.
     """
     L, C, T = config.n_layer, config.n_embd, config.block_size
@@ -490,7 +503,9 @@ def summary(config: TrainConfig, state: TrainState, folder: str | Path) -> str:
     if (folder / WEIGHTS_FILE).exists() and state.best_step >= 0:  # not random weights
         lines.append(f"next     {sample_command(folder)}")
     if state.step < config.max_iters:
-        lines.append("or       the same command with --init_from=resume, to continue")
+        more_patience = " --patience=0" if is_patience_exhausted(state, config) else ""
+        flags = f"--init_from=resume{more_patience}"
+        lines.append(labeled("or", f"the same command with {flags}, to continue"))
     return "\n".join(lines)
 
 
@@ -500,8 +515,10 @@ def describe_best(rows: list[LogRow], state: TrainState) -> str:
         return "no evaluation of trained weights yet"
     text = f"validation loss {state.best_val_loss:.4f}"
     val_losses = {row["step"]: row for row in evaluations(rows)}
-    best = val_losses.get(state.best_step)  # None if log.csv was replaced
-    if best and best["bits_per_byte"] and best["val_loss"] == state.best_val_loss:
+    best = val_losses.get(state.best_step)
+    if best and best["val_loss"] != state.best_val_loss:
+        best = None  # log.csv was replaced, or this step was repeated with other settings
+    if best and best["bits_per_byte"]:
         text += f" ({best['bits_per_byte']:.3f} bits per byte)"
     text += f" at step {state.best_step:,}"
     last = val_losses[max(val_losses)] if val_losses else None
@@ -516,8 +533,8 @@ def describe_best(rows: list[LogRow], state: TrainState) -> str:
 
 def sample_command(folder: Path) -> str:
     """The command that samples from this run, as it can be typed in the working directory."""
-    command = ["python", str(relative_path(REPO_ROOT / "sample.py"))]
-    out_dir = folder.relative_to(REPO_ROOT) if folder.is_relative_to(REPO_ROOT) else folder
+    command = ["python", str(relative_path(ROOT / "sample.py"))]
+    out_dir = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     is_default = out_dir.parent == Path("out") and newest_run().resolve() == folder.resolve()
     if not is_default:  # sample.py uses the newest run by default
         command.append(f"--out_dir={out_dir.as_posix()}")

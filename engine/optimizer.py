@@ -9,11 +9,11 @@ AdamW (Loshchilov and Hutter 2019) treats each weight w alone. With its gradient
 (m and v are divided by 1 - beta^step, because they start at 0.) So each weight moves by about lr,
 however large its gradients are.
 
-But the weights of a matrix act together. The gradient of a matrix is often close to low rank: a few
-directions are large and the others are small. Muon (Jordan et al. 2024) orthogonalizes the running
-mean of gradients: of its singular value decomposition U S V^T it takes U V^T, in which all
-directions have length 1. For example, diag(10, 0.1) becomes diag(1, 1). So rare directions are
-learned as fast as common ones.
+But the weights of a matrix act together. The gradient of a matrix often has a few large singular
+values and many small ones. Muon (Jordan et al. 2024) orthogonalizes the running mean of gradients:
+of its singular value decomposition U S V^T it takes U V^T, in which all directions have length 1.
+For example, diag(10, 0.1) becomes diag(1, 1). So rare directions are learned as fast as common
+ones.
 
 lessons/optimizers.py has both in their simplest form.
 """
@@ -93,10 +93,10 @@ def step_if_finite(
     """
     if scaler.is_enabled():  # float16: the scaler itself skips steps whose gradients overflow
         scaler.step(optimizer)
-    elif is_finite.device.type in ("cuda", "meta"):  # meta: tests/test_device_placement.py
+    elif is_finite.device.type in ("cuda", "meta"):  # meta: tensors without numbers, in a test
         step_unless(optimizer, ~is_finite)
     elif is_finite:
-        optimizer.step()  # also on Apple GPUs, where torch's fused AdamW ignores found_inf
+        optimizer.step()  # on CPUs; and on Apple's GPUs, where AdamW ignores step_unless()
 
 
 def step_unless(optimizer: "torch.optim.Optimizer | CombinedOptimizer", skip: torch.Tensor) -> None:
@@ -143,8 +143,8 @@ class CombinedOptimizer:
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum, whose updates are orthogonalized (Jordan et al. 2024).
 
-    lr: the size of an update in every direction (its singular values); for a matrix with n times
-    as many rows as columns, sqrt(n) times as much. weight_decay: per unit of lr.
+    lr: the singular values of an update; sqrt(n) * lr for a matrix with n times as many rows as
+    columns. weight_decay: each step multiplies the weights by 1 - lr * weight_decay.
     Matrices of one shape are orthogonalized together, in batched products, where torch.optim.Muon
     takes one at a time. With dtype=bfloat16 these products are computed in bfloat16: several times
     faster where the hardware supports it, and a direction need not be exact.
@@ -194,8 +194,9 @@ class Muon(torch.optim.Optimizer):
                 orthogonal = self.orthogonalize_sharded(stacked).to(weights[0].dtype)
                 if found_inf is not None:
                     orthogonal = orthogonal * keep
-                # The columns of a tall orthogonal matrix have length 1, spread over more rows:
-                # its entries are smaller, so it takes a larger step.
+                # A tall orthogonal matrix spreads x over more rows. Without the factor, the
+                # numbers of matrix @ x would be smaller than those of x. In a square or wide
+                # matrix they are about as large.
                 step_size = lr * max(1, rows / columns) ** 0.5
                 torch._foreach_sub_(weights, orthogonal.unbind(), alpha=step_size)
 
@@ -249,8 +250,8 @@ POLAR_EXPRESS_COEFFICIENTS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
-# The polynomials grow without limit for singular values above 1, and rounding can push a value
-# slightly above it: leave room for 1%.
+# Each polynomial is made for values up to a limit: 1 for the first one, about 2 for the later ones.
+# Above it, the polynomial grows fast. Rounding can push a value slightly above: leave room for 1%.
 SAFETY_FACTOR = 1.01
 
 
@@ -262,10 +263,10 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """
     is_wide = matrices.size(1) <= matrices.size(2)
     X = matrices if is_wide else matrices.mT  # X X^T is then the smaller of the two products
-    # The Frobenius norm is at least as large as the largest singular value.
+    # The Frobenius norm is at least as large as the largest singular value (before rounding).
     X = X / (X.norm(dim=(1, 2), keepdim=True) * SAFETY_FACTOR + 1e-7)
     for a, b, c in POLAR_EXPRESS_COEFFICIENTS:
-        # The polynomial of X / SAFETY_FACTOR.
+        # The polynomial of X / SAFETY_FACTOR. Dividing the coefficients takes no time.
         a, b, c = a / SAFETY_FACTOR, b / SAFETY_FACTOR**3, c / SAFETY_FACTOR**5
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2

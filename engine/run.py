@@ -19,10 +19,11 @@ from configurator import (
 from data.dataset import Dataset, open_dataset
 from data.files import write_text
 from data.shakespeare import DATASETS, ensure_shakespeare
-from data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from data.tokenizer import (
+    BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
+)  # fmt: skip
 from engine.checkpoint import (
-    CHECKPOINT_FILE, check_architecture, find_checkpoint, load_model, rarest_token, save_checkpoint,
-    save_tokenizer,
+    CHECKPOINT_FILE, find_checkpoint, load_model, rarest_token, save_checkpoint,
 )  # fmt: skip
 from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
@@ -63,6 +64,7 @@ class TrainState:
 def is_patience_exhausted(state: TrainState, config: TrainConfig) -> bool:
     """Whether the last `patience` evaluations have not improved the best validation loss."""
     steps_without_improvement = state.step - max(state.best_step, 0)
+    # With patience 0 the answer is always False: 0 < 0.
     return 0 < config.patience * config.eval_interval <= steps_without_improvement
 
 
@@ -121,6 +123,7 @@ def resume_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
             )
         print(f"resuming with {name} = {new} (was {old})")
     moved = {"out_dir": overrides.get("out_dir", TrainConfig.out_dir)}  # the folder may have moved
+    # []: no flags, because they are in overrides already. The saved settings are validated here.
     return configure(TrainConfig, [], defaults=saved | overrides | moved)
 
 
@@ -181,9 +184,9 @@ def build_model(
 
 def empty_model(model_config: GPTConfig, device: ComputeDevice) -> GPT:
     """A model with uninitialized parameters. Fast; allocates memory on the device only."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without memory
         model = GPT(model_config)
-    return model.to_empty(device=device.torch_device)
+    return model.to_empty(device=device.torch_device)  # memory, into which nothing is written
 
 
 def initial_model(config: TrainConfig, tokenizer: Tokenizer, device: ComputeDevice) -> GPT:
@@ -203,7 +206,6 @@ def initial_model(config: TrainConfig, tokenizer: Tokenizer, device: ComputeDevi
         model_config = GPTConfig(vocab_size=tokenizer.vocab_size, **architecture, **options)
         folder = resolve_out_dir(config.out_dir)
         if config.init_from == "resume":
-            check_architecture(folder, model_config)
             model = empty_model(model_config, device)
         else:
             torch.manual_seed(config.seed)
@@ -235,7 +237,8 @@ def wrap_model(
 
     def dummy_loss() -> torch.Tensor:
         inputs = torch.zeros(shape, dtype=torch.long, device=device.torch_device)
-        with device.autocast():  # a clone: torch.compile treats one tensor given twice specially
+        with device.autocast():
+            # A clone: for one tensor given twice, torch.compile would compile another program.
             return wrapped(inputs, inputs.clone())
 
     if not config.eval_only:
@@ -259,7 +262,10 @@ def make_room(folder: Path, config: TrainConfig) -> None:
 
 
 def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
-    """Create the run folder, or move the run that is there aside; save settings and tokenizer."""
+    """Create the run folder; save settings and tokenizer.
+
+    make_room() has left an older run here only if its weights are the start: it is moved aside now.
+    """
     prepare_out_dir(folder, resume=config.init_from == "resume")
     save_settings(folder, config, dataset)
 
@@ -272,7 +278,10 @@ def save_settings(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
 
 def save_run_tokenizer(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
     """Save the dataset's tokenizer in a run folder, or in one of its step_* folders."""
-    save_tokenizer(dataset.tokenizer, folder, config.block_size, rarest_token(dataset.train))
+    tokenizer, settings = dataset.tokenizer, {"model_max_length": config.block_size}
+    if isinstance(tokenizer, CharTokenizer) and tokenizer.eos_token_id is None:
+        settings["pad_token"] = tokenizer.decode([rarest_token(dataset.train)])
+    save_tokenizer(tokenizer, folder, **settings)
 
 
 # --- Checkpoints ---
@@ -319,16 +328,15 @@ def restore(
     Raises FolioError if the dataset or the checkpoint is not that of this run.
     """
     folder, device = resolve_out_dir(config.out_dir), next(model.parameters()).device
-    before, now = saved.get("dataset"), fingerprint(dataset)
-    n = len(before) if isinstance(before, list) else 0  # 3 in older checkpoints: no checksums
-    if n < 3 or before != now[:n]:
-        raise FolioError(
-            f"--dataset={config.dataset}: the dataset has changed since {folder} was started "
-            f"(SHA-256, tokens of both splits, checksums: {before} before, {now} now); "
-            "restore it (shards that were added can be moved away), or use --init_from=scratch"
-        )
     try:
-        for name, value in saved.get("architecture", {}).items():  # older checkpoints lack it
+        before, now = saved["dataset"], fingerprint(dataset)
+        if before != now:
+            raise FolioError(
+                f"--dataset={config.dataset}: the dataset has changed since {folder} was started "
+                f"(SHA-256, tokens of both splits, checksums: {before} before, {now} now); "
+                "restore it (shards that were added can be moved away), or use --init_from=scratch"
+            )
+        for name, value in saved["architecture"].items():
             if getattr(model.config, name) != value:
                 raise FolioError(
                     f"{folder}: {SETTINGS_FILE} has {name}={getattr(model.config, name)}, "
@@ -340,6 +348,7 @@ def restore(
         copies = map_tensors(saved["optimizer"], lambda tensor: tensor.to(device, copy=True))
         optimizer.load_state_dict(copies)
         check_optimizer_state(optimizer)
+        # load_state_dict() brings back the old learning rates and weight decay: undo this.
         for group, current in zip(optimizer.param_groups, current_groups, strict=True):
             group.update({key: value for key, value in current.items() if key != "params"})
         if saved["scaler"]:  # empty unless the run was saved in float16

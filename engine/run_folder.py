@@ -8,22 +8,20 @@ engine/checkpoint.py reads and writes the files in it.
 """
 
 import contextlib
-import json
 import os
 import re
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import safetensors
 
-from configurator import FolioError, did_you_mean
-from data.files import explain_os_error, file_lock, rename_to_backup, user_path
+from configurator import ROOT, FolioError, did_you_mean, read_settings
+from data.files import explain_os_error, file_id, file_lock, rename_to_backup, user_path
 from data.hub import GPT2_MODELS, hub_model, is_hub_name
 from engine.hf_format import WEIGHTS_FILE
 from engine.log_file import LOG_FILE, read_log
 
-REPO_ROOT = Path(__file__).resolve().parent.parent
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
 
@@ -34,7 +32,7 @@ LOCK_FILE = ".lock"
 def resolve_path(path: str | Path) -> Path:
     """An absolute path without symbolic links; a relative one is relative to the repository."""
     try:
-        return (REPO_ROOT / user_path(path)).resolve()
+        return (ROOT / user_path(path)).resolve()
     except (RuntimeError, OSError) as error:  # links in a circle
         raise FolioError(f"{path}: not a valid path ({error})") from None
 
@@ -46,7 +44,7 @@ def resolve_out_dir(out_dir: str | Path) -> Path:
     Raises FolioError if no run can be there.
     """
     folder = resolve_path(out_dir)
-    if folder == REPO_ROOT or folder in REPO_ROOT.parents:
+    if folder == ROOT or folder in ROOT.parents:
         raise FolioError(f"--out_dir={out_dir}: name a folder for the run, such as out/my_run")
     return folder
 
@@ -74,7 +72,7 @@ def resolve_model_dir(source: str | Path) -> Path:
 
 def saved_weights() -> list[Path]:
     """The weights of all runs under out/, the oldest first."""
-    paths = (REPO_ROOT / "out").glob(f"*/{WEIGHTS_FILE}")
+    paths = (ROOT / "out").glob(f"*/{WEIGHTS_FILE}")
     files = [path for path in paths if path.is_file()]  # not a link to nowhere
     return sorted(files, key=lambda path: path.stat().st_mtime)
 
@@ -90,8 +88,7 @@ def newest_run() -> Path:
     if folders:
         return folders[-1]
     raise FolioError(
-        f"no trained model in {REPO_ROOT / 'out'}; train one: "
-        "python train.py config/shakespeare_char.py"
+        f"no trained model in {ROOT / 'out'}; train one: python train.py config/shakespeare_char.py"
     )
 
 
@@ -116,9 +113,9 @@ def describe_run(folder: str | Path) -> str:
         description += f", step {step:,}"
         if settings is not None:
             description += f" of {settings['max_iters']:,}"
-            last_step = max(step, *(row["step"] for row in read_log(folder / LOG_FILE)), 0)
+            last_step = max([step, *(row["step"] for row in read_log(folder / LOG_FILE))])
             if last_step < settings["max_iters"]:
-                description += f" (stopped after step {last_step:,})"
+                description += " (training is not finished)"
         description += f", validation loss {float(val_loss):.4f}" if val_loss else ", not evaluated"
     return description
 
@@ -135,30 +132,38 @@ def weights_metadata(folder: str | Path) -> dict[str, str]:
 def shown_path(folder: Path) -> str:
     """Relative to the repository if possible, with forward slashes: 'out/shakespeare_char'."""
     folder = folder.resolve()
-    if folder.is_relative_to(REPO_ROOT):
-        folder = folder.relative_to(REPO_ROOT)
+    if folder.is_relative_to(ROOT):
+        folder = folder.relative_to(ROOT)
     return folder.as_posix()
 
 
 # --- Preparing the folder for a run ---
 
 
-@contextlib.contextmanager
-def lock_run_folder(folder: str | Path) -> Iterator[None]:
+def lock_run_folder(folder: str | Path) -> AbstractContextManager[None]:
     """Hold the run folder for this process; FolioError if another process trains there.
 
     The lock is on a file beside the folder, which stays there when an old run is moved aside. The
     operating system releases the lock when the process ends, for any reason.
-    A mount point, such as the volume of a container, cannot be moved, and another container may
-    mount it elsewhere, beside other files: there the lock is inside.
+    If the folder is a disk of its own (mounted, for example in Docker), the lock file is inside: in
+    another container this disk may have another path, with other files beside it.
     """
-    folder = Path(folder)
-    lock_file = folder.with_name(f".{folder.name}{LOCK_FILE}")
-    if os.path.ismount(folder):
-        lock_file = folder / LOCK_FILE
     message = f"{folder}: another process is training here; choose another --out_dir"
-    with file_lock(lock_file, message):
-        yield
+    return file_lock(lock_path(Path(folder)), message)
+
+
+def lock_path(folder: Path) -> Path:
+    """The lock file of a run folder."""
+    is_mount = os.path.ismount(folder)
+    return folder / LOCK_FILE if is_mount else folder.with_name(f".{folder.name}{LOCK_FILE}")
+
+
+def lock_id(folder: Path) -> tuple[int, int] | None:
+    """Identifies the lock file; None if there is none.
+
+    If the folder around it was deleted or moved, another process can make a new lock file here.
+    """
+    return file_id(lock_path(folder))
 
 
 def prepare_out_dir(folder: str | Path, resume: bool) -> None:
@@ -188,19 +193,14 @@ def move_old_run_aside(folder: str | Path) -> None:
         # A run that was killed while it saved its settings has left a temporary file, and no run.
         names = (path.name for path in folder.iterdir())
         existing = sorted(name for name in names if name != LOCK_FILE and not is_temporary(name))
+        if existing and read_run_settings(folder) is None:
+            refuse_nanogpt_checkpoint(folder)
+            raise FolioError(
+                f"{folder}: holds files that are not a run of Folio's ({existing[0]}); choose "
+                "another --out_dir"
+            )
         if existing:
-            check_is_run(folder, existing)
             print(f"the previous run is now in {shown_path(rename_to_backup(folder))}")
-
-
-def check_is_run(folder: Path, filenames: list[str]) -> None:
-    """Raises FolioError if these files in the folder are not a run of Folio's."""
-    if read_run_settings(folder) is None:
-        refuse_nanogpt_checkpoint(folder)
-        raise FolioError(
-            f"{folder}: holds files that are not a run of Folio's ({filenames[0]}); choose another "
-            "--out_dir"
-        )
 
 
 def is_temporary(name: str) -> bool:
@@ -211,11 +211,11 @@ def is_temporary(name: str) -> bool:
 def read_run_settings(folder: Path) -> dict[str, Any] | None:
     """settings.json, if this folder holds a run of Folio's; other programs use that name, too."""
     try:
-        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-        is_run = {"dataset", "max_iters", "n_layer", "init_from"} <= settings.keys()
-        return settings if is_run and type(settings["max_iters"]) is int else None
-    except (OSError, ValueError, AttributeError, RecursionError):
+        settings = read_settings(folder / SETTINGS_FILE)
+    except FolioError:
         return None
+    is_run = {"dataset", "max_iters", "n_layer", "init_from"} <= settings.keys()
+    return settings if is_run and type(settings["max_iters"]) is int else None
 
 
 def make_folder(folder: Path) -> None:

@@ -56,7 +56,7 @@ class TrainConfig:
     pad_vocab_to: PositiveInt = 1  # round the embedding's rows in memory up to a multiple of this
 
     # --- Optimizer ---
-    optimizer: Literal["muon", "adamw"] = "muon"  # for the blocks' matrices; else AdamW
+    optimizer: Literal["muon", "adamw"] = "muon"  # for block matrices; other parameters: AdamW
     learning_rate: NonNegativeFloat = 5e-3  # peak learning rate of AdamW
     muon_learning_rate: NonNegativeFloat = 0.02  # peak learning rate of Muon
     warmup_iters: NonNegativeInt = 100  # steps of linear warmup: the first gradients mislead

@@ -112,6 +112,7 @@ def nodes_and_messages() -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """q (..., T, d), k (..., S, d), v (..., S, d) -> messages (..., T, d), weights (..., T, S).
 
+    "..." are dimensions in front, for example batch and head.
     mask (T, S): True where row t receives from column s. None: each row receives from all columns.
     """
     # mT exchanges the last two dimensions: (4, 2) @ (2, 4) -> (4, 4).
@@ -150,10 +151,12 @@ def why_divide() -> None:
         scores = queries @ keys.mT  # (500, 1, 8)
         largest = [s.softmax(dim=-1).amax(dim=-1).mean() for s in (scores / math.sqrt(d), scores)]
         print(f"    {d:4} {largest[0]:9.2f} {largest[1]:13.2f}")
-    print("A dot product is a sum of d terms. Here each term has variance 1, so the sum has")
+    print("A dot product is a sum of d terms. Here each term is the product of two random")
+    print("numbers with mean 0 and variance 1. So each term has variance 1, and the sum has")
     print("variance d: its size is about sqrt(d). Without the division, one weight is")
-    print("almost 1: the node receives from one sender only. Then the gradient of the")
-    print("softmax is almost 0, and the node can hardly learn to look elsewhere.")
+    print("almost 1: the node receives from one sender only. A weight w changes with its")
+    print("score by w (1 - w), which is almost 0 if w is near 0 or 1. So the gradient is")
+    print("almost 0, and the node can hardly learn to look elsewhere.")
 
 
 # --- 4. Several heads ---

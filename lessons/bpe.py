@@ -99,7 +99,7 @@ def token_bytes(merges: Merges) -> list[bytes]:
 
 
 def read_text() -> str:
-    """Shakespeare if prepare_shakespeare.py has downloaded it, else a short play of our own."""
+    """Shakespeare if prepare_shakespeare.py has downloaded it, else the replacement text."""
     data = Path(__file__).resolve().parent.parent / "data"
     shakespeare = data / "shakespeare" / "input.txt"
     path = shakespeare if shakespeare.exists() else data / "replacement.txt"
@@ -151,8 +151,8 @@ def main(num_merges: int = 100) -> None:
 
     part = text[:20_000]
     ratio = len(part) / len(encode(part, merges))
-    print(f"\nOn average, one token is {ratio:.2f} characters. A context of 64 tokens now")
-    print(f"holds {64 * ratio:.0f} characters. The price: the embedding has {len(tokens)} rows.")
+    print(f"\nOn average, one token is {ratio:.2f} characters. A model that reads 64 tokens")
+    print(f"now reads {64 * ratio:.0f} characters. The price: {len(tokens)} rows in its embedding.")
 
     print("\nThe strong forms: data/bpe.py learns; after a merge it counts only the words")
     print("that have changed. data/tokenizer.py encodes with tiktoken, OpenAI's library.")

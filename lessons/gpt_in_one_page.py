@@ -1,9 +1,10 @@
 """GPT on one page: a text, a vocabulary, batches, the model, training, and a new play.
 
-    python lessons/gpt_in_one_page.py           # about half a minute on two CPU cores
+    python lessons/gpt_in_one_page.py           # about half a minute on one CPU core
 
 Shapes: B = 16 sequences in a batch, T = 32 tokens in a sequence, C = 96 channels (the numbers that
-represent one token), V = 65 tokens in the vocabulary; 4 heads of 24 channels.
+represent one token), V = 65 tokens in the vocabulary (60 with the replacement text); 4 heads of 24
+channels.
 """
 
 import math
@@ -21,7 +22,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 
 
 def read_text() -> str:
-    """Shakespeare if prepare_shakespeare.py has downloaded it, else a short play of our own."""
+    """Shakespeare if prepare_shakespeare.py has downloaded it, else the replacement text."""
     shakespeare, play = DATA / "shakespeare" / "input.txt", DATA / "replacement.txt"
     return (shakespeare if shakespeare.exists() else play).read_text(encoding="utf-8")
 
@@ -76,7 +77,7 @@ class GPT(nn.Module):
         self.final_norm = nn.LayerNorm(C, bias=False)
         for parameter in self.parameters():
             if parameter.dim() == 2:  # all but the gains of the layer norms, which stay 1
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=0.02)  # small: the first logits are near 0
 
     def forward(self, idx: Tensor) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V): for each token, a score for each next token."""
@@ -97,9 +98,10 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, steps: int) -> None:
+    # An optimizer keeps its learning rate in groups of parameters. Here there is one group.
     peak, warmup = optimizer.param_groups[0]["lr"], steps // 20
     for step in range(steps):
-        # The learning rate rises during the warmup, then it falls to zero.
+        # Warmup, steps 0 to 49 of 1,000: 0.02, 0.04, ... 1. Then it falls from 1 to 0.001.
         multiplier = min((step + 1) / warmup, 1, (steps - step) / (steps - warmup))
         optimizer.param_groups[0]["lr"] = multiplier * peak
         inputs, targets = random_batch(ids)
@@ -157,5 +159,5 @@ def main(steps: int = 1000) -> float:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # a second one gains little, and loses much beside other programs
+    torch.set_num_threads(1)  # two threads gain little, and are slower beside other programs
     main()

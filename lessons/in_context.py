@@ -30,7 +30,8 @@ def documents(B: int) -> Tensor:
     ends = torch.full((B, 4, 1), END)
     rows = torch.cat((words, words, words, ends), dim=2).flatten(1)  # (B, 40)
     starts = torch.randint(10, (B, 1))  # a window starts anywhere in a document
-    return rows.gather(1, starts + torch.arange(T + 1))
+    columns = starts + torch.arange(T + 1)  # (B, 1) + (31,) -> (B, 31)
+    return rows.gather(1, columns)
 
 
 def train_on_documents(steps: int) -> torch.nn.Module:
@@ -52,11 +53,15 @@ def train_on_documents(steps: int) -> torch.nn.Module:
 def loss_of_each_token(model: torch.nn.Module, windows: Tensor) -> Tensor:
     """(n, T + 1) -> (n, T): -ln p of each target."""
     logits = model(windows[:, :-1])  # (n, T, V)
+    # cross_entropy() needs the classes in the second dimension: (n, V, T).
     return F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
 
 
 def tokens_since(windows: Tensor, token: int) -> Tensor:
-    """(n, T + 1) -> (n, T): how many tokens each input is after the last `token`; -1: none yet."""
+    """(n, T + 1) -> (n, T): how many tokens each input is after the last `token`; -1: none yet.
+
+    token 26, inputs 7 26 3 4 26 -> -1 0 1 2 0
+    """
     since = torch.full((len(windows), windows.size(1) - 1), -1)
     last = torch.full((len(windows),), -1)
     for t, ids in enumerate(windows[:, :-1].T):
@@ -85,9 +90,10 @@ def secret_words(steps: int = 400) -> list[float]:
     print("  token of the document" + "".join(f"{k + 1:5}" for k in range(10)))
     print("  loss                 " + "".join(f"{mean:5.2f}" for mean in means))
     print("\nThe 2nd letter costs about 3.9, more than a guess, because the model copies too")
-    print("early: it expects the last letter of the old word, which stands two places back,")
-    print("too, with a probability of 0.3. A wrong expectation costs more than none. With")
-    print("800 steps of training, the 2nd letter costs 3.3.")
+    print("early. It copies the letter two places before the current one. After the first")
+    print("letter of a new word, this is the last letter of the old word. The model gives")
+    print("it a probability of 0.3, and it is almost always wrong. With 800 steps of")
+    print("training, the 2nd letter costs 3.3.")
     print("\nThe weights cannot know these words: each document has a new one. After the end")
     print("of a document the loss is high again, although the context still has the old")
     print("word.")
@@ -157,5 +163,5 @@ def main(steps: int = 400, folder: str = "") -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the folder of model.py
-    torch.set_num_threads(1)  # a second one gains little, and loses much beside other programs
-    main(folder="".join(sys.argv[1:2]))
+    torch.set_num_threads(1)  # two threads gain little, and are slower beside other programs
+    main(folder=sys.argv[1] if len(sys.argv) > 1 else "")

@@ -43,7 +43,7 @@ def adamw(
     m, v = m / (1 - beta1**step), v / (1 - beta2**step)
     # Weight decay pulls each weight towards 0. A weight stays large only if the gradients push it
     # up again and again.
-    # (Added to the gradient instead, it would be divided by the root of v, too: Adam without W.)
+    # (Adam, without W, adds the decay to the gradient. Then it is divided by the root of v, too.)
     w = w - lr * weight_decay * w
     return w - lr * m / (v.sqrt() + eps)  # eps: no division by 0
 
@@ -65,7 +65,9 @@ def muon(
     # Nesterov momentum: the newest gradient counts a little more.
     update = momentum * m + (1 - momentum) * g
     # A tall matrix spreads each direction over more rows, so its numbers are smaller: about 0.5 in
-    # an orthogonalized 4 x 4 matrix, 0.25 in 16 x 4. The factor sqrt(16 / 4) = 2 gives 0.5 again.
+    # an orthogonalized 4 x 4 matrix, 0.25 in 16 x 4. The factor sqrt(16 / 4) = 2 gives 0.5 again:
+    # then the numbers of matrix @ x are as large as those of x. In a wide matrix, such as 4 x 16,
+    # they are already as large, because each is a sum of more terms.
     size = max(1, w.size(0) / w.size(1)) ** 0.5
     return w - lr * weight_decay * w - lr * size * orthogonalize(update)
 
@@ -130,7 +132,10 @@ def solve(optimizer: Callable[..., Tensor], lr: float, seed: int, steps: int = 3
         target = solution @ x + 0.05 * torch.randn(7, 1, generator=generator)  # with noise, (7, 1)
         gradient = (w @ x - target) @ x.T  # of half the sum of the squared errors
         w = optimizer(w, gradient, state, lr * (1 - step / steps))  # lr falls to 0
-    loss = ((w - solution) @ inputs).square().sum() / 2  # the mean over all x, without the noise
+    # The mean over all x = inputs @ n, without the noise: the numbers in n are independent and have
+    # mean 0 and variance 1, so the mean of |A @ n|^2 is the sum of the squares in A.
+    loss = ((w - solution) @ inputs).square().sum() / 2
+    # The error along each direction, as a part of the error at the start (w = 0).
     left = ((w - solution) @ directions).norm(dim=0) / (solution @ directions).norm(dim=0)
     return torch.cat((left, loss[None]))
 
@@ -162,8 +167,9 @@ def compare() -> dict[str, Tensor]:
    AdamW: better, but it sees single weights. Each is part of all directions.
    Muon: it sees the matrix, so all directions are learned fast.
    normalized: a control with Muon's momentum; the update is only divided by its
-   length. It is no better than SGD here: Muon needs the orthogonalization. But
-   with all examples in each step and no noise, it is as good as Muon.""")
+   length. It is no better than SGD here: Muon needs the orthogonalization.
+   (If each step sees all examples without noise, normalized is as good as Muon:
+   tests/test_lessons.py shows it.)""")
     return results
 
 
@@ -204,7 +210,8 @@ def main() -> None:
     print("matrix products in place of the slow singular value decomposition.")
     print("AdamW is equal to torch's:", equal_to_torch())
     print("Muon in engine/optimizer.py approximates the SVD. The difference to this lesson")
-    print(f"for one random gradient: {difference_to_muon():.0%} of a step.")
+    print(f"for one random gradient: {difference_to_muon():.0%} of a step. This is enough:")
+    print("Muon needs singular values near 1, not exactly 1.")
 
 
 if __name__ == "__main__":

@@ -122,5 +122,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # the folder of model.py
-    torch.set_num_threads(1)  # a second one gains little, and loses much beside other programs
+    torch.set_num_threads(1)  # two threads gain little, and are slower beside other programs
     main()

@@ -5,6 +5,9 @@
 The batch has B = 8 sequences of T = 50 tokens. The model has V = 65 tokens in the vocabulary,
 C = 128 channels, 4 heads of 32 channels, 3 blocks, and a context of up to 64 tokens. So each number
 in a shape has one meaning. (The model of config/shakespeare_char.py has 4 blocks and 128 tokens.)
+
+The names are GPT-2's: wte (token embedding), wpe (position embedding), h (blocks), ln (layer norm),
+c_attn (makes q, k, v), c_fc (into the MLP), c_proj (out of an attention, or out of an MLP).
 """
 
 import math
@@ -131,7 +134,7 @@ def show_parameters() -> list[dict[str, int]]:
         indent = "  " if 2 <= i < 8 else ""  # the parts of a block
         print(f"  {indent + name:31}{ours:18,}{columns[1][name]:15,}")
     print("\nAll blocks: 4 of 128 channels, and 12 of 768 channels with biases.")
-    print(f"A block has about 12 C^2 parameters: 12 x 128 x 128 = {12 * 128**2:,}.")
+    print(f"A block has about (3 + 1 + 4 + 4) C^2 parameters: 12 x 128 x 128 = {12 * 128**2:,}.")
     print("The output layer has no parameters of its own: it is wte again.")
     return columns
 

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from configurator import FolioError
 from data.bpe import BASE_TOKENS, SPLIT_RE, count_words, learn_merges, merge, train_bpe
-from data.tokenizer import GPT2_SPLIT_PATTERN, encode_bytes, load_tokenizer
-from engine.checkpoint import save_model, save_tokenizer
+from data.tokenizer import GPT2_SPLIT_PATTERN, encode_bytes, load_tokenizer, save_tokenizer
+from engine.checkpoint import save_model
 from model import GPT, GPTConfig
 from tests.conftest import ROOT, SHAKESPEARE, TINY_TEXT
 
@@ -83,7 +83,7 @@ def test_vocabulary_is_the_bytes_then_the_merges_then_end_of_text():
 
 def test_trained_tokenizer_gives_the_same_ids_in_tiktoken_and_transformers(tmp_path):
     tokenizer = train_bpe([PLAY], 600)
-    save_tokenizer(tokenizer, tmp_path, block_size=4)
+    save_tokenizer(tokenizer, tmp_path, model_max_length=4)
     save_model(
         GPT(GPTConfig(block_size=4, vocab_size=600, n_layer=1, n_head=1, n_embd=4)), tmp_path
     )

@@ -14,14 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from configurator import FolioError
-from data.dataset import ShardedTokens
-from data.tokenizer import CharTokenizer
+from data.dataset import Dataset, ShardedTokens
+from data.tokenizer import CharTokenizer, save_tokenizer
 from engine.checkpoint import (
-    CHECKPOINT_FILE, WEIGHTS_FILE, check_architecture, find_checkpoint, load_checkpoint,
-    load_model, load_model_and_tokenizer, rarest_token, read_config, save_checkpoint,
-    save_model, save_model_card, save_tokenizer,
+    CHECKPOINT_FILE, WEIGHTS_FILE, find_checkpoint, load_checkpoint, load_model,
+    load_model_and_tokenizer, rarest_token, read_config, save_checkpoint, save_model,
+    save_model_card,
 )  # fmt: skip
-from engine.run import restore, save_run
+from engine.run import restore, save_run, save_run_tokenizer
 from engine.run_folder import SETTINGS_FILE, prepare_out_dir
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
@@ -146,8 +146,8 @@ def test_save_model_refuses_what_is_not_a_whole_gpt(tmp_path):
     "tokenizer", [CharTokenizer.from_text(AWKWARD_TEXT), toy_bpe()], ids=["char", "bpe"]
 )
 def test_auto_tokenizer_gives_the_same_ids(tmp_path, tokenizer):
-    save_tokenizer(tokenizer, tmp_path, block_size=8, pad_token_id=3)
     save_model(random_model(vocab_size=tokenizer.vocab_size), tmp_path, tokenizer)
+    save_tokenizer(tokenizer, tmp_path, model_max_length=8)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.model_max_length == 8
     assert len(theirs) == tokenizer.vocab_size
@@ -164,7 +164,8 @@ def test_auto_tokenizer_gives_the_same_ids(tmp_path, tokenizer):
 def test_padded_batches_work_in_transformers(tmp_path, tokenizer):
     model = random_model(vocab_size=tokenizer.vocab_size)
     save_model(model, tmp_path, tokenizer)
-    save_tokenizer(tokenizer, tmp_path, block_size=8, pad_token_id=0)
+    pad = {"pad_token": tokenizer.decode([0])} if tokenizer.eos_token_id is None else {}
+    save_tokenizer(tokenizer, tmp_path, **pad)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     batch = theirs(["low", "lower lo"], padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -182,6 +183,15 @@ def test_rarest_token_is_the_one_that_occurs_least(tmp_path):
     np.array([0, 1, 1, 3, 3, 3, 2, 2, 0], dtype="<u2").tofile(tmp_path / "train.bin")
     assert rarest_token(ShardedTokens(tmp_path, "train", {}, vocab_size=4)) == 0
     assert rarest_token(ShardedTokens(tmp_path, "train", {}, vocab_size=5)) == 4
+
+
+def test_transformers_fills_up_batches_of_characters_with_the_rarest_one(tmp_path):
+    np.array([0, 0, 1, 2, 2], dtype="<u2").tofile(tmp_path / "train.bin")
+    train = ShardedTokens(tmp_path, "train", {}, vocab_size=3)
+    dataset = Dataset(tmp_path, CharTokenizer.from_text("abc"), {}, train=train, val=train)
+    save_run_tokenizer(tmp_path, TrainConfig(block_size=8), dataset)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.pad_token, theirs.model_max_length) == ("b", 8)
 
 
 def test_model_card_names_data_settings_loss_and_how_to_load(tmp_path):
@@ -458,7 +468,6 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, number):
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 half", b"<html>", "half", "pickle"])
 def test_damaged_checkpoint_is_refused_and_not_executed(tmp_path, damage):
-    (tmp_path / SETTINGS_FILE).touch()
     save_checkpoint(str(tmp_path), {"step": 3, "model": {"w": torch.ones(3)}})
     assert load_checkpoint(str(tmp_path))["step"] == 3
     path, marker = tmp_path / CHECKPOINT_FILE, tmp_path / "marker"
@@ -470,6 +479,36 @@ def test_damaged_checkpoint_is_refused_and_not_executed(tmp_path, damage):
     with pytest.raises(FolioError, match=r"resume\.pt: damaged"):
         load_checkpoint(tmp_path)
     assert not marker.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot limit the size of a file")
+def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(tmp_path):
+    import resource
+
+    save_checkpoint(tmp_path, {"step": 3})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(FolioError, match="File too large"):
+            save_checkpoint(tmp_path, {"model": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT_FILE]
+    assert load_checkpoint(tmp_path) == {"step": 3}
+
+
+def test_an_error_of_the_gpu_is_not_taken_for_one_of_the_disk(tmp_path, monkeypatch):
+    """It may surface while an OSError, which has nothing to do with it, is handled."""
+
+    def fail(*_) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "save", fail)
+    try:
+        raise OSError("unrelated")
+    except OSError:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            save_checkpoint(tmp_path, {})
 
 
 def test_checkpoint_that_is_not_a_dict_is_refused(tmp_path):
@@ -509,11 +548,3 @@ def test_missing_checkpoint_is_reported_with_the_way_to_go_on(tmp_path):
     for function in (find_checkpoint, lambda folder: prepare_out_dir(folder, resume=False)):
         with pytest.raises(FolioError, match=r"ckpt\.pt: a checkpoint of nanoGPT"):
             function(tmp_path)
-
-
-def test_an_edited_n_head_is_noticed(tmp_path):
-    check_architecture(tmp_path, CONFIG)  # nothing is saved yet
-    save_model(random_model(pad_vocab_to=8), tmp_path)
-    check_architecture(str(tmp_path), CONFIG)
-    with pytest.raises(FolioError, match=r"settings\.json has n_head=4, config\.json 2"):
-        check_architecture(tmp_path, GPTConfig(**{**CONFIG.__dict__, "n_head": 4}))

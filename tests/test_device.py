@@ -40,7 +40,7 @@ def fake_machine(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-        monkeypatch.setattr(device_module, "has_triton", lambda: triton)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name if triton else None)
 
     return fake
 
@@ -220,6 +220,7 @@ def test_auto_compiles_on_cuda_only(fake_machine):
     ("missing", "message"),
     [
         ({"triton": False}, "Triton is missing"),
+        ({"capability": (6, 1)}, "Triton is missing or does not support this GPU"),
         ({"compiler": False}, "no C compiler"),
         ({"headers": "/nowhere"}, "Python.h not found"),
     ],

@@ -16,8 +16,8 @@ import torch
 
 import explain
 from data.prepare import split_text, write_dataset
-from data.tokenizer import BPETokenizer, CharTokenizer
-from engine.checkpoint import load_model, save_model, save_tokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer, save_tokenizer
+from engine.checkpoint import load_model, save_model
 from engine.inference import sampling_probs
 from engine.log_file import COLUMNS, write_log
 from model import GPT, GPTConfig, attention_weights
@@ -33,13 +33,14 @@ def make_model_folder(
 ) -> Path:
     """A model with random weights that are large enough for attention to differ."""
     tokenizer = tokenizer or CharTokenizer.from_text(text)
+    numbers = {} if step is None else {"step": step}
     sizes = {"block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 32} | sizes
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    save_model(model, folder, step=step)
-    save_tokenizer(tokenizer, folder, sizes["block_size"])
+    save_model(model, folder, **numbers)
+    save_tokenizer(tokenizer, folder)
     return folder
 
 
@@ -197,14 +198,21 @@ def test_a_page_of_gpt2_from_the_hub_has_at_most_5_megabytes(gpt2, tmp_path, cal
 
 def test_snapshots_are_shown_in_the_order_of_steps_and_the_best_weights_once(run_folder):
     checkpoints = explain.choose_checkpoints(run_folder, max_snapshots=7)
-    names = {step: path.name for step, path in checkpoints.items()}
-    assert list(names.items()) == [(100, "step_000100"), (200, "run"), (300, "step_000300")]
-    labels = [explain.checkpoint_label(step, run_folder, step == 200) for step in checkpoints]
-    assert labels == [
+    assert [path.name for path in checkpoints] == ["step_000100", "run", "step_000300"]
+    assert [*map(explain.checkpoint_label, checkpoints)] == [
         "step 100 of 300, validation loss 2.5000",
         "step 200 of 300, validation loss 2.0000 (best weights)",
         "step 300 of 300, not evaluated",
     ]
+
+
+def test_the_loss_of_a_label_is_that_of_the_weights_not_of_a_repeated_step(run_folder, tmp_path):
+    """If a run is killed after saving weights and is resumed, log.csv has its step again."""
+    shutil.copytree(run_folder, tmp_path / "run")
+    model = load_model(run_folder)
+    save_model(model, tmp_path / "run", step=200, val_loss=1.5)  # log.csv: 2.0
+    label = explain.checkpoint_label(tmp_path / "run")
+    assert label == "step 200 of 300, validation loss 1.5000 (best weights)"
 
 
 def test_the_page_of_one_snapshot_names_its_step_and_loss(run_folder, tmp_path, call):
@@ -221,8 +229,9 @@ def test_of_many_snapshots_the_first_the_last_and_some_between_are_shown(tmp_pat
         (tmp_path / f"step_{step}" / "model.safetensors").touch()
     steps = {path: int(path.name[5:]) for path in tmp_path.glob("step_*")} | {tmp_path: 8}
     monkeypatch.setattr(explain, "saved_step", steps.get)
-    assert list(explain.choose_checkpoints(tmp_path, 4)) == [1, 5, 8, 9, 13]
-    assert list(explain.choose_checkpoints(tmp_path, 12)) == list(range(1, 14))
+    for number, chosen in ((4, [1, 5, 8, 9, 13]), (12, list(range(1, 14)))):
+        folders = explain.choose_checkpoints(tmp_path, number)
+        assert [steps[folder] for folder in folders] == chosen
 
 
 def test_printed_lines_name_the_run_once_and_fit_80_columns(run_folder, call):

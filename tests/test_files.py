@@ -8,7 +8,6 @@ import threading
 import time
 
 import pytest
-import torch
 
 from configurator import FolioError
 from data.files import (
@@ -60,33 +59,6 @@ def test_an_os_error_is_one_line_with_the_path_and_the_reason(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(FolioError, match="No such file or directory"):
         write_text(tmp_path / "missing" / "file", "x")
-
-
-@posix_only
-def test_a_full_disk_under_torch_save_is_one_line(tmp_path):
-    import resource
-
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
-    try:
-        with (
-            pytest.raises(FolioError, match="File too large"),
-            atomic_write(tmp_path / "file") as temporary,
-            open(temporary, "wb") as file,
-        ):
-            torch.save(torch.zeros(100_000), file)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_runtime_error_of_torch_keeps_its_traceback_while_an_os_error_is_handled(tmp_path):
-    """A CUDA error may surface while something else handles an OSError."""
-    with pytest.raises(RuntimeError, match="CUDA error"), atomic_write(tmp_path / "file"):
-        try:
-            raise OSError("unrelated")
-        except OSError:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")  # noqa: B904
 
 
 @posix_only

@@ -15,10 +15,8 @@ import train
 from configurator import FolioError
 from data import prepare_text
 from data.prepare import split_text, write_dataset
-from data.tokenizer import load_tokenizer
-from engine.checkpoint import (
-    WEIGHTS_FILE, load_model, load_model_and_tokenizer, save_model, save_tokenizer,
-)  # fmt: skip
+from data.tokenizer import load_tokenizer, save_tokenizer
+from engine.checkpoint import WEIGHTS_FILE, load_model, load_model_and_tokenizer, save_model
 from engine.hf_format import hf_names, read_weights
 from model import GPT, GPTConfig
 from tests.conftest import assert_one_line_error
@@ -108,7 +106,8 @@ def their_model(vocab_size: int, **settings) -> "transformers.GPT2LMHeadModel":
 
 
 def their_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerFast":
-    save_tokenizer(toy_bpe(), folder, block_size=16)
+    folder.mkdir(exist_ok=True)
+    save_tokenizer(toy_bpe(), folder, model_max_length=16)
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -231,7 +230,7 @@ def run_folder(tmp_path_factory) -> Path:
     tokenizer = toy_bpe()
     model = GPT(GPTConfig(block_size=16, vocab_size=262, n_layer=1, n_head=1, n_embd=8))
     save_model(model, folder, tokenizer)
-    save_tokenizer(tokenizer, folder, block_size=16)
+    save_tokenizer(tokenizer, folder, model_max_length=16)
     return folder
 
 

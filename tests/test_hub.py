@@ -185,22 +185,24 @@ def test_weights_of_another_size_than_the_hub_announced_are_refused(hub):
 
 def test_the_files_of_a_dataset_are_listed_and_downloaded_at_one_commit(hub, tmp_path):
     hub.files["datasets/someone/corpus", "main"] = {"b.bin": b"b" * 2000, "a.bin": b"a"}
-    commit, names = hub_files("someone/corpus", repo_type="dataset")
+    commit, names = hub_files("someone/corpus")
     assert len(commit) == 40 and names == ["a.bin", "b.bin"]
-    path = hub_file("someone/corpus", "b.bin", "dataset", commit, local_dir=tmp_path / "here")
+    path = hub_file("someone/corpus", "b.bin", commit, tmp_path / "here")
     assert path == tmp_path / "here" / "b.bin"
     assert path.read_bytes() == b"b" * 2000
 
 
-def test_an_interrupted_download_is_resumed(hub, monkeypatch):
+def test_an_interrupted_download_is_resumed(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.files["datasets/someone/corpus", "main"] = {"b.bin": MODEL["model.safetensors"]}
     hub.interruptions = 1
-    path = hub_file("openai-community/gpt2", "model.safetensors")
+    path = hub_file("someone/corpus", "b.bin", "main", tmp_path)
     assert path.read_bytes() == MODEL["model.safetensors"]
     assert hub.ranges == [None, "bytes=128000-"]
 
 
-def test_a_missing_file_is_one_line(hub):
+def test_a_missing_file_is_one_line(hub, tmp_path):
+    hub.files["datasets/someone/corpus", "main"] = {"b.bin": b"b"}
     with pytest.raises(DownloadError) as error:
-        hub_file("openai-community/gpt2", "nothing.bin")
-    assert_one_line(error, "openai-community/gpt2/nothing.bin", "not found on http://127")
+        hub_file("someone/corpus", "nothing.bin", "main", tmp_path)
+    assert_one_line(error, "someone/corpus/nothing.bin", "not found on http://127")

@@ -18,8 +18,8 @@ import train
 from configurator import FolioError
 from data.dataset import training_batch
 from data.prepare import write_dataset
-from data.tokenizer import GPT2_SPLIT_PATTERN, CharTokenizer
-from engine.checkpoint import load_checkpoint, save_model, save_tokenizer
+from data.tokenizer import GPT2_SPLIT_PATTERN, CharTokenizer, save_tokenizer
+from engine.checkpoint import load_checkpoint, save_model
 from engine.inference import sampling_probs
 from engine.optimizer import Muon, orthogonalize
 from lessons import (
@@ -505,7 +505,7 @@ def run_folder(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     model = GPT(GPTConfig(block_size=24, vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=12))
     save_model(model, folder, tokenizer)
-    save_tokenizer(tokenizer, folder, block_size=24)
+    save_tokenizer(tokenizer, folder, model_max_length=24)
     settings = {"dataset": str(tmp_path / "lines"), "max_iters": 0, "n_layer": 1, "init_from": ""}
     (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     monkeypatch.setattr(engine.run_folder, "newest_run", lambda: folder)

@@ -418,7 +418,7 @@ def run_folders(tmp_path, monkeypatch) -> Path:
     """A repository with the runs out/older and out/newer, as the working directory."""
     root = tmp_path / "a copy"
     for module in ("metrics", "run_folder"):
-        monkeypatch.setattr(f"engine.{module}.REPO_ROOT", root)
+        monkeypatch.setattr(f"engine.{module}.ROOT", root)
     for name, modified in (("older", 1e9), ("newer", 2e9)):
         weights = root / "out" / name / "model.safetensors"
         weights.parent.mkdir(parents=True)

@@ -267,6 +267,7 @@ def test_padded_rows_of_the_vocabulary_take_no_part(model, tokens):
         ({"n_layer": 0}, "n_layer=0 must be at least 1"),
         ({"n_head": 0}, "n_head=0 must be at least 1"),
         ({"vocab_size": -1}, "vocab_size=-1 must be at least 1"),
+        ({"dropout": 2.0}, "dropout=2.0 must be from 0 to 1"),
     ],
 )
 def test_impossible_sizes_are_refused(wrong, message):
@@ -277,6 +278,12 @@ def test_impossible_sizes_are_refused(wrong, message):
 def test_more_tokens_than_block_size_are_refused(model):
     with pytest.raises(ValueError, match="sequence length 9 exceeds block_size 8"):
         model(torch.zeros(1, 9, dtype=torch.long))
+
+
+def test_targets_of_another_shape_are_refused(model):
+    idx = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"targets \[3, 2\] for idx \[2, 3\]"):
+        model(idx, idx.T)
 
 
 def test_the_model_exports_with_a_dynamic_sequence_length(tokens):

@@ -7,12 +7,11 @@ import threading
 import numpy as np
 import pytest
 
-from configurator import FolioError
+from configurator import ROOT, FolioError
 from data import dataset as dataset_module
 from data import prepare
 from data.dataset import open_dataset
 from data.prepare import (
-    REPO_ROOT,
     check_tokenizer_type,
     dataset_folder,
     dataset_lock,
@@ -245,15 +244,15 @@ def test_the_summary_fits_80_columns_whatever_the_numbers():
 def test_the_training_command_works_in_this_folder_and_in_others(tmp_path, monkeypatch):
     meta = {"train_tokens": 9000, "val_tokens": 1000}
     flags = ["--dataset=my text", "--out_dir=out/my text"]
-    monkeypatch.chdir(REPO_ROOT)
+    monkeypatch.chdir(ROOT)
     here = train_command("shakespeare_char", meta, flags)
     assert here == "python train.py config/shakespeare_char.py '--dataset=my text' " + (
         "'--out_dir=out/my text'"
     )
     monkeypatch.chdir(tmp_path)
     _, program, config, *_ = shlex.split(train_command("shakespeare_char", meta, flags))
-    assert program == str(REPO_ROOT / "train.py")
-    assert config == str(REPO_ROOT / "config" / "shakespeare_char.py")
+    assert program == str(ROOT / "train.py")
+    assert config == str(ROOT / "config" / "shakespeare_char.py")
 
 
 @pytest.mark.parametrize(("val_tokens", "block_size"), [(129, None), (128, 127), (20, 19)])

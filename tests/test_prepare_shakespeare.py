@@ -7,6 +7,7 @@ import lzma
 import shutil
 from pathlib import Path
 
+import filelock
 import pytest
 
 import prepare_shakespeare as program
@@ -137,6 +138,22 @@ def test_several_starts_in_a_fresh_clone_download_and_prepare_once(data_folder, 
     assert result.stdout.count("downloading tiny Shakespeare") == 1
     assert result.stdout.count("another process is preparing") == 2
     assert source_of(data_folder) == "tiny Shakespeare"
+
+
+def test_one_process_at_a_time_writes_the_text_for_other_tokenizers(
+    data_folder, server, tmp_path, monkeypatch
+):
+    (tmp_path / "mine.txt").write_bytes(server.body)
+    cached, atomic_write = data_folder / "shakespeare" / "input.txt", shakespeare.atomic_write
+
+    def write_and_try_the_lock(path: Path):
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(cached.with_name(".input.txt.lock")).acquire(timeout=0)
+        return atomic_write(path)
+
+    monkeypatch.setattr(shakespeare, "atomic_write", write_and_try_the_lock)
+    prepare_shakespeare("char", "mine", tmp_path / "mine.txt")
+    assert cached.read_bytes() == server.body
 
 
 def test_an_existing_dataset_is_not_prepared_again(data_folder):

@@ -24,7 +24,7 @@ RUN_SETTINGS = {"dataset": "x", "max_iters": 2000, "n_layer": 2, "init_from": "s
 
 def test_relative_out_dir_starts_at_the_repository(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert resolve_out_dir("out/x") == run_folder.REPO_ROOT / "out" / "x"
+    assert resolve_out_dir("out/x") == run_folder.ROOT / "out" / "x"
     assert resolve_out_dir(tmp_path / "x") == tmp_path / "x"
 
 
@@ -35,7 +35,7 @@ def test_impossible_out_dir_is_refused(out_dir):
 
 
 def test_models_are_found_by_folder_or_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "REPO_ROOT", tmp_path)
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
     monkeypatch.setattr(run_folder, "hub_model", lambda name: tmp_path / "hub" / name)
     (tmp_path / "out" / "shakespeare").mkdir(parents=True)
     (tmp_path / "out" / "shakespeare" / WEIGHTS_FILE).touch()
@@ -50,13 +50,13 @@ def test_models_are_found_by_folder_or_by_name(tmp_path, monkeypatch):
     ):
         with pytest.raises(FolioError, match=message):
             resolve_model_dir(source)
-    monkeypatch.setattr(run_folder, "REPO_ROOT", tmp_path / "fresh clone")
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path / "fresh clone")
     with pytest.raises(FolioError, match="neither a folder"):
         resolve_model_dir("out/shakespeare")  # a run that does not exist yet, not owner and name
 
 
 def test_newest_run_is_the_one_whose_weights_were_saved_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "REPO_ROOT", tmp_path)
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
     with pytest.raises(FolioError, match=r"python train\.py config/shakespeare_char\.py"):
         newest_run()
     for age, name in ((30, "old"), (10, "new"), (20, "middle")):
@@ -69,7 +69,7 @@ def test_newest_run_is_the_one_whose_weights_were_saved_last(tmp_path, monkeypat
 
 @pytest.mark.skipif(os.name == "nt", reason="symbolic links need a permission on Windows")
 def test_only_files_of_weights_count_as_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "REPO_ROOT", tmp_path)
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
     (tmp_path / "out" / "folder" / WEIGHTS_FILE).mkdir(parents=True)
     (tmp_path / "out" / "link").mkdir()
     (tmp_path / "out" / "link" / WEIGHTS_FILE).symlink_to(tmp_path / "unmounted" / WEIGHTS_FILE)
@@ -78,7 +78,7 @@ def test_only_files_of_weights_count_as_runs(tmp_path, monkeypatch):
 
 
 def test_describe_run_gives_step_and_loss_and_whether_training_was_finished(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "REPO_ROOT", tmp_path)
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
     folder = tmp_path / "out" / "my_run"
     save_model(random_model(), folder)
     assert describe_run(str(folder)) == "out/my_run"
@@ -91,7 +91,7 @@ def test_describe_run_gives_step_and_loss_and_whether_training_was_finished(tmp_
     save_model(random_model(), folder, step=20)
     (folder / LOG_FILE).write_text(f"{','.join(COLUMNS)}\n{log_row.replace('2000', '20')}\n")
     assert describe_run(folder) == (
-        "out/my_run, step 20 of 2,000 (stopped after step 20), not evaluated"
+        "out/my_run, step 20 of 2,000 (training is not finished), not evaluated"
     )
     assert describe_run(tmp_path / "nothing") == "nothing"
 
@@ -196,7 +196,7 @@ def test_a_run_killed_before_it_saved_its_settings_does_not_block_the_folder(tmp
 
 
 def test_the_newest_run_has_evaluated_weights_if_there_are_any(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.run_folder.REPO_ROOT", tmp_path)
+    monkeypatch.setattr("engine.run_folder.ROOT", tmp_path)
     model = random_model()
     save_model(model, tmp_path / "out" / "stopped", step=3)
     assert newest_run() == tmp_path / "out" / "stopped"

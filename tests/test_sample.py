@@ -14,8 +14,8 @@ import torch
 
 import sample
 from configurator import run_main
-from data.tokenizer import BPETokenizer, CharTokenizer
-from engine.checkpoint import save_model, save_tokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer, save_tokenizer
+from engine.checkpoint import save_model
 from engine.inference import InferenceModel
 from model import GPT, GPTConfig
 from sample import encode_prompt, print_samples, until_stop
@@ -30,7 +30,7 @@ def save_run(folder, tokenizer):
     torch.manual_seed(0)
     config = GPTConfig(block_size=8, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8)
     save_model(GPT(config), folder, tokenizer)
-    save_tokenizer(tokenizer, folder, block_size=8)
+    save_tokenizer(tokenizer, folder)
     return folder
 
 
@@ -78,10 +78,10 @@ def test_stderr_says_which_weights_are_used(run_sample, folder):
 
 def test_the_line_about_the_weights_fits_the_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    text = "out/" + 90 * "a" + ", step 100 of 20,000 (stopped after step 1,100), loss 2.139"
+    text = "out/" + 90 * "a" + ", step 100 of 20,000 (training is not finished), loss 2.1"
     assert sample.wrap(text).splitlines() == [
         "out/" + 90 * "a" + ",",
-        "step 100 of 20,000 (stopped after step 1,100), loss 2.139",
+        "step 100 of 20,000 (training is not finished), loss 2.1",
     ]
 
 
@@ -211,6 +211,7 @@ def test_interactive_reads_prompts_until_the_end_of_input(
     # After Ctrl-D in a terminal, the next output begins on a new line.
     assert len(second) == len(separator) + 3 + 4 + 1 + is_terminal
     assert "'x'" in result.stderr and "Traceback" not in result.stderr  # the second prompt
+    assert ("Ctrl-D" in result.stderr) == is_terminal
 
 
 def test_a_prompt_that_is_not_utf8_is_refused_and_the_next_one_is_read(
@@ -303,7 +304,7 @@ def test_errors_are_one_line(run_sample, folder, tmp_path):
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(run_sample, tmp_path):
     run = save_run(tmp_path / "run", LETTERS)
-    save_tokenizer(CharTokenizer.from_text("abcdefghijklmn"), run, block_size=8)
+    save_tokenizer(CharTokenizer.from_text("abcdefghijklmn"), run)
     assert_one_line_error(run_sample(run, "--start=a"), "14", "9")
 
 

@@ -1,6 +1,7 @@
 """The training program: exact numbers, exact resuming, nothing lost."""
 
 import bisect
+import contextlib
 import csv
 import itertools
 import json
@@ -23,6 +24,7 @@ from configurator import FolioError, parse_overrides
 from data.dataset import training_batch
 from data.prepare import split_text, write_dataset
 from data.tokenizer import BPETokenizer, CharTokenizer
+from engine import checkpoint
 from engine.checkpoint import (
     CHECKPOINT_FILE, WEIGHTS_FILE, load_checkpoint, load_model, save_checkpoint, save_model,
 )  # fmt: skip
@@ -31,7 +33,7 @@ from engine.distributed import Distributed, GracefulShutdown
 from engine.metrics import StepMetrics
 from engine.optimizer import make_optimizer
 from engine.run import TrainState, build_model, check_divisible, load_dataset, resolve_config
-from engine.run_folder import SETTINGS_FILE
+from engine.run_folder import SETTINGS_FILE, lock_run_folder
 from engine.train_config import TrainConfig
 from model import GPT
 from tests import processes
@@ -482,11 +484,53 @@ def test_best_weights_that_are_newer_than_the_checkpoint_are_kept(tiny_flags, tm
     """As after a kill between the two. They would lose to the older, higher loss."""
     run_train(*tiny_flags, "--max_iters=4")
     folder = tmp_path / "run"
-    save_model(load_model(folder), folder, step=6, val_loss=0.5, eval_tokens=64)
+    save_model(load_model(folder), folder, step=8, val_loss=0.5, eval_tokens=64)
     before = (folder / WEIGHTS_FILE).read_bytes()
     output = run_train(*tiny_flags, "--init_from=resume")
-    assert "best     validation loss 0.5000 at step 6" in output
+    assert "(best 0.5000, step 8)" in output  # step 8 is evaluated again: another loss
+    assert "best     validation loss 0.5000 at step 8\n" in output  # and this is no overfitting
     assert (folder / WEIGHTS_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "intervals",  # what comes next: a row of log.csv, an evaluation, a checkpoint
+    [["--log_interval=2"], ["--log_interval=9"], ["--log_interval=9", "--checkpoint_interval=2"]],
+)
+def test_a_run_whose_folder_was_deleted_does_not_write_into_the_run_of_another_process(
+    tiny_flags, tmp_path, call, monkeypatch, intervals
+):
+    """`rm -rf out` deletes the lock file, too: then another process can start a run there."""
+    folder, train_step = tmp_path / "home" / "run", train.train_step
+    with contextlib.ExitStack() as other_process:
+
+        def delete_folder(*args):
+            shutil.rmtree(folder.parent)
+            other_process.enter_context(lock_run_folder(folder))
+            folder.mkdir()
+            monkeypatch.setattr(train, "train_step", train_step)
+            return train_step(*args)
+
+        monkeypatch.setattr(train, "train_step", delete_folder)
+        result = call(train, *tiny_flags, f"--out_dir={folder}", *intervals)
+    assert_one_line_error(result, "another process has started a run here")
+    assert not any(folder.iterdir())
+
+
+def test_a_kill_between_weights_and_model_card_leaves_no_old_card(
+    tiny_flags, tmp_path, call, run_train, monkeypatch
+):
+    def killed_at_the_end(*args, step, **numbers):
+        if step == 8:
+            raise SystemExit
+        checkpoint.save_model_card(*args, step=step, **numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_model_card", killed_at_the_end)
+        call(train, *tiny_flags)
+    card = tmp_path / "run" / "README.md"
+    assert "8 of 8 steps" not in card.read_text()
+    run_train(*tiny_flags, "--init_from=resume")
+    assert "8 of 8 steps" in card.read_text()
 
 
 def test_an_older_run_is_moved_aside_before_the_model_is_built_but_not_for_a_typo(
@@ -583,7 +627,10 @@ def test_patience_stops_after_evaluations_without_improvement(
     state = load_checkpoint(tmp_path / "run")["train_state"]
     assert (state["step"], state["best_step"]) == (8, 4)  # evaluated at 0, 2, 4, 6, 8
     assert "8 of 100 steps" in output and "2 evaluations without improvement (patience)" in output
-    run_train(*flags, "--init_from=resume")  # continues until the next evaluation
+    assert "--init_from=resume --patience=0, to continue" in output
+    run_train(*flags, "--init_from=resume")  # as if it was killed before it could exit
+    assert load_checkpoint(tmp_path / "run")["train_state"]["step"] == 8
+    run_train(*flags, "--init_from=resume", "--patience=3")
     assert load_checkpoint(tmp_path / "run")["train_state"]["step"] == 10
 
 
