@@ -423,17 +423,20 @@ def find_best(
 
     If the run was killed between saving these weights and its checkpoint, they are newer than the
     checkpoint. If eval_tokens has changed, they are evaluated again: losses on different windows
-    cannot be compared. If a signal interrupts this evaluation, the next resuming repeats it.
+    cannot be compared. So are weights that another program saved without their loss. If a signal
+    interrupts this evaluation, the next resuming repeats it.
     """
     folder = resolve_out_dir(config.out_dir)
+    has_weights = dist.broadcast_from_main(lambda: (folder / WEIGHTS_FILE).exists())
     saved = dist.broadcast_from_main(lambda: weights_metadata(folder))
-    if "val_loss" not in saved:  # no weights, or weights that were not evaluated
-        state.best_val_loss, state.best_step = math.inf, -1
+    if not has_weights or ("val_loss" not in saved and state.best_step < 0):
+        state.best_val_loss, state.best_step = math.inf, -1  # no weights that were evaluated
         return
-    state.best_val_loss, state.best_step = float(saved["val_loss"]), int(saved["step"])
-    eval_tokens = int(saved.get("eval_tokens", state.best_eval_tokens))
-    state.best_eval_tokens = eval_tokens
-    if eval_tokens != config.eval_tokens:
+    state.best_step = int(saved.get("step", state.best_step))
+    state.best_eval_tokens = int(saved.get("eval_tokens", state.best_eval_tokens))
+    if "val_loss" in saved:
+        state.best_val_loss = float(saved["val_loss"])
+    if "val_loss" not in saved or state.best_eval_tokens != config.eval_tokens:
         best_model = load_model(folder, vocab_size=dataset.tokenizer.vocab_size)
         best_model.to(device.torch_device, device.param_dtype)
         evaluation = evaluate(best_model, dataset, config, device, dist, shutdown, threads)

@@ -52,8 +52,14 @@ def parse_log(path: str | Path) -> tuple[list[LogRow], bool]:
         return [], text == ""
     # Fields are numbers, so splitting at commas is enough.
     rows = [dict(zip(COLUMNS, map(_to_number, line.split(",")), strict=False)) for line in lines]
-    valid = [row for row in rows if len(row) == len(COLUMNS) and isinstance(row["step"], int)]
+    valid = [row for row in rows if len(row) == len(COLUMNS) and has_progress(row)]
     return valid, len(valid) == len(rows)
+
+
+def has_progress(row: LogRow) -> bool:
+    """Whether the row says after how many steps, tokens and seconds it was written."""
+    is_count = isinstance(row["step"], int) and isinstance(row["tokens"], int)
+    return is_count and row["seconds"] is not None
 
 
 def write_log(path: str | Path, rows: list[LogRow]) -> None:

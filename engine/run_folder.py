@@ -16,7 +16,7 @@ from typing import Any
 
 import safetensors
 
-from configurator import ROOT, FolioError, did_you_mean, read_settings
+from configurator import ROOT, FolioError, did_you_mean, first_line, read_settings
 from data.files import explain_os_error, file_id, file_lock, rename_to_backup, user_path
 from data.hub import GPT2_MODELS, hub_model, is_hub_name
 from engine.hf_format import WEIGHTS_FILE
@@ -121,12 +121,20 @@ def describe_run(folder: str | Path) -> str:
 
 
 def weights_metadata(folder: str | Path) -> dict[str, str]:
-    """The numbers that save_model() kept with the weights; {} if there are no readable weights."""
+    """The numbers that save_model() kept with the weights; {} if there are no weights.
+
+    Raises FolioError if the file cannot be read.
+    """
+    path = Path(folder) / WEIGHTS_FILE
     try:
-        with safetensors.safe_open(Path(folder) / WEIGHTS_FILE, "pt") as file:
+        with safetensors.safe_open(path, "pt") as file:
             return file.metadata() or {}
-    except (OSError, safetensors.SafetensorError):
+    except FileNotFoundError:
         return {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise FolioError(
+            f"{path}: cannot be read ({first_line(error)}); repair it, or move it away"
+        ) from None
 
 
 def shown_path(folder: Path) -> str:

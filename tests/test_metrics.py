@@ -141,8 +141,9 @@ def test_a_log_saved_by_a_spreadsheet_with_commas_is_read(make_logger, tmp_path,
         (f"{HEADER}\n1,{'9' * 200_000}\n{ROW}\n".encode(), [2]),  # too long for the csv module
         (f"{HEADER}\n\0\0\0\0\n{ROW}\n".encode(), [2]),
         (f"{HEADER}\n{ROW}\nmy own note\n".encode(), [2]),
+        (f"{HEADER}\n1,100,,3.0,,,,,\n{ROW}\n".encode(), [2]),
     ],
-    ids=["semicolons", "tabs", "utf-16", "huge field", "zeros", "note"],
+    ids=["semicolons", "tabs", "utf-16", "huge field", "zeros", "note", "no seconds"],
 )
 def test_a_log_with_unreadable_lines_is_kept_under_another_name(
     make_logger, tmp_path, capsys, content, kept_steps

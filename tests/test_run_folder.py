@@ -85,7 +85,7 @@ def test_describe_run_gives_step_and_loss_and_whether_training_was_finished(tmp_
     save_model(random_model(), folder, step=1750, val_loss=1.556)
     assert describe_run(folder) == "out/my_run, step 1,750, validation loss 1.5560"
     (folder / SETTINGS_FILE).write_text(json.dumps(RUN_SETTINGS))
-    log_row = ",".join(["2000"] + ["1.5"] * (len(COLUMNS) - 1))
+    log_row = ",".join(["2000", "9000"] + ["1.5"] * (len(COLUMNS) - 2))
     (folder / LOG_FILE).write_text(f"{','.join(COLUMNS)}\n{log_row}\n")
     assert describe_run(folder) == "out/my_run, step 1,750 of 2,000, validation loss 1.5560"
     save_model(random_model(), folder, step=20)

@@ -581,6 +581,36 @@ def test_resuming_with_other_eval_tokens_measures_the_best_weights_again(
     assert (folder / WEIGHTS_FILE).read_bytes() == before
 
 
+def test_best_weights_without_their_loss_are_evaluated_when_the_run_resumes(
+    tiny_flags, tmp_path, run_train
+):
+    """Another program, or save_model() without numbers, has written them."""
+    run_train(*tiny_flags, "--max_iters=4")
+    folder = tmp_path / "run"
+    save_model(load_model(folder), folder)
+    before = (folder / WEIGHTS_FILE).read_bytes()
+    rates = ("--learning_rate=0", "--muon_learning_rate=0")  # so that no later weights are better
+    run_train(*tiny_flags, *rates, "--init_from=resume", "--max_iters=8")
+    state = load_checkpoint(folder)["train_state"]
+    run = start_training(*tiny_flags)
+    run.model = load_model(folder)
+    assert (state["best_val_loss"], state["best_step"]) == (evaluate(run)[0], 4)
+    assert (folder / WEIGHTS_FILE).read_bytes() == before
+
+
+def test_best_weights_that_cannot_be_read_are_not_overwritten_when_the_run_resumes(
+    tiny_flags, tmp_path, run_train, call
+):
+    run_train(*tiny_flags, "--max_iters=4")
+    weights = tmp_path / "run" / WEIGHTS_FILE
+    weights.write_bytes(b"unreadable")
+    result = call(train, *tiny_flags, "--init_from=resume", "--max_iters=8")
+    assert_one_line_error(result, WEIGHTS_FILE, "cannot be read", "move it away")
+    assert weights.read_bytes() == b"unreadable"
+    weights.unlink()
+    assert "8 of 8 steps" in run_train(*tiny_flags, "--init_from=resume", "--max_iters=8")
+
+
 def test_resuming_may_change_the_dtype(tiny_flags, run_train):
     run_train(*tiny_flags, "--max_iters=2")
     output = run_train(*tiny_flags, "--max_iters=4", "--init_from=resume", "--dtype=float16")
