@@ -23,13 +23,9 @@ COLUMNS = (
 LogRow = dict[str, int | float | None]  # column -> value; None where the column is empty
 
 
-def read_log(path: str | Path, last_step: int | None = None) -> list[LogRow]:
-    """Return the rows of log.csv up to last_step; [] if there is no file.
-
-    Rows after last_step come from work that was lost: its checkpoint was never saved.
-    """
-    rows = parse_log(path)[0]
-    return [row for row in rows if last_step is None or row["step"] <= last_step]
+def read_log(path: str | Path) -> list[LogRow]:
+    """Return the rows of log.csv; [] if there is no file."""
+    return parse_log(path)[0]
 
 
 def parse_log(path: str | Path) -> tuple[list[LogRow], bool]:

@@ -5,7 +5,6 @@ import dataclasses
 import importlib.util
 import itertools
 import math
-import os
 import shutil
 import sys
 import textwrap
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from configurator import ROOT, FolioError, first_line, wrap
+from configurator import flush_output, ROOT, FolioError, first_line, wrap
 from data.dataset import Dataset
 from data.files import rename_to_backup, shell_command, write_text
 from data.prepare import plural
@@ -32,7 +31,7 @@ from engine.log_file import (
 )  # fmt: skip
 from engine.plot import plot_losses
 from engine.run import TrainState, is_patience_exhausted
-from engine.run_folder import lock_id, newest_run
+from engine.run_folder import lock_id, newest_run, shown_path
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
@@ -123,7 +122,7 @@ class MetricsLogger:
         try:
             print(text, flush=True)
         except OSError:  # a closed terminal or pipe, or a full disk: go on, the run must be saved
-            discard_output()
+            flush_output()  # what follows is discarded
         if self.bar is not None:
             self.bar.refresh()
 
@@ -301,14 +300,6 @@ def is_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def discard_output() -> None:
-    """Let everything printed to stdout from now on, and what is in its buffer, go to nowhere."""
-    with contextlib.suppress(OSError):  # a stream without a file, as in a notebook
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, sys.stdout.fileno())
-        os.close(devnull)
-
-
 # --- Weights & Biases and TensorBoard ---
 
 
@@ -401,7 +392,7 @@ def peak_tokens_per_second(
 
     The actual speed divided by it is the model FLOPs utilization, MFU.
     """
-    peak = peak_flops(device.name) if device.torch_device.type == "cuda" else None
+    peak = peak_flops(device.name)
     return None if peak is None else world_size * peak / flops_per_token(model_config)
 
 
@@ -496,7 +487,7 @@ def summary(config: TrainConfig, state: TrainState, folder: str | Path) -> str:
     reached = f"{state.step:,} of {plural(total, 'step')}, {format_duration(state.seconds)}"
     lines = [
         "\n" + labeled(status, f"{reached} of training{saved}"),
-        labeled("best", describe_best(read_log(folder / LOG_FILE, state.step), state)),
+        labeled("best", describe_best(read_log(folder / LOG_FILE), state)),
     ]
     if (folder / PLOT_FILE).exists():
         lines.append(f"curve    {relative_path(folder / PLOT_FILE)}")
@@ -534,10 +525,10 @@ def describe_best(rows: list[LogRow], state: TrainState) -> str:
 def sample_command(folder: Path) -> str:
     """The command that samples from this run, as it can be typed in the working directory."""
     command = ["python", str(relative_path(ROOT / "sample.py"))]
-    out_dir = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-    is_default = out_dir.parent == Path("out") and newest_run().resolve() == folder.resolve()
+    out_dir = shown_path(folder)
+    is_default = out_dir == f"out/{folder.name}" and newest_run().resolve() == folder.resolve()
     if not is_default:  # sample.py uses the newest run by default
-        command.append(f"--out_dir={out_dir.as_posix()}")
+        command.append(f"--out_dir={out_dir}")
     return shell_command(*command)
 
 

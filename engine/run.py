@@ -298,8 +298,10 @@ def save_run(
 ) -> None:
     """Write resume.pt: everything that restore() needs, in plain containers."""
     if not (folder / SETTINGS_FILE).exists():
-        warning = f"WARNING  {folder} was moved or deleted; the run continues in a new folder there"
-        print(wrap(warning, indent=9))
+        warning = (
+            "was moved or deleted, with the best weights; the run continues in a new folder there"
+        )
+        print(wrap(f"WARNING  {folder} {warning}", indent=9))
         make_folder(folder)
         save_settings(folder, config, dataset)
     parts = {
