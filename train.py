@@ -131,7 +131,7 @@ def train(
             if should_save(state, config):  # a run that is killed before it evaluates again
                 save_state(config, state, dataset, model, optimizer, scaler, dist, logger)
             if evaluation is not None:
-                show_sample(config, state, dataset, model, device, dist, logger)
+                show_sample(config, state, dataset, model, device, dist, logger, threads)
             if is_finished(state, config) or shutdown.should_stop:
                 break
             start_time = time.perf_counter()
@@ -502,6 +502,7 @@ def show_sample(
     device: ComputeDevice,
     dist: Distributed,
     logger: MetricsLogger,
+    threads: ThreadAdapter,
 ) -> None:
     """After every sample_interval-th evaluation, print sample_tokens tokens from the model."""
     is_due = state.step // config.eval_interval % config.sample_interval == 0
@@ -512,7 +513,10 @@ def show_sample(
     ids = InferenceModel(model, device.torch_device).generate(
         start, config.sample_tokens, temperature=0.8, generator=device.generator(config.seed)
     )
-    text = "".join(dataset.tokenizer.decode_stream(i for (i,) in read_ids(ids)))
+    text = ""
+    for piece in dataset.tokenizer.decode_stream(i for (i,) in read_ids(ids)):
+        text += piece
+        threads.after_step()
     logger.print(indented(text.strip()))
 
 

@@ -254,7 +254,7 @@ def main() -> None:
         shutil.copytree(ROOT, copy, ignore=ignored)
         for mutation in chosen:
             print(
-                f"{mutation.title}\n{changed_lines(mutation)}\n    tests/{mutation.test}",
+                f"{mutation.title}\n{changed_lines(mutation)}\n    running tests/{mutation.test}",
                 flush=True,
             )
             failure = run_mutated(copy, mutation)
