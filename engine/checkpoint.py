@@ -145,7 +145,9 @@ def rarest_token(tokens: ShardedTokens) -> int:
     transformers needs a padding token, and leaves it out when it decodes generated text. A
     vocabulary of characters has none to spare, so the rarest one does the least damage.
     """
-    return int(np.bincount(tokens.shards[0][: 2**20], minlength=tokens.vocab_size).argmin())
+    ids = tokens.shards[0][: 2**20]
+    tokens.check_ids(ids)
+    return int(np.bincount(ids, minlength=tokens.vocab_size).argmin())
 
 
 def save_model_card(

@@ -265,14 +265,13 @@ def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> Non
     """Create the run folder; save settings and tokenizer.
 
     make_room() has left an older run here only if its weights are the start: it is moved aside now.
+    When resuming, settings that have changed are saved with the first checkpoint: until then,
+    nothing has been trained with them.
     """
-    prepare_out_dir(folder, resume=config.init_from == "resume")
-    save_settings(folder, config, dataset)
-
-
-def save_settings(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
-    """Write settings.json and the files of the tokenizer."""
-    write_text(folder / SETTINGS_FILE, to_json(config))
+    resume = config.init_from == "resume"
+    prepare_out_dir(folder, resume)
+    if not resume:
+        write_text(folder / SETTINGS_FILE, to_json(config))
     save_run_tokenizer(folder, config, dataset)
 
 
@@ -296,14 +295,15 @@ def save_run(
     scaler: torch.amp.GradScaler,
     dataset: Dataset,
 ) -> None:
-    """Write resume.pt: everything that restore() needs, in plain containers."""
+    """Write settings.json and resume.pt: everything that restore() needs, in plain containers."""
     if not (folder / SETTINGS_FILE).exists():
         warning = (
             "was moved or deleted, with the best weights; the run continues in a new folder there"
         )
         print(wrap(f"WARNING  {folder} {warning}", indent=9))
         make_folder(folder)
-        save_settings(folder, config, dataset)
+        save_run_tokenizer(folder, config, dataset)
+    write_text(folder / SETTINGS_FILE, to_json(config))
     parts = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),

@@ -44,7 +44,7 @@ def resolve_out_dir(out_dir: str | Path) -> Path:
     Raises FolioError if no run can be there.
     """
     folder = resolve_path(out_dir)
-    if folder == ROOT or folder in ROOT.parents:
+    if folder in (ROOT, (ROOT / "out").resolve(), *ROOT.parents):
         raise FolioError(f"--out_dir={out_dir}: name a folder for the run, such as out/my_run")
     return folder
 
@@ -207,6 +207,10 @@ def move_old_run_aside(folder: str | Path) -> None:
                 f"{folder}: holds files that are not a run of Folio's ({existing[0]}); choose "
                 "another --out_dir"
             )
+        # A process may train in a folder inside, and its lock would move with it.
+        for path in folder.iterdir():
+            if read_run_settings(path) is not None:
+                raise FolioError(f"{folder}: holds the run {path.name}; choose another --out_dir")
         if existing:
             print(f"the previous run is now in {shown_path(rename_to_backup(folder))}")
 

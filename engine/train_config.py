@@ -33,7 +33,7 @@ class TrainConfig:
     sample_tokens: NonNegativeInt = 160  # tokens of a sample printed after evaluations; 0: none
     sample_interval: PositiveInt = 1  # evaluations between two samples
     seed: NonNegativeInt = 1337  # random seed for weights, batches and dropout
-    wandb_log: bool = False  # log to Weights & Biases, too (pip install wandb)
+    wandb_log: bool = False  # log to wandb, too; in a copy of a run folder, delete wandb_id.txt
     wandb_project: str = "folio"  # project on wandb
     wandb_run_name: str = ""  # name of the run on wandb; empty: the name of the run folder
     tensorboard: bool = (

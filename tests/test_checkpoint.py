@@ -185,6 +185,15 @@ def test_rarest_token_is_the_one_that_occurs_least(tmp_path):
     assert rarest_token(ShardedTokens(tmp_path, "train", {}, vocab_size=5)) == 4
 
 
+def test_rarest_token_refuses_ids_outside_the_vocabulary(tmp_path):
+    ids = np.zeros(70_000, "<u2")
+    ids[-1] = 9
+    ids.tofile(tmp_path / "train.bin")
+    tokens = ShardedTokens(tmp_path, "train", {}, vocab_size=4)
+    with pytest.raises(FolioError, match="token id 9 is out of range"):
+        rarest_token(tokens)
+
+
 def test_transformers_fills_up_batches_of_characters_with_the_rarest_one(tmp_path):
     np.array([0, 0, 1, 2, 2], dtype="<u2").tofile(tmp_path / "train.bin")
     train = ShardedTokens(tmp_path, "train", {}, vocab_size=3)

@@ -176,6 +176,16 @@ def test_an_old_run_is_moved_aside_and_other_files_are_never_moved(tmp_path, cap
         (folder / name).unlink()
 
 
+def test_a_folder_that_holds_another_run_is_not_moved_aside(tmp_path):
+    """A process may train there: its lock would move with the folder."""
+    for folder in (tmp_path / "run", tmp_path / "run" / "inside"):
+        folder.mkdir()
+        (folder / SETTINGS_FILE).write_text(json.dumps(RUN_SETTINGS))
+    with pytest.raises(FolioError, match="holds the run inside"):
+        prepare_out_dir(tmp_path / "run", resume=False)
+    assert not (tmp_path / "run.1").exists()
+
+
 def test_temporary_files_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
     prepare_out_dir(tmp_path / "run", resume=False)
     snapshot = tmp_path / "run" / "step_000500"

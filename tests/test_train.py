@@ -400,6 +400,22 @@ def test_resuming_uses_the_saved_settings(tiny_flags, tmp_path, run_train):
     assert (settings["n_embd"], settings["max_iters"]) == (16, 9)
 
 
+def test_a_resume_that_fails_before_its_first_step_leaves_the_settings_unchanged(
+    tiny_flags, tmp_path, run_train, call, monkeypatch
+):
+    run_train(*tiny_flags, "--max_iters=4")
+    settings = (tmp_path / "run" / SETTINGS_FILE).read_text()
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", out_of_memory)
+        result = call(train, *tiny_flags, "--init_from=resume", "--max_iters=8", "--batch_size=9")
+    assert_one_line_error(result, "out of memory")
+    assert (tmp_path / "run" / SETTINGS_FILE).read_text() == settings
+
+
 def test_resuming_refuses_another_architecture_or_dataset(tiny_flags, run_train, call):
     run_train(*tiny_flags)
     for flag in ("--n_layer=3", "--block_size=16", "--bias", "--dataset=other"):
@@ -1050,6 +1066,7 @@ def test_nanogpts_bin_files_can_be_used_as_they_are(gpt2, tmp_path, run_train, m
 
 def test_the_root_of_the_disk_is_no_run_folder(tiny_flags, call):
     assert_one_line_error(call(train, *tiny_flags, "--out_dir=/"), "--out_dir=/")
+    assert_one_line_error(call(train, *tiny_flags, "--out_dir=out"), "out/my_run")
 
 
 def test_a_missing_corpus_is_named_with_its_download_command(tiny_flags, call, data_folder):
