@@ -20,6 +20,7 @@ from pathlib import Path
 
 import data  # noqa: F401 - first: it says what to do if torch is missing
 import torch
+from tqdm import tqdm
 
 from configurator import FolioError, parse_overrides, run_main
 from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
@@ -128,7 +129,7 @@ def train(
                     logger.log_row()
                 else:
                     record_evaluation(*evaluation, config, state, dataset, model, dist, logger)
-            if should_save(state, config):  # a run that is killed before it evaluates again
+            if should_save(state, config):  # a run that is killed earlier repeats the evaluation
                 save_state(config, state, dataset, model, optimizer, scaler, dist, logger)
             if evaluation is not None:
                 show_sample(config, state, dataset, model, device, dist, logger, threads)
@@ -457,7 +458,7 @@ def evaluate_only(
     wrapped_model = wrap_model(model, config, device, dist)
     if dist.is_main:
         print(banner(config, state, dataset, model, device, folder), flush=True)
-    threads = ThreadAdapter(device, config.num_threads, dist.world_size, print)
+    threads = ThreadAdapter(device, config.num_threads, dist.world_size, tqdm.write)
     val_loss, bits_per_byte = evaluate(
         wrapped_model, dataset, config, device, dist, threads=threads
     )

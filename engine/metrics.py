@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from configurator import flush_output, ROOT, FolioError, first_line, wrap
+from configurator import ROOT, FolioError, first_line, flush_output, wrap
 from data.dataset import Dataset
 from data.files import rename_to_backup, shell_command, write_text
 from data.prepare import plural
@@ -114,17 +114,14 @@ class MetricsLogger:
             )
 
     def print(self, text: str) -> None:
-        """Print above the progress bar. Output to a closed stream is discarded."""
+        """Print above the progress bars. Output to a closed stream is discarded."""
         if not self.enabled:
             return
-        if self.bar is not None:
-            self.bar.clear()
-        try:
-            print(text, flush=True)
-        except OSError:  # a closed terminal or pipe, or a full disk: go on, the run must be saved
-            flush_output()  # what follows is discarded
-        if self.bar is not None:
-            self.bar.refresh()
+        with tqdm.external_write_mode():  # removes the bars, and draws them again
+            try:
+                print(text, flush=True)
+            except OSError:  # a closed terminal or pipe, a full disk: go on, the run must be saved
+                flush_output()  # what follows is discarded
 
     def warn_once(self, text: str) -> None:
         if text not in self.warnings:
@@ -496,7 +493,8 @@ def summary(config: TrainConfig, state: TrainState, folder: str | Path) -> str:
     if state.step < config.max_iters:
         more_patience = " --patience=0" if is_patience_exhausted(state, config) else ""
         flags = f"--init_from=resume{more_patience}"
-        lines.append(labeled("or", f"the same command with {flags}, to continue"))
+        label = "or" if lines[-1].startswith("next") else "next"
+        lines.append(labeled(label, f"the same command with {flags}, to continue"))
     return "\n".join(lines)
 
 

@@ -60,6 +60,8 @@ def main() -> None:
 def read_run(folder: str | Path) -> LoggedRun:
     """Read the settings and log.csv of a run. Raises FolioError if the folder has no log."""
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FolioError(f"{folder}: no such folder; give folders of runs, such as out/my_run")
     rows = read_log(folder / LOG_FILE)
     if not rows:
         raise FolioError(f"{folder}: {LOG_FILE} is missing or has no rows; give folders of runs")

@@ -116,7 +116,8 @@ def describe_run(folder: str | Path) -> str:
             last_step = max([step, *(row["step"] for row in read_log(folder / LOG_FILE))])
             if last_step < settings["max_iters"]:
                 description += " (training is not finished)"
-        description += f", validation loss {float(val_loss):.4f}" if val_loss else ", not evaluated"
+        not_evaluated = ", not evaluated" if step else ", not trained yet: its text is noise"
+        description += f", validation loss {float(val_loss):.4f}" if val_loss else not_evaluated
     return description
 
 

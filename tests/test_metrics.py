@@ -292,6 +292,18 @@ def test_an_evaluation_is_silent_without_a_terminal_and_in_other_processes(monke
         assert show_batches(monkeypatch, 6, **options) == ([0, 1, 2, 3, 4, 5], "")
 
 
+def test_a_line_printed_during_an_evaluation_does_not_continue_its_bar(make_logger, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    dataset, dist = SimpleNamespace(val=range(1000)), SimpleNamespace(world_size=1, is_main=True)
+    with make_logger() as logger:
+        for _ in show_evaluation(iter(range(2)), dataset, logger.config, dist):
+            logger.print("threads  1 instead of 2")
+    assert terminal.getvalue().count("\rthreads  1 instead of 2\n") == 2
+
+
 def test_lines_of_a_sample_fit_the_terminal_and_empty_lines_stay(monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     assert indented("ROMEO:\nwho is here at night\n\nso late?") == (
@@ -443,7 +455,8 @@ def test_the_next_command_samples_from_this_run(run_folders):
 
 def test_weights_that_were_not_evaluated_are_not_offered_for_sampling(run_folders):
     text = summary(TrainConfig(), TrainState(step=3), run_folders / "newer")
-    assert "sample.py" not in text and "--init_from=resume" in text
+    assert "sample.py" not in text
+    assert text.endswith("next     the same command with --init_from=resume, to continue")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its shells quote in another way")
@@ -465,7 +478,7 @@ def test_the_summary_of_a_stopped_run_says_how_to_continue(tmp_path):
         "",
         "stopped  4 of 10 steps, 1:15 of training; saved",
         "best     no evaluation of trained weights yet",
-        "or       the same command with --init_from=resume, to continue",
+        "next     the same command with --init_from=resume, to continue",
     ]
 
 

@@ -184,5 +184,6 @@ def test_runs_of_equal_names_are_distinguished_by_their_paths(runs, call, monkey
 
 def test_a_folder_without_a_log_is_a_one_line_error(runs, call, tmp_path):
     assert_one_line_error(call(plot, str(tmp_path)), str(tmp_path), "log.csv")
+    assert_one_line_error(call(plot, str(tmp_path / "none")), "none: no such folder")
     assert_one_line_error(call(plot), "python -m engine.plot out/shakespeare_char")
     assert_one_line_error(call(plot, str(runs / "a"), "--x=time"), "seconds")
