@@ -251,6 +251,8 @@ def parse_command_line(
         if arg in ("-h", "--help"):
             print_help(settings, positional)
             sys.exit(0)
+        if not arg:
+            raise ConfigError('an argument is empty: "" (is a variable of the shell not set?)')
         if not arg.startswith("-"):
             files.append(arg)
             continue

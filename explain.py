@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from configurator import ROOT, FolioError, PositiveInt, configure, run_main
 from data.dataset import DATA_DIR, open_dataset
-from data.prepare import read_text
+from data.prepare import encode_prompt
 from data.tokenizer import CharTokenizer, Tokenizer
 from engine.checkpoint import load_model, load_model_and_tokenizer
 from engine.hf_format import WEIGHTS_FILE
@@ -97,12 +97,7 @@ def choose_tokens(
     if config.max_tokens > MAX_TOKENS:
         raise FolioError(f"--max_tokens={config.max_tokens}: the page shows at most {MAX_TOKENS}")
     if config.start:
-        is_file = config.start.startswith("FILE:")
-        text = read_text(user_path(config.start[5:])) if is_file else config.start
-        try:
-            ids = tokenizer.encode_prompt(text)
-        except FolioError as error:
-            raise FolioError(f"--start: {error}") from None
+        ids = encode_prompt(config.start, tokenizer)[1]
     else:
         ids = validation_tokens(folder, limit)
     if len(ids) < 2:

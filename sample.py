@@ -32,8 +32,7 @@ from configurator import (
     run_main,
     wrap,
 )
-from data.files import user_path
-from data.prepare import read_text
+from data.prepare import encode_prompt
 from data.tokenizer import Tokenizer
 from engine.checkpoint import load_model_and_tokenizer
 from engine.cpu_threads import ThreadAdapter, use_one_thread
@@ -137,22 +136,6 @@ def read_prompts(tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
             if is_terminal:
                 print()  # the next output begins below "prompt: "
             return
-
-
-def encode_prompt(start: str, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """The prompt and its token ids, at least one: "" gives the token that starts a text.
-
-    Raises FolioError for a file that cannot be read and for characters without a token.
-    """
-    if start.startswith("FILE:"):
-        prompt = read_text(user_path(start.removeprefix("FILE:")))
-    else:
-        prompt = start.replace("\\n", "\n")  # a shell passes "\n" on as two characters
-    prompt = prompt.replace("\r\n", "\n")  # as Windows ends lines
-    try:
-        return prompt, tokenizer.encode_prompt(prompt).tolist()
-    except FolioError as error:
-        raise FolioError(f"prompt: {error}") from None
 
 
 def generate_texts(

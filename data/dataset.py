@@ -12,6 +12,7 @@ predict the next token. The window 5 9 2 (T = 2) holds two examples:
 `python -m data.show shakespeare_char` prints a batch of a dataset in this form.
 """
 
+import hashlib
 import math
 import os
 import zlib
@@ -280,8 +281,18 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
     """
     folder = DATA_DIR / user_path(name)
     before = file_id(folder)
-    tokenizer = find_tokenizer(folder, str(name), tokenizer)
+    try:
+        dataset = read_dataset(folder, str(name), block_size, tokenizer)
+    finally:
+        if file_id(folder) != before:  # the files are of two datasets
+            raise FolioError(f"{folder}: was replaced while it was opened; start again") from None
+    return dataset
+
+
+def read_dataset(folder: Path, name: str, block_size: int, tokenizer: Tokenizer | None) -> Dataset:
+    tokenizer = find_tokenizer(folder, name, tokenizer)
     meta = read_meta(folder)
+    check_tokenizer(folder, tokenizer, meta)
     train = ShardedTokens(folder, "train", meta, tokenizer.vocab_size)
     val = ShardedTokens(folder, "val", meta, tokenizer.vocab_size)
     for tokens in (train, val):
@@ -291,8 +302,11 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
                 f"block_size + 1 = {block_size + 1:,}; use more text, or try "
                 f"--block_size={max(int(tokens.lengths.max()) - 1, 1)}"
             )
-    if file_id(folder) != before:  # the files may be of two datasets
-        raise FolioError(f"{folder}: was replaced while it was opened; start again")
+        if unused := int((tokens.lengths <= block_size).sum()):
+            print(
+                f"{tokens.name}: unused shards: {unused} of {len(tokens.shards)}; "
+                f"a window needs block_size + 1 = {block_size + 1:,} tokens"
+            )
     return Dataset(folder, tokenizer, meta, train, val)
 
 
@@ -330,11 +344,26 @@ def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenize
     return given
 
 
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
+    """Raises FolioError if meta.json describes another tokenizer than that of the folder."""
+    found: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
+    path = folder / "tokenizer.json"
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+        found["tokenizer_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    for name, value in found.items():
+        if meta.get(name, value) != value:
+            raise FolioError(
+                f"{path}: not the tokenizer of this dataset ({name} is {value}, but meta.json "
+                f"states {format_value(meta[name])}); prepare the dataset again"
+            )
+
+
 def dataset_hint(name: str) -> str:
     """What to do about a dataset that does not exist, to be appended to the message."""
     if name in PREPARE_COMMANDS:
         return f"; download it with {PREPARE_COMMANDS[name]}"
-    available = sorted(path.parent.name for path in DATA_DIR.glob("*/tokenizer.json"))
+    available = sorted(path.parent.name for path in DATA_DIR.glob("[!.]*/tokenizer.json"))
     names = f"; available: {', '.join(available)}" if available else ""
     names += "; python -m data.prepare_text makes a dataset of a text"
     return did_you_mean(name, available) or names

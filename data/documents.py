@@ -24,24 +24,27 @@ from data.files import explain_os_error, file_id, join_names, shell_command, use
 PIECE_BYTES = 2**20  # read at a time
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 # Formats that are not text, and the Python code that prints a file of each as .jsonl lines.
-ROWS = (
-    "import csv, json, sys; csv.field_size_limit(2**31 - 1); [print(json.dumps(row)) for row in "
+ROWS = (  # 'x', 'xb': an existing file is not overwritten
+    "import csv, json, sys; csv.field_size_limit(2**31 - 1); out = open(sys.argv[2], 'x'); "
+    "[print(json.dumps(row), file=out) for row in "
     "csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''){})]"
 )
 TO_JSONL = {
     # One value, or several below one another: a list of rows, a row, or a text.
     ".json": "import json, re, sys; t = open(sys.argv[1], encoding='utf-8-sig').read(); "
-    "[print(json.dumps({'text': x} if isinstance(x, str) else x)) for rows in "
+    "out = open(sys.argv[2], 'x'); "
+    "[print(json.dumps({'text': x} if isinstance(x, str) else x), file=out) for rows in "
     r"json.loads('[' + re.sub(r'}\s*\n\s*{', '},{', t) + ']') "
     "for x in (rows if isinstance(rows, list) else [rows])]",
     ".csv": ROWS.format(""),
     ".tsv": ROWS.format(r", delimiter='\t'"),
-    ".parquet": "import json, sys, pyarrow.parquet as p; "
-    "[print(json.dumps(row, default=str)) for row in p.read_table(sys.argv[1]).to_pylist()]",
+    ".parquet": "import json, sys, pyarrow.parquet as p; out = open(sys.argv[2], 'x'); "
+    "[print(json.dumps(row, default=str), file=out) "
+    "for row in p.read_table(sys.argv[1]).to_pylist()]",
 }
 # Compressed files and archives, and the Python module that unpacks them.
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
-DECOMPRESS = (  # 'xb': an existing file is not overwritten
+DECOMPRESS = (
     "import shutil, sys, {0}; shutil.copyfileobj({0}.open(sys.argv[1]), open(sys.argv[2], 'xb'))"
 )
 ARCHIVES = {".zip": "zipfile", ".tar": "tarfile", ".tgz": "tarfile"}
@@ -84,7 +87,8 @@ def files_of_input(path: Path, tmp_dir: Path) -> list[Path]:
 
 def copy_pipe(path: Path, tmp_dir: Path) -> Path:
     copy = tmp_dir / f"{len(list(tmp_dir.iterdir()))}{path.suffix}"
-    with open(path, "rb") as pipe, open(copy, "wb") as file:
+    problem = f"cannot copy {path} to this file"
+    with explain_os_error(copy, problem), open(path, "rb") as pipe, open(copy, "wb") as file:
         shutil.copyfileobj(pipe, file)
     return copy
 
@@ -133,7 +137,7 @@ def conversion_command(path: Path) -> str:
     suffix, source = path.suffix.lower(), shell_command(str(path))
     target = shell_command(str(path.with_suffix(".jsonl" if suffix in TO_JSONL else "")))
     if suffix in TO_JSONL:
-        return f'python -c "{TO_JSONL[suffix]}" {source} > {target}'
+        return f'python -c "{TO_JSONL[suffix]}" {source} {target}'
     if suffix in COMPRESSED:
         return f'python -c "{DECOMPRESS.format(COMPRESSED[suffix])}" {source} {target}'
     if suffix in ARCHIVES:
@@ -184,6 +188,8 @@ def read_jsonl(path: Path, json_key: str) -> Iterator[str]:
             try:
                 text = json.loads(line)[json_key]
                 text.encode()  # rejects half of a surrogate pair, "\\ud83d"
+            except UnicodeDecodeError:
+                raise FolioError(f"{path}:{number}: not UTF-8 text; convert this file") from None
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 text = None
             if not isinstance(text, str):
@@ -200,12 +206,19 @@ def split_documents(pieces: Iterable[str], separator: str) -> Iterator[str]:
     A newline in the separator also stands for the line ends of Windows, "\\r\\n".
     """
     pattern = re.compile(re.escape(separator).replace("\\\n", "\r?\n"))
-    rest = ""
+    parts, end = [], ""  # of the current document; the next separator may begin in `end`
     for piece in pieces:
-        *complete, rest = pattern.split(rest + piece)
-        yield from (document for document in complete if document.strip())
-    if rest.strip():
-        yield rest
+        first, *others = pattern.split(end + piece)
+        if others:
+            complete = ["".join(parts) + first, *others[:-1]]
+            yield from (document for document in complete if document.strip())
+            parts, first = [], others[-1]
+        cut = max(len(first) - 2 * len(separator), 0)
+        parts.append(first[:cut])
+        end = first[cut:]
+    document = "".join(parts) + end
+    if document.strip():
+        yield document
 
 
 def read_pieces(path: Path) -> Iterator[str]:

@@ -45,6 +45,11 @@ CLASS_DEFAULTS = {
         "strip_accents": None,
     },
 }  # fmt: skip
+# config.json's model_type implies the class if tokenizer_config.json states none.
+CLASS_OF_MODEL_TYPE = {  # None: a generic class
+    None: None, "llama": None, "gpt2": "GPT2Tokenizer", "gpt_neo": "GPT2Tokenizer",
+    "bert": "BertTokenizer", "distilbert": "BertTokenizer",
+}  # fmt: skip
 ADVICE = (
     "if tokenizer.json is right, set tokenizer_class to PreTrainedTokenizerFast in "
     "tokenizer_config.json"
@@ -64,9 +69,15 @@ class HFTokenizer(Tokenizer):
         config = with_class_defaults(config)
         with tokenizers_errors_as(ValueError):
             self._backend = tokenizers.Tokenizer.from_str(json.dumps(contents))
+        vocab = self._backend.get_vocab()
+        padding = self._backend.padding
+        if padding and padding["pad_token"] not in vocab:
+            raise ValueError(
+                f"its padding token {padding['pad_token']!r} is not in the vocabulary; set padding "
+                "to null in tokenizer.json"
+            )
         self._backend.no_truncation()
         self._backend.no_padding()
-        vocab = self._backend.get_vocab()
         if not 0 <= max(vocab.values(), default=-1) < 2 * len(vocab):
             raise ValueError(f"{len(vocab):,} tokens with ids up to {max(vocab.values()):,}")
         check_consistency(self.to_dict(), config)
@@ -78,13 +89,43 @@ class HFTokenizer(Tokenizer):
         self._added = {token.content: i for i, token in added_tokens.items()}
         with tokenizers_errors_as(ValueError):
             self._prefix = prompt_prefix(self._backend)
-        self.eos_token_id = self._added.get(self.special_tokens.get("eos_token", END_OF_TEXT))
+        self._lacked: dict[str, bool] = {}  # character -> whether encode() leaves it out
+        self.eos_token = self.special_tokens.get("eos_token", END_OF_TEXT)
+        eos = added_tokens.get(self._added.get(self.eos_token))
+        is_eos = eos is not None and (eos.special or "eos_token" in self.special_tokens)
+        self.eos_token_id = self._added[self.eos_token] if is_eos else None
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of the text alone, int64. Raises FolioError if the text cannot be encoded."""
         with tokenizers_errors_as(FolioError, "the text cannot be encoded: "):
             ids = self._backend.encode(text, add_special_tokens=False).ids
         return np.array(ids, dtype=np.int64)
+
+    def count_unknown(self, text: str, ids: np.ndarray) -> int:
+        if self._unk_id is None:  # then the tokenizer leaves such characters out
+            return sum(text.count(character) for character in set(text) if self._lacks(character))
+        unknown = ids == self._unk_id
+        if not unknown.any():
+            return 0
+        offsets = np.array(self._backend.encode(text, add_special_tokens=False).offsets)  # (n, 2)
+        return int((offsets[unknown, 1] - offsets[unknown, 0]).sum())
+
+    @cached_property
+    def _unk_id(self) -> int | None:
+        """The token for text that the vocabulary lacks, such as [UNK]."""
+        model = self.to_dict()["model"]
+        if model["type"] == "Unigram":
+            return model["unk_id"]
+        return self._backend.token_to_id(model.get("unk_token") or "")
+
+    def _lacks(self, character: str) -> bool:
+        if character not in self._lacked:
+            normalizer = self._backend.normalizer
+            text = normalizer.normalize_str(character) if normalizer else character
+            if self._backend.pre_tokenizer:  # it may split the text at white space
+                text = text.strip()
+            self._lacked[character] = bool(text) and not len(self.encode(character))
+        return self._lacked[character]
 
     def encode_prompt(self, text: str) -> np.ndarray:
         ids = self.encode(text)
@@ -144,8 +185,11 @@ class HFTokenizer(Tokenizer):
             return decode_bytes(token)
         if "ByteFallback" in self._decoder_types and (byte := re.fullmatch("<0x(..)>", token)):
             return bytes.fromhex(byte[1])
-        # As in the middle of a text, after another token: with the space before a word.
-        return self.decode([self._anchor, token_id])[len(self.decode([self._anchor])) :].encode()
+        # As in the middle of a text, between two words: with the space before or after a word.
+        a = self._anchor
+        start, rest = len(self.decode([a])), len(self.decode([a, a])) - len(self.decode([a]))
+        between = self.decode([a, token_id, a])[start:]
+        return between[: max(len(between) - rest, 0)].encode()
 
     @cached_property
     def _anchor(self) -> int:
@@ -240,6 +284,11 @@ def listed_tokens(config: dict[str, Any]) -> list[dict[str, Any]]:
     """All tokens that tokenizer_config.json names, with their flags, in transformers' order."""
     decoder = config.get("added_tokens_decoder") or {}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if config.get("extra_special_tokens") and config.get("additional_special_tokens"):
+        raise ValueError(
+            "tokenizer_config.json has both extra_special_tokens and additional_special_tokens; "
+            "if tokenizer.json has all of these tokens, delete both"
+        )
     extra = extra.values() if isinstance(extra, dict) else extra
     return [
         *(decoder[i] for i in sorted(decoder, key=int)),

@@ -124,7 +124,10 @@ def explain_hub_errors(what: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     # HTTPError: the base class of the errors of huggingface_hub's HTTP library.
-    except (errors.HTTPError, errors.EntryNotFoundError, OSError, ValueError) as error:
+    # ImportError: a SOCKS proxy needs a package that is not installed.
+    except (
+        errors.HTTPError, errors.EntryNotFoundError, ImportError, OSError, ValueError,
+    ) as error:  # fmt: skip
         raise DownloadError(f"{what}: {describe(error)}{advice}") from None
 
 

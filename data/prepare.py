@@ -101,6 +101,22 @@ def read_text(path: str | Path) -> str:
     return text
 
 
+def encode_prompt(start: str, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """The prompt and its token ids, at least one: "" gives the token that starts a text.
+
+    Raises FolioError for a file that cannot be read and for characters without a token.
+    """
+    if start.startswith("FILE:"):
+        prompt = read_text(user_path(start.removeprefix("FILE:")))
+    else:
+        prompt = start.replace("\\n", "\n")  # a shell passes "\n" on as two characters
+    prompt = prompt.replace("\r\n", "\n")  # as Windows ends lines
+    try:
+        return prompt, tokenizer.encode_prompt(prompt).tolist()
+    except FolioError as error:
+        raise FolioError(f"prompt: {error}") from None
+
+
 def split_text(text: str, val_fraction: float = 0.1) -> dict[str, list[str]]:
     """The end is for validation: 'abcdefghij' -> {"train": ['abcdefghi'], "val": ['j']}"""
     cut = int(len(text) * (1 - val_fraction))
@@ -155,6 +171,9 @@ def write_dataset(
         shutil.rmtree(tmp_dir, ignore_errors=True)
         tmp_dir.mkdir(parents=True)
         try:
+            save_tokenizer(tokenizer, tmp_dir)
+            if load_tokenizer(tmp_dir) != tokenizer:
+                raise FolioError("this tokenizer changes when it is saved; use another --tokenizer")
             counts, sha256 = {}, hashlib.sha256()
             for split, texts in splits.items():
                 path = tmp_dir / f"{split}.bin"
@@ -165,11 +184,19 @@ def write_dataset(
             meta = {"sha256": sha256.hexdigest(), **source_meta, **counts, "dtype": dtype.name}
             meta["vocab_size"] = tokenizer.vocab_size
             meta["tokenizer_sha256"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
-            save_tokenizer(tokenizer, tmp_dir)
             write_json(tmp_dir / "meta.json", meta)
-            replace_dataset(tmp_dir, folder, meta)
+            message = replace_dataset(tmp_dir, folder, meta)
         finally:
             shutil.rmtree(tmp_dir, ignore_errors=True)
+    # Printed last: a closed or full stdout must not undo anything.
+    if message:
+        print(message)
+    for split in splits:
+        if unknown := meta.get(f"{split}_unknown_characters"):
+            print(
+                f"WARNING  the vocabulary lacks {100 * unknown / meta[f'{split}_characters']:.3g}% "
+                f"of the characters in the {split} split; so bits per byte are not comparable"
+            )
     return meta
 
 
@@ -180,8 +207,11 @@ def write_tokens(
     tokenizer: Tokenizer,
     dtype: np.dtype,
 ) -> dict[str, int]:
-    """Write the token ids of all texts to one file; returns the number of tokens and characters."""
-    tokens = characters = 0
+    """Write the token ids of all texts to one file; returns the number of tokens and characters.
+
+    The third number, if it is not 0, is that of the characters which the vocabulary lacks.
+    """
+    tokens = characters = unknown = 0
     with open(path, "wb") as file:
         for text, ids in encode_in_order(texts, tokenizer):
             # A larger id would wrap around and become another token.
@@ -189,11 +219,13 @@ def write_tokens(
             file.write(ids.astype(dtype).tobytes())
             tokens += len(ids)
             characters += len(text or "")
+            unknown += tokenizer.count_unknown(text, ids) if text else 0
         file.flush()
         os.fsync(file.fileno())
     if tokens < 2:
         raise FolioError(f"the text is too short: the {split} split has fewer than 2 tokens")
-    return {f"{split}_tokens": tokens, f"{split}_characters": characters}
+    counts = {f"{split}_tokens": tokens, f"{split}_characters": characters}
+    return counts | ({f"{split}_unknown_characters": unknown} if unknown else {})
 
 
 def encode_in_order(
@@ -222,8 +254,11 @@ def end_of_document_ids(tokenizer: Tokenizer) -> np.ndarray:
         return np.array([], dtype=np.int64)
 
 
-def replace_dataset(tmp_dir: Path, folder: Path, meta: dict[str, Any]) -> None:
-    """Rename tmp_dir to folder. An existing dataset is renamed first, and deleted if superseded."""
+def replace_dataset(tmp_dir: Path, folder: Path, meta: dict[str, Any]) -> str:
+    """Rename tmp_dir to folder. An existing dataset is renamed first, and deleted if superseded.
+
+    Returns what to print about the existing dataset; "" for nothing.
+    """
     backup = None
     if folder.exists():
         if not any((folder / name).exists() for name in DATASET_FILES):
@@ -232,21 +267,20 @@ def replace_dataset(tmp_dir: Path, folder: Path, meta: dict[str, Any]) -> None:
         was_replacement = "replacement_for" in old and "replacement_for" not in meta
         superseded = old == meta or was_replacement
         backup = rename_to_backup(folder)
-        if not superseded:
-            print(f"renamed the existing dataset to {backup}")
     os.replace(tmp_dir, folder)
-    if backup is not None and superseded:
-        delete_dataset(backup)
+    if backup is None:
+        return ""
+    return delete_dataset(backup) if superseded else f"renamed the existing dataset to {backup}"
 
 
-def delete_dataset(folder: Path) -> None:
-    """Delete the files of a dataset, and the folder if no other files are in it."""
+def delete_dataset(folder: Path) -> str:
+    """Delete the files of a dataset, and the folder if no other files are in it: else says so."""
     for name in (*DATASET_FILES, "tokenizer_config.json"):
         (folder / name).unlink(missing_ok=True)
     if any(folder.iterdir()):
-        print(f"other files of the old dataset are now in {folder}")
-    else:
-        folder.rmdir()
+        return f"other files of the old dataset are now in {folder}"
+    folder.rmdir()
+    return ""
 
 
 def read_meta_or_empty(folder: Path) -> dict[str, Any]:
@@ -276,7 +310,8 @@ def complete_shards(folder: str | Path, source: str) -> dict[str, Any]:
     All shards count, also shards of earlier downloads. Raises FolioError if one is damaged.
     """
     folder, tokenizer = Path(folder), BPETokenizer.gpt2()
-    meta = {"source": source, "vocab_size": tokenizer.vocab_size, "dtype": "uint16"}
+    meta = read_meta_or_empty(folder)  # may name the commit on the hub
+    meta |= {"source": source, "vocab_size": tokenizer.vocab_size, "dtype": "uint16"}
     for split in ("train", "val"):
         shards = [memmap_shard(path, "<u2") for path in folder.glob(f"{split}_*.bin")]
         meta[f"{split}_tokens"] = sum(map(len, shards))

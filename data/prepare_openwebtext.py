@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from configurator import FolioError, NonNegativeInt, configure, first_line, run_main
+from data.dataset import read_meta
 from data.download import DownloadError
-from data.files import explain_os_error
+from data.files import explain_os_error, write_json
 from data.hub import hub_file, hub_files
 from data.prepare import (
     EIGHT_GPUS,
@@ -62,7 +63,9 @@ def main() -> None:
     with dataset_lock(dataset_folder(config.dataset)):
         folder = shards_folder(config.dataset, SOURCE)
         tokenizer = BPETokenizer.gpt2()
-        commit, filenames = list_parquet_files()
+        meta = read_meta(folder)
+        commit, filenames = list_parquet_files(meta.get("commit"))
+        write_json(folder / "meta.json", {**meta, "commit": commit})
         filenames = filenames[: config.shards or None]
         for number, filename in enumerate(filenames):
             if not shard_path(folder, "train", number).exists():  # written after "val"
@@ -77,12 +80,14 @@ def main() -> None:
     print(f"next: {train_command('train_gpt2', meta, flags, launcher=EIGHT_GPUS)}")
 
 
-def list_parquet_files() -> tuple[str, list[str]]:
+def list_parquet_files(first_commit: str | None) -> tuple[str, list[str]]:
     """The commit of the dataset, and its parquet files in order.
 
     The hub keeps parquet copies of datasets of other formats in the revision refs/convert/parquet.
+    first_commit: with which this preparation began. Another commit may have other files, so that
+        file number 7 would not follow file number 6.
     """
-    for revision in ("main", "refs/convert/parquet"):
+    for revision in (first_commit,) if first_commit else ("main", "refs/convert/parquet"):
         commit, names = hub_files(REPO_ID, revision)
         if files := [name for name in names if name.endswith(".parquet")]:
             return commit, files

@@ -69,7 +69,9 @@ def main() -> None:
         )
     folder = dataset_folder(config.dataset)
     check_tokenizer_type(config.tokenizer)
-    with tempfile.TemporaryDirectory() as tmp_dir:
+    with explain_os_error("temporary folder (TMPDIR)", "cannot be created"):
+        temporary = tempfile.TemporaryDirectory()
+    with temporary as tmp_dir:
         corpus = open_corpus(inputs, config, Path(tmp_dir))
         tokenizer = choose_tokenizer(corpus, config)
         splits = {split: with_progress(corpus.pieces(split), split) for split in ("train", "val")}
@@ -134,8 +136,8 @@ class Corpus:
                 position += len(piece)
             if position != size:
                 raise FolioError(CHANGED)
-            # A cut document ends in the validation split.
-            if self.separated and (split == "train") == (cut == size):
+            # A cut document ends in the validation split. An empty document is left out.
+            if self.separated and size > 0 and (split == "train") == (cut == size):
                 yield None
         if next(documents, None) is not None:
             raise FolioError(CHANGED)

@@ -26,7 +26,6 @@ from data.prepare import (
 
 # Collected by Andrej Karpathy for char-rnn (2015).
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SIZE = 1_115_394  # bytes
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE = "tiny Shakespeare"
 REPLACEMENT_TEXT = Path(__file__).with_name("replacement.txt")
@@ -104,7 +103,7 @@ def load_shakespeare() -> tuple[str, dict[str, Any]]:
             return read_text(path), {"source": SHAKESPEARE}
         print(f"downloading tiny Shakespeare to {path}")
         try:
-            return read_text(download(URL, path, SHA256, SIZE)), {"source": SHAKESPEARE}
+            return read_text(download(URL, path, SHA256)), {"source": SHAKESPEARE}
         except DownloadError as error:
             if not REPLACEMENT_TEXT.exists():
                 raise FolioError(f"{error}; --input_file=FILE uses a text you have") from None

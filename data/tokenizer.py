@@ -25,12 +25,14 @@ from typing import Any
 
 import numpy as np
 import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from configurator import FolioError
 from data.files import explain_os_error, write_json, write_text
 from data.hf_tokenizer import (
-    GENERIC_CLASSES, HFTokenizer, bert_tokenizer_json, class_name, listed_tokens,
-    with_class_defaults,
+    CLASS_OF_MODEL_TYPE, GENERIC_CLASSES, HFTokenizer, bert_tokenizer_json, class_name,
+    listed_tokens, tokenizers_errors_as, with_class_defaults,
 )  # fmt: skip
 from data.tokenizer_base import (
     BYTE_ENCODER, END_OF_TEXT, Tokenizer, decode_bytes, encode_bytes,
@@ -86,7 +88,14 @@ class CharTokenizer(Tokenizer):
         return self._tokens[token_id].encode()
 
     def to_dict(self) -> dict[str, Any]:
-        return char_to_dict(self)
+        vocab = {token: i for i, token in enumerate(self._tokens)}
+        # The format requires an unk_token; ours is not in the vocabulary.
+        backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        backend.decoder = decoders.Fuse()
+        if self.eos_token_id is not None:
+            backend.add_special_tokens([END_OF_TEXT])
+        return json.loads(backend.to_str())
 
     @property
     def _key(self) -> tuple[str, int | None]:
@@ -185,7 +194,11 @@ class BPETokenizer(Tokenizer):
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        return bpe_to_dict(self)
+        vocab = {encode_bytes(token): i for token, i in self.mergeable_ranks.items()}
+        if self.eos_token_id is not None:
+            vocab[END_OF_TEXT] = self.eos_token_id
+        merges = [(encode_bytes(left), encode_bytes(right)) for left, right in self.merges]
+        return byte_level_bpe_json(vocab, merges)
 
     def config_dict(self) -> dict[str, Any]:
         settings = super().config_dict()
@@ -283,10 +296,8 @@ def read_tokenizer_json(folder: Path, config: dict[str, Any]) -> Any:
     vocab = read_json(folder / "vocab.json")
     with explain_os_error(folder / "merges.txt", "cannot be read"):
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    eos_token_id = vocab.get(END_OF_TEXT) if isinstance(vocab, dict) else None
-    model = {"type": "BPE", **BPE_OPTIONS, "vocab": vocab, "merges": merges}
-    contents = tokenizer_json(eos_token_id, BYTE_LEVEL, BYTE_LEVEL, model)
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    contents = byte_level_bpe_json(vocab, merges)
     if added := config.get("added_tokens_decoder"):
         contents["added_tokens"] = [{**token, "id": int(i)} for i, token in added.items()]
     return contents
@@ -317,8 +328,10 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
     config, model_config = read("tokenizer_config.json"), read("config.json")
     if not config.get("tokenizer_class"):
-        default = "GPT2Tokenizer" if model_config.get("model_type") == "gpt2" else None
-        config["tokenizer_class"] = model_config.get("tokenizer_class") or default
+        model_type = model_config.get("model_type")
+        # Other model types imply other classes. check_consistency() refuses them by this name.
+        implied = CLASS_OF_MODEL_TYPE.get(model_type, f"of model_type {model_type}")
+        config["tokenizer_class"] = model_config.get("tokenizer_class") or implied
     if "added_tokens_decoder" not in config:  # written before 2023
         config |= read("special_tokens_map.json")
         added = read("added_tokens.json")
@@ -327,7 +340,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def char_from_dict(contents: Any, config: dict[str, Any]) -> CharTokenizer | None:
-    """The tokenizer if `contents` are what char_to_dict() writes, else None."""
+    """The tokenizer if `contents` are what CharTokenizer.to_dict() makes, else None."""
     model = contents["model"]
     if model.get("type") != "WordLevel":
         return None
@@ -337,8 +350,16 @@ def char_from_dict(contents: Any, config: dict[str, Any]) -> CharTokenizer | Non
     if not characters or any(len(character) != 1 for character in characters):
         return None
     tokenizer = CharTokenizer("".join(characters), add_eos)
+    with tokenizers_errors_as(ValueError):  # the form of this version of `tokenizers`
+        contents = json.loads(tokenizers.Tokenizer.from_str(json.dumps(contents)).to_str())
     is_ours = tokenizer.to_dict() == contents and names_only(config, model["vocab"])
     return tokenizer if is_ours else None
+
+
+BPE_OPTIONS = (  # GPT-2 uses none of them
+    "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
+    "byte_fallback", "ignore_merges",
+)  # fmt: skip
 
 
 def bpe_from_dict(contents: Any, config: dict[str, Any]) -> BPETokenizer | None:
@@ -349,6 +370,7 @@ def bpe_from_dict(contents: Any, config: dict[str, Any]) -> BPETokenizer | None:
         model.get("type", "BPE") == "BPE"  # older files lack the type
         and not any(model.get(option) for option in BPE_OPTIONS)
         and not contents.get("normalizer")
+        and not contents.get("padding")
         and splitter.get("type") == "ByteLevel"
         and splitter.get("use_regex", True)
         and not (splitter.get("add_prefix_space", True) or config.get("add_prefix_space"))
@@ -383,60 +405,12 @@ def adds_nothing(post_processor: dict[str, Any] | None) -> bool:
     return post_processor["type"] == "TemplateProcessing" and not post_processor["special_tokens"]
 
 
-BYTE_LEVEL = {
-    "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
-}  # fmt: skip
-BPE_OPTIONS = {  # all off
-    "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-    "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-}  # fmt: skip
-
-
-def tokenizer_json(
-    eos_token_id: int | None,
-    pre_tokenizer: dict[str, Any],
-    decoder: dict[str, Any],
-    model: dict[str, Any],
-) -> dict[str, Any]:
-    """The entries of tokenizer.json."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    end_of_text = {"id": eos_token_id, "content": END_OF_TEXT, **flags, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [] if eos_token_id is None else [end_of_text],
-        "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": decoder,
-        "model": model,
-    }
-
-
-def char_to_dict(tokenizer: CharTokenizer) -> dict[str, Any]:
-    vocab = {character: i for i, character in enumerate(tokenizer.characters)}
-    if tokenizer.eos_token_id is not None:
-        vocab[END_OF_TEXT] = tokenizer.eos_token_id
-    each_character = {
-        "type": "Split",
-        "pattern": {"Regex": r"[\s\S]"},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    # The format requires an unk_token; ours is not in the vocabulary.
-    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
-    return tokenizer_json(tokenizer.eos_token_id, each_character, {"type": "Fuse"}, model)
-
-
-def bpe_to_dict(tokenizer: BPETokenizer) -> dict[str, Any]:
-    vocab = {encode_bytes(token): i for token, i in tokenizer.mergeable_ranks.items()}
-    if tokenizer.eos_token_id is not None:
-        vocab[END_OF_TEXT] = tokenizer.eos_token_id
-    model = {
-        "type": "BPE",
-        **BPE_OPTIONS,
-        "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-        "merges": [[encode_bytes(a), encode_bytes(b)] for a, b in tokenizer.merges],
-    }
-    return tokenizer_json(tokenizer.eos_token_id, BYTE_LEVEL, BYTE_LEVEL, model)
+def byte_level_bpe_json(vocab: dict[str, int], merges: list[tuple[str, ...]]) -> dict[str, Any]:
+    """The contents of tokenizer.json for a BPE of GPT-2's kind."""
+    with tokenizers_errors_as(ValueError):
+        backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if END_OF_TEXT in vocab:
+        backend.add_special_tokens([END_OF_TEXT])
+    return json.loads(backend.to_str())

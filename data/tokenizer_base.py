@@ -22,12 +22,20 @@ class Tokenizer(ABC):
 
     vocab_size: int
     eos_token_id: int | None  # the end-of-text token, which separates documents
+    eos_token = END_OF_TEXT  # its name
     # Whether a text that is cut before white space can be encoded piece by piece.
     can_encode_in_pieces = True
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """The token ids of a text: 'hole' -> array([1, 3, 2, 0]), int64."""
+
+    def count_unknown(self, text: str, ids: np.ndarray) -> int:
+        """Number of characters that the vocabulary lacks; ids: encode(text).
+
+        Our own tokenizers have none: encode() refuses such a text.
+        """
+        return 0
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
@@ -104,8 +112,7 @@ class Tokenizer(ABC):
             "split_special_tokens": True,  # special tokens in a text are encoded like other text
         }
         if self.eos_token_id is not None:
-            eos_token = self.decode([self.eos_token_id])
-            settings |= {"bos_token": eos_token, "eos_token": eos_token, "pad_token": eos_token}
+            settings |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), self.eos_token)
         return settings
 
     def to_json(self) -> str:

@@ -63,11 +63,8 @@ def save_model(
     dtype = str(model.transformer.wte.weight.dtype).removeprefix("torch.")
     no_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     special_token_ids = no_ids if tokenizer is None else tokenizer.special_token_ids
-    write_json(
-        folder / "config.json", {**to_hf_config(model.config), **special_token_ids, "dtype": dtype}
-    )
+    config = {**to_hf_config(model.config), **special_token_ids, "dtype": dtype}
     generation = {"do_sample": True, "max_length": model.config.block_size, "max_new_tokens": None}
-    write_json(folder / "generation_config.json", {**special_token_ids, **generation})
     metadata = {"format": "pt", SHA256_KEY: sha256_of(tensors)}
     metadata |= {name: str(number) for name, number in numbers.items()}
     with atomic_write(folder / WEIGHTS_FILE) as temporary:
@@ -75,6 +72,9 @@ def save_model(
             safetensors.torch.save_file(tensors, temporary, metadata=metadata)
         except safetensors.SafetensorError as error:  # wraps an OSError, for example of a full disk
             raise OSError(str(error)) from None
+        # The disk is not full: now replace all files, which belong together.
+        write_json(folder / "config.json", config)
+        write_json(folder / "generation_config.json", {**special_token_ids, **generation})
 
 
 def unwrap(model: torch.nn.Module) -> GPT:

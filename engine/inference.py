@@ -109,10 +109,10 @@ class InferenceModel:
             )
         if idx.min() < 0 or idx.max() >= vocab_size:
             raise ValueError(f"an id in idx is not in 0 ... {vocab_size - 1}")
-        if any(not 0 <= token < vocab_size for token in stop_tokens):
+        if any(token not in range(vocab_size) for token in stop_tokens):  # also 2.5 is not
             raise ValueError(f"stop_tokens={stop_tokens}: ids are in 0 ... {vocab_size - 1}")
-        if max_new_tokens is not None and max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
+        if max_new_tokens is not None and (max_new_tokens < 0 or max_new_tokens % 1):
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be an integer of at least 0")
         if not 0 <= overlap < block_size:
             raise ValueError(
                 f"overlap={overlap} must be in 0 ... block_size - 1 = {block_size - 1}"
@@ -476,8 +476,8 @@ def exponential_noise(probs: torch.Tensor, generator: torch.Generator | None) ->
 def check_sampling_arguments(temperature: float, top_k: int, top_p: float) -> None:
     if not 0 <= temperature < float("inf"):  # NaN fails this comparison, too
         raise ValueError(f"temperature={temperature} must be a number of at least 0")
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k} must be at least 0 (0: all tokens)")
+    if top_k < 0 or top_k % 1:
+        raise ValueError(f"top_k={top_k} must be an integer of at least 0 (0: all tokens)")
     if not 0 <= top_p <= 1:
         raise ValueError(f"top_p={top_p} must be in 0 ... 1")
 

@@ -29,6 +29,7 @@ from tests.fuzzing import Count, fuzz_settings, mutations
 from tests.test_tokenizer import AWKWARD_TEXT, toy_bpe
 from tests.test_train import assert_same_state, batches_of, start_training, train_step
 
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="limits the size of a file")
 CONFIG = GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=16)
 
 
@@ -137,6 +138,22 @@ def test_save_model_refuses_what_is_not_a_whole_gpt(tmp_path):
         with pytest.raises(TypeError):
             save_model(model, tmp_path)
     assert (tmp_path / WEIGHTS_FILE).read_bytes() == before
+
+
+@posix_only
+def test_if_the_disk_is_full_the_old_model_stays_as_it_was(tmp_path, tokens):
+    import resource
+
+    model = random_model()
+    save_model(model, tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(FolioError, match="write failed"):
+            save_model(random_model(n_embd=64), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    torch.testing.assert_close(load_model(tmp_path)(tokens), model(tokens))
 
 
 # --- Tokenizer, padded batches, model card ---
@@ -490,7 +507,7 @@ def test_damaged_checkpoint_is_refused_and_not_executed(tmp_path, damage):
     assert not marker.exists()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot limit the size of a file")
+@posix_only
 def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(tmp_path):
     import resource
 

@@ -206,6 +206,8 @@ def test_opening_reads_only_a_small_part_of_each_shard(tmp_path, monkeypatch):
         (lambda folder: (folder / "meta.json").write_text("[" * 10**5), "damaged"),
         (lambda folder: (folder / "meta.json").write_bytes(b"\xff"), "damaged"),
         (lambda folder: (folder / "meta.json").write_text("[]"), "damaged"),
+        (lambda folder: set_meta(folder, vocab_size=20), r"meta\.json states 20"),
+        (lambda folder: rename_a_character(folder), "not the tokenizer of this dataset"),
         (lambda folder: (folder / "meta.json").write_text('{"dtype": "int8"}'), "damaged"),
         (lambda folder: (folder / "meta.json").write_text('{"dtype": [1]}'), "damaged"),
         (lambda folder: (folder / "meta.json").write_text('{"sha256": [[1]]}'), "damaged"),
@@ -225,6 +227,11 @@ def shorten(path):
 def set_meta(folder, **changes):
     path = folder / "meta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def rename_a_character(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"b": ', '"B": '))
 
 
 def make_folder(path):
@@ -249,6 +256,9 @@ def test_dataset_that_is_replaced_while_it_is_opened_is_refused(tiny_dataset, mo
 
     monkeypatch.setattr("data.dataset.read_meta", read_meta_late)
     with pytest.raises(FolioError, match="was replaced while it was opened"):
+        open_dataset(tiny_dataset, block_size=10_000)  # not "only 3,085 tokens"
+    shutil.rmtree(tiny_dataset.with_name("old"))
+    with pytest.raises(FolioError, match="was replaced while it was opened"):
         open_dataset(tiny_dataset, 8)
 
 
@@ -263,11 +273,25 @@ def test_text_shorter_than_a_window_is_refused(tiny_dataset):
         open_dataset(tiny_dataset, block_size=343)
 
 
+def test_shards_that_hold_no_window_are_told(tiny_dataset, capsys):
+    open_dataset(tiny_dataset, 8)
+    assert capsys.readouterr().out == ""
+    (tiny_dataset / "val.bin").rename(tiny_dataset / "val_0.bin")
+    for i in (1, 2):
+        (tiny_dataset / f"val_{i}.bin").write_bytes(id_bytes([1] * (7 + i)))  # 8 and 9 tokens
+    open_dataset(tiny_dataset, 8)
+    assert capsys.readouterr().out == (
+        f"{tiny_dataset}/val*.bin: unused shards: 1 of 3; "
+        "a window needs block_size + 1 = 9 tokens\n"
+    )
+
+
 def test_missing_dataset_is_refused_with_the_available_names(data_folder, tiny_dataset):
     tiny_dataset.rename(data_folder / "rhyme")
+    shutil.copytree(data_folder / "rhyme", data_folder / ".other.tmp")  # left by a killed process
     with pytest.raises(FolioError, match="did you mean rhyme"):
         open_dataset("rhymes", 8)
-    with pytest.raises(FolioError, match="available: rhyme"):
+    with pytest.raises(FolioError, match="available: rhyme;"):
         open_dataset("something_else", 8)
 
 

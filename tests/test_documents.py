@@ -3,9 +3,12 @@
 import bz2
 import errno
 import gzip
+import itertools
 import json
 import lzma
 import os
+import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -18,7 +21,7 @@ import pytest
 
 from configurator import FolioError
 from data import documents
-from data.documents import find_files, last_safe_cut, read_documents, read_pieces
+from data.documents import find_files, last_safe_cut, read_documents, read_pieces, split_documents
 from tests.conftest import SHAKESPEARE
 from tests.test_tokenizer import toy_bpe
 
@@ -195,6 +198,10 @@ def test_the_printed_command_converts_a_table_to_jsonl(tmp_path, suffix):
         texts_in(tmp_path / f"my data{suffix}")
     run_printed_command(error)
     assert texts_in(tmp_path / "my data.jsonl") == [row["text"] for row in rows]
+    (tmp_path / "my data.jsonl").write_text('{"text": "my changes"}')
+    with pytest.raises(subprocess.CalledProcessError):  # nothing is overwritten
+        run_printed_command(error)
+    assert texts_in(tmp_path / "my data.jsonl") == ["my changes"]
 
 
 LONG = "long " * 30_000  # Python's csv reads at most 131,072 characters of a field by default
@@ -248,6 +255,24 @@ def test_a_line_without_a_text_is_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(FolioError, match=r"a\.jsonl:2: not a line like .*--json_key=KEY"):
         texts_in(tmp_path / "a.jsonl")
+
+
+def test_a_line_that_is_not_utf8_is_called_so(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"text": "café"}\n'.encode("latin-1"))
+    with pytest.raises(FolioError, match=r"a\.jsonl:1: not UTF-8 text"):
+        texts_in(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "ab", "aa"])
+def test_a_separator_is_found_wherever_the_pieces_are_cut(separator):
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choices("ab\n\r", k=30))
+        cuts = sorted(rng.sample(range(31), k=4))
+        pieces = [text[i:j] for i, j in itertools.pairwise([0, *cuts, 30])]
+        expected = re.split(separator.replace("\n", "\r?\n"), text)
+        expected = [document for document in expected if document.strip()]
+        assert list(split_documents(pieces, separator)) == expected
 
 
 @pytest.mark.parametrize("piece_bytes", [2**20, 7])

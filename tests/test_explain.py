@@ -65,8 +65,8 @@ def run_folder(tmp_path_factory) -> Path:
         make_model_folder(folder / f"step_{step:06}", step=step)
     settings = {"dataset": "none", "max_iters": 300, "n_layer": 2, "init_from": "scratch"}
     (folder / "settings.json").write_text(json.dumps(settings))
-    rows = [dict.fromkeys(COLUMNS) | {"step": 100, "val_loss": 2.5}]
-    rows += [dict.fromkeys(COLUMNS) | {"step": 200, "val_loss": 2.0}]
+    row = dict.fromkeys(COLUMNS) | {"tokens": 0, "seconds": 0.0}
+    rows = [row | {"step": 100, "val_loss": 2.5}, row | {"step": 200, "val_loss": 2.0}]
     write_log(folder / "log.csv", rows)
     return folder
 
@@ -151,7 +151,7 @@ def test_texts_that_cannot_be_shown_are_refused_or_cut(tmp_path, call):
     for flags, words in (
         (["--start=x", "--max_tokens=1024"], "at most 256"),
         (["--start=R"], "at least 2 tokens"),
-        (["--start=Ω and others"], "--start: the character 'Ω'"),
+        (["--start=Ω and others"], "prompt: the character 'Ω'"),
         ([], "give a text with --start"),
     ):
         assert_one_line_error(call(explain, source, output, *flags), words)

@@ -123,6 +123,20 @@ def with_added_tokens() -> Tokenizer:
     return tokenizer
 
 
+def with_normalized_token() -> Tokenizer:
+    """Decoding its id gives "[eos]": the normalizer changes the token, too."""
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_special_tokens([AddedToken("[EOS]", normalized=True)])
+    return tokenizer
+
+
+def with_ordinary_end_of_text() -> Tokenizer:
+    tokenizer = word_piece()
+    tokenizer.add_tokens([AddedToken(END)])
+    return tokenizer
+
+
 def with_template() -> Tokenizer:
     tokenizer = byte_level(["<s>", "<pad>", "</s>"])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -196,6 +210,11 @@ KINDS = {
     "regex of its own": (split_regex, {}),
     "end of word suffix": (with_suffix, {"unk_token": "<unk>"}),
     "unreachable merge": (with_unreachable_merge, {}),
+    "normalized token": (with_normalized_token, {"eos_token": "[EOS]"}),
+    "ordinary end-of-text": (
+        with_ordinary_end_of_text,
+        {"unk_token": "[UNK]", "split_special_tokens": True},
+    ),
     "template": (with_template, SENTENCE),
     "end-of-text first": (with_end_of_text_first, {"eos_token": END}),
     "truncation and padding": (with_truncation, {}),
@@ -289,9 +308,34 @@ def test_byte_lengths_add_up_to_the_bytes_of_a_text(tmp_path):
     tokenizer = load_tokenizer(save(byte_level(use_regex=False), tmp_path / "bytes"))
     assert tokenizer.byte_lengths[tokenizer.encode("star, naïve 🙂")].sum() == 6 + 7 + 4
     assert tokenizer.byte_lengths[tokenizer.eos_token_id] == 0
-    for make in (word_piece, unigram, byte_fallback):  # the first word has its space, too
+    # Each word has its space: also the first word or, with a suffix, the last word.
+    for make in (word_piece, unigram, byte_fallback, with_suffix):
         tokenizer = load_tokenizer(save(make(), tmp_path / make.__name__))
         assert tokenizer.byte_lengths[tokenizer.encode(text)].sum() == len(text) + 1
+
+
+def characters_without_unk() -> Tokenizer:
+    return Tokenizer(models.BPE({"a": 0, "b": 1, " ": 2}, []))
+
+
+def characters_with_unk() -> Tokenizer:
+    return Tokenizer(models.BPE({"a": 0, "b": 1, " ": 2, "?": 3}, [], unk_token="?", fuse_unk=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "unknown"),
+    [
+        (characters_without_unk, "ab xyz b\n☃", 5),
+        (characters_with_unk, "ab xyz b☃", 4),
+        (word_piece, "star ☃☃ 42☃ twinkle", 5),  # a word with an unknown character is unknown
+        (unigram, "star ☃☃ twinkle", 2),
+        (byte_fallback, "star ☃☃ 42☃", 0),
+        (byte_level, "star ☃☃ 42☃", 0),
+    ],
+)
+def test_characters_outside_the_vocabulary_are_counted(make, text, unknown, tmp_path):
+    tokenizer = load_tokenizer(save(make(), tmp_path))
+    assert tokenizer.count_unknown(text, tokenizer.encode(text)) == unknown
 
 
 def test_text_that_cannot_be_encoded_is_refused(tmp_path):
@@ -398,11 +442,30 @@ def test_vocab_txt_of_berts_class_is_read(tmp_path, config):
             {"added_tokens_decoder": {"350": {"content": "<|user|>", "lstrip": True}}},
             "other flags for the token '<|user|>'",
         ),
+        (
+            byte_level, {"extra_special_tokens": [END], "additional_special_tokens": ["<b>"]},
+            "both extra_special_tokens and additional_special_tokens",
+        ),
     ],
 )  # fmt: skip
 def test_folder_whose_files_contradict_each_other_is_refused(make, config, message, tmp_path):
     save(make(), tmp_path, **config)
     with pytest.raises(FolioError, match=message.replace("|", r"\|")):
+        load_tokenizer(tmp_path)
+
+
+def test_padding_token_that_transformers_would_add_is_refused(tmp_path):
+    tokenizer = byte_level()
+    save(tokenizer, tmp_path)
+    size = tokenizer.get_vocab_size()
+    tokenizer.enable_padding(pad_token=END)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).vocab_size == size
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == size
+    tokenizer.enable_padding(pad_token="[NEW]")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == size + 1
+    with pytest.raises(FolioError, match=r"padding token '\[NEW\]' is not in the vocabulary"):
         load_tokenizer(tmp_path)
 
 
@@ -424,6 +487,46 @@ def test_sparse_ids_are_refused(tmp_path):
     edit(tmp_path / "tokenizer.json", lambda contents: contents["model"]["vocab"].update(x=2**31))
     with pytest.raises(FolioError, match="ids up to 2,147,483,648"):
         load_tokenizer(tmp_path)
+
+
+def without_class(tokenizer, folder: Path, model_type: str | None, **config) -> Path:
+    """A folder whose tokenizer_config.json states no class: config.json's model_type implies it."""
+    save(tokenizer, folder, tokenizer_class=None, **config)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "model_type"),
+    [
+        (byte_level, "gpt_neo"),
+        (bert_class, "bert"),
+        (bert_class, "distilbert"),
+        (byte_fallback, "llama"),
+        (split_regex, "llama"),
+    ],
+)
+def test_class_that_model_type_implies_is_known(make, model_type, tmp_path):
+    folder = without_class(make(), tmp_path, model_type)
+    tokenizer, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        expected = theirs(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(text).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "model_type", "message"),
+    [
+        (lambda: byte_level(use_regex=False), "gpt_neo", "GPT2Tokenizer, which ignores pre_token"),
+        (word_piece, "bert", "BertTokenizer, which ignores normalizer"),
+        (unigram, "xlm-roberta", "tokenizer_class of model_type xlm-roberta; if tokenizer.json"),
+        (lambda: byte_level(use_regex=False), "gpt_neox", "of model_type gpt_neox"),
+    ],
+)
+def test_class_that_model_type_implies_is_checked(make, model_type, message, tmp_path):
+    folder = without_class(make(), tmp_path, model_type, do_lower_case=False)
+    with pytest.raises(FolioError, match=message):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

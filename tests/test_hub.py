@@ -180,6 +180,16 @@ def test_weights_of_another_size_than_the_hub_announced_are_refused(hub):
     assert_one_line(error, "openai-community/gpt2", "Consistency check failed")
 
 
+def test_a_proxy_that_cannot_be_used_is_one_line(monkeypatch):
+    def needs_another_package(*_, **__) -> None:
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", needs_another_package)
+    with pytest.raises(DownloadError) as error:
+        hub_model("gpt2")
+    assert_one_line(error, "openai-community/gpt2: Using SOCKS proxy", "socksio")
+
+
 # --- Single files ---
 
 

@@ -284,6 +284,9 @@ def test_a_finished_row_repeats_its_stop_token_until_all_rows_are_finished(infer
         (None, {"overlap": -1}, "overlap=-1"),
         (None, {"stop_tokens": [3, 13]}, r"stop_tokens=\[3, 13\]"),
         (None, {"stop_tokens": [-1]}, "stop_tokens"),
+        (None, {"stop_tokens": [2.5]}, "stop_tokens"),
+        (None, {"top_k": 2.5}, "top_k=2.5"),
+        (None, {"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
     ],
 )
 def test_invalid_arguments_are_refused_at_the_call(inference, idx, options, message):

@@ -1,16 +1,21 @@
 """From a text to a dataset's folder."""
 
+import errno
 import hashlib
+import json
+import os
 import shlex
 import threading
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 from configurator import ROOT, FolioError
 from data import dataset as dataset_module
 from data import prepare
-from data.dataset import open_dataset
+from data.dataset import open_dataset, read_meta
 from data.prepare import (
     check_tokenizer_type,
     dataset_folder,
@@ -22,7 +27,8 @@ from data.prepare import (
     train_command,
     write_dataset,
 )
-from data.tokenizer import CharTokenizer
+from data.hf_tokenizer import HFTokenizer
+from data.tokenizer import CharTokenizer, save_tokenizer
 from tests.test_documents import posix_only
 from tests.test_tokenizer import toy_bpe
 
@@ -163,6 +169,19 @@ def test_other_files_in_the_folder_of_a_dataset_are_never_deleted(tmp_path, caps
     )
 
 
+def test_a_full_stdout_does_not_undo_the_preparation(tmp_path, monkeypatch):
+    prepared(tmp_path / "mine", LINE * 9)
+
+    def fail(*_) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("builtins.print", fail)
+    with pytest.raises(OSError, match="No space left"):
+        prepared(tmp_path / "mine", LINE * 10)
+    assert read_meta(tmp_path / "mine")["train_tokens"] == 171  # 0.9 * 10 * 19 characters
+    assert read_meta(tmp_path / "mine.1")["train_tokens"] == 153
+
+
 @pytest.mark.parametrize("name", ["meta.json", "train.bin"])
 def test_a_corrupt_dataset_can_be_prepared_again(tmp_path, name):
     folder = tmp_path / "mine"
@@ -186,6 +205,28 @@ def test_a_folder_that_is_no_dataset_is_never_renamed(tmp_path):
     with pytest.raises(FolioError, match="is not a dataset"):
         prepared(tmp_path / "mine", LINE * 9)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_tokenizer_that_cannot_be_saved_as_it_is_makes_no_dataset(tmp_path, monkeypatch):
+    def save_another(_, folder):
+        save_tokenizer(CharTokenizer.from_text("ab"), folder)
+
+    monkeypatch.setattr(prepare, "save_tokenizer", save_another)
+    with pytest.raises(FolioError, match="changes when it is saved"):
+        prepared(tmp_path / "set", LINE * 9)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_vocabulary_that_lacks_characters_of_the_text_is_told(tmp_path, capsys):
+    backend = tokenizers.Tokenizer(models.WordLevel({"to": 0, "be": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = HFTokenizer(json.loads(backend.to_str()), {})
+    write_dataset(tmp_path / "mine", tokenizer, {"train": [LINE * 9], "val": ["to be"]}, {})
+    # "or" and "not": 5 of 19 characters.
+    assert capsys.readouterr().out == (
+        "WARNING  the vocabulary lacks 26.3% of the characters in the train split; "
+        "so bits per byte are not comparable\n"
+    )
 
 
 def test_a_text_that_leaves_nothing_for_validation_is_too_short(tmp_path):

@@ -1,6 +1,7 @@
 """FineWeb and OpenWebText, downloaded from a hub on loopback."""
 
 import io
+import json
 import shlex
 
 import numpy as np
@@ -172,11 +173,18 @@ def test_openwebtext_has_an_end_of_text_token_after_each_document(hub, revision,
     assert dataset.meta["train_tokens"] == len(dataset.train)
 
 
-def test_the_same_command_continues_with_the_next_file(openwebtext, hub, call):
+def test_the_same_command_continues_with_the_next_file(openwebtext, hub, call, data_folder):
+    """Also if the dataset on the hub has got another first file meanwhile."""
     assert call(prepare_openwebtext, "--shards=1").returncode == 0
-    hub.requests.clear()
-    assert call(prepare_openwebtext).returncode == 0
-    assert downloads(hub) == {"train-00001-of-00002.parquet"}
+    commit = json.loads((data_folder / "openwebtext" / "meta.json").read_text())["commit"]
+    repo = "datasets/Skylion007/openwebtext"
+    hub.files[repo, commit] = dict(hub.files[repo, "main"])
+    hub.files[repo, "main"]["plain_text/a.parquet"] = b"new"
+    for _ in range(2):
+        hub.requests.clear()
+        assert call(prepare_openwebtext).returncode == 0
+        assert downloads(hub) <= {"train-00001-of-00002.parquet"}
+    assert len(list((data_folder / "openwebtext").glob("train_*.bin"))) == 2
 
 
 def test_a_kill_after_the_last_shard_leaves_no_downloads(openwebtext, call, data_folder):

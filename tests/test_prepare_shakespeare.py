@@ -43,7 +43,6 @@ def server(monkeypatch) -> Server:
     server = Server("whole")
     server.body = b"the right text\n" * 99
     monkeypatch.setattr(shakespeare, "URL", server.url)
-    monkeypatch.setattr(shakespeare, "SIZE", len(server.body))
     monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(server.body).hexdigest())
     return server
 
@@ -124,7 +123,7 @@ def test_a_mistake_is_one_line(tmp_path, call):
 def start_with_fresh_data(data_folder: Path, url: str, body: bytes) -> None:
     """What train.py does first, in another process."""
     dataset_module.DATA_DIR = data_folder
-    shakespeare.URL, shakespeare.SIZE = url, len(body)
+    shakespeare.URL = url
     shakespeare.SHA256 = hashlib.sha256(body).hexdigest()
     ensure_shakespeare("shakespeare_char")
 

@@ -97,6 +97,13 @@ def test_a_cut_document_ends_in_the_validation_split(prepare, tmp_path):
     assert prepared_texts("two") == {"train": "abc" * 10 + END + "de" * 5, "val": "de" * 5 + END}
 
 
+def test_an_empty_document_leaves_no_end_of_text(prepare, tmp_path):
+    lines = [json.dumps({"text": text}) for text in ("abcdefgh", "", "ij")]
+    (tmp_path / "3.jsonl").write_text("\n".join(lines))
+    assert prepare(tmp_path / "3.jsonl", "--dataset=three", "--val_fraction=0.5").returncode == 0
+    assert prepared_texts("three") == {"train": "abcde", "val": f"fgh{END}ij{END}"}
+
+
 def test_a_validation_file_can_be_given(prepare, tmp_path):
     (tmp_path / "train.txt").write_text("abc" * 10)
     (tmp_path / "val.txt").write_text("xyz" * 10)
@@ -286,6 +293,11 @@ def test_two_programs_that_prepare_the_same_dataset_do_not_mix_their_files(tmp_p
 # --- Errors ---
 
 
+def test_no_temporary_folder_is_one_line(prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    assert_one_line_error(prepare(tmp_path, "--dataset=bad"), "TMPDIR", "No such file")
+
+
 def test_bad_input_is_one_line(prepare, tmp_path, data_folder):
     def refused(content: bytes, *flags: str):
         (tmp_path / "bad.txt").write_bytes(content)
@@ -299,6 +311,7 @@ def test_bad_input_is_one_line(prepare, tmp_path, data_folder):
     assert_one_line_error(refused(b"low low", "--tokenizer=words"), "char, gpt2, bpe, or the fold")
     assert_one_line_error(refused(b"ab"), "too short")
     assert_one_line_error(prepare("--dataset=bad"), "which text?")
+    assert_one_line_error(prepare("", "--dataset=bad"), "an argument is empty")
     assert_one_line_error(prepare(tmp_path / "bad.txt"), "--dataset=NAME is missing")
     assert_one_line_error(prepare(tmp_path / "bad.txt", "--dataset=x/y"), "--dataset=x/y")
     assert [path for path in data_folder.iterdir() if path.is_dir()] == []

@@ -14,11 +14,12 @@ import torch
 
 import sample
 from configurator import run_main
+from data.prepare import encode_prompt
 from data.tokenizer import BPETokenizer, CharTokenizer, save_tokenizer
 from engine.checkpoint import save_model
 from engine.inference import InferenceModel
 from model import GPT, GPTConfig
-from sample import encode_prompt, print_samples, until_stop
+from sample import print_samples, until_stop
 from tests.conftest import ROOT, assert_one_line_error
 from tests.processes import redirect, start
 

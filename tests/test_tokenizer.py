@@ -213,6 +213,15 @@ def test_file_has_merges_as_pairs_and_end_of_text_as_added_token():
     assert contents["added_tokens"][0]["content"] == "<|endoftext|>"
 
 
+def test_char_file_is_recognized_if_entries_without_effect_are_missing(tmp_path):
+    """Other versions of `tokenizers` may write more or fewer entries."""
+    tokenizer = CharTokenizer.from_text("hello", add_eos=True)
+    contents = json.loads(tokenizer.to_json())
+    del contents["truncation"], contents["padding"], contents["post_processor"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
+    assert load_tokenizer(tmp_path) == tokenizer
+
+
 def test_gpt2_spells_a_space_as_a_printable_letter():
     assert bytes_to_unicode()[ord(" ")] == "Ġ"
     assert bytes_to_unicode()[ord("\n")] == "Ċ"
