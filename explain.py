@@ -99,7 +99,7 @@ def choose_tokens(
     if config.start:
         ids = encode_prompt(config.start, tokenizer)[1]
     else:
-        ids = validation_tokens(folder, limit)
+        ids = validation_tokens(folder, tokenizer, limit)
     if len(ids) < 2:
         raise FolioError("--start: at least 2 tokens are needed, to predict one from the other")
     if len(ids) > limit:
@@ -107,15 +107,21 @@ def choose_tokens(
     return torch.from_numpy(np.asarray(ids[:limit], dtype=np.int64))
 
 
-def validation_tokens(folder: Path, count: int) -> np.ndarray:
-    """The first tokens of the validation text of a run."""
+def validation_tokens(folder: Path, tokenizer: Tokenizer, count: int) -> np.ndarray:
+    """The first tokens of the validation text of a run. tokenizer: that of the run."""
     settings = read_run_settings(run_of(folder))
     if settings is None:
         raise FolioError("this model is not from a run of Folio: give a text with --start=...")
     name = settings["dataset"]
     if not (DATA_DIR / name).is_dir():
         raise FolioError(f"the dataset {name!r} of this run is not here: give a text with --start")
-    return np.asarray(open_dataset(name, block_size=1).val.shards[0][:count])
+    dataset = open_dataset(name, block_size=1)
+    if dataset.tokenizer != tokenizer:
+        raise FolioError(
+            f"the dataset {name!r} was prepared again with another vocabulary: give a text with "
+            "--start"
+        )
+    return np.asarray(dataset.val.shards[0][:count])
 
 
 def run_of(folder: Path) -> Path:
@@ -155,8 +161,10 @@ def checkpoint_label(folder: Path) -> str:
     # Snapshots do not say their loss. log.csv has it, unless this step was repeated after a kill.
     losses = {row["step"]: row["val_loss"] for row in read_log(run / LOG_FILE)}
     loss = weights_metadata(folder).get("val_loss", losses.get(step))
-    label += ", not evaluated" if loss is None else f", validation loss {float(loss):.4f}"
-    return label + (" (best weights)" if folder == run else "")
+    if loss is None:
+        return f"{label}, not evaluated"
+    best = " (best weights)" if folder == run else ""
+    return f"{label}, validation loss {float(loss):.4f}{best}"
 
 
 def output_path(config: ExplainConfig, folder: Path) -> Path:

@@ -165,6 +165,7 @@ def write_dataset(
     Raises FolioError if a split has no text, or a character that is not in the vocabulary.
     """
     folder = Path(folder)
+    check_replaceable(folder)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     tmp_dir = folder.with_name(f".{folder.name}.tmp")
     with explain_os_error(tmp_dir, "cannot write this dataset"):
@@ -254,6 +255,12 @@ def end_of_document_ids(tokenizer: Tokenizer) -> np.ndarray:
         return np.array([], dtype=np.int64)
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raise FolioError if the folder exists and is not a dataset. Ask before hours of work."""
+    if folder.exists() and not any((folder / name).exists() for name in DATASET_FILES):
+        raise FolioError(f"{folder}: exists and is not a dataset; choose another --dataset")
+
+
 def replace_dataset(tmp_dir: Path, folder: Path, meta: dict[str, Any]) -> str:
     """Rename tmp_dir to folder. An existing dataset is renamed first, and deleted if superseded.
 
@@ -261,8 +268,7 @@ def replace_dataset(tmp_dir: Path, folder: Path, meta: dict[str, Any]) -> str:
     """
     backup = None
     if folder.exists():
-        if not any((folder / name).exists() for name in DATASET_FILES):
-            raise FolioError(f"{folder}: exists and is not a dataset; choose another --dataset")
+        check_replaceable(folder)
         old = read_meta_or_empty(folder)
         was_replacement = "replacement_for" in old and "replacement_for" not in meta
         superseded = old == meta or was_replacement

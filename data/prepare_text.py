@@ -32,6 +32,7 @@ from data.files import explain_os_error, join_names, user_path
 from data.hub import is_hub_name
 from data.prepare import (
     TOKENIZER_TYPES,
+    check_replaceable,
     check_tokenizer_type,
     dataset_folder,
     dataset_lock,
@@ -68,6 +69,7 @@ def main() -> None:
             "which text? usage: python -m data.prepare_text FILE_OR_FOLDER --dataset=NAME"
         )
     folder = dataset_folder(config.dataset)
+    check_replaceable(folder)
     check_tokenizer_type(config.tokenizer)
     with explain_os_error("temporary folder (TMPDIR)", "cannot be created"):
         temporary = tempfile.TemporaryDirectory()

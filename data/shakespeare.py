@@ -13,7 +13,7 @@ from typing import Any
 from configurator import FolioError
 from data.download import DownloadError, download
 from data.documents import JSONL_SUFFIXES, conversion_command
-from data.files import atomic_write, explain_os_error, file_lock, shell_command
+from data.files import atomic_write, explain_os_error, file_lock, rename_to_backup, shell_command
 from data.prepare import (
     TOKENIZER_TYPES,
     dataset_folder,
@@ -103,6 +103,7 @@ def load_shakespeare() -> tuple[str, dict[str, Any]]:
             return read_text(path), {"source": SHAKESPEARE}
         print(f"downloading tiny Shakespeare to {path}")
         try:
+            keep_other_text(path)
             return read_text(download(URL, path, SHA256)), {"source": SHAKESPEARE}
         except DownloadError as error:
             if not REPLACEMENT_TEXT.exists():
@@ -126,8 +127,16 @@ def cache_shakespeare(raw: bytes) -> None:
     path = cached_text_path()
     with cache_lock(path):
         if not is_shakespeare(path):
+            keep_other_text(path)
             with atomic_write(path) as temporary:
                 temporary.write_bytes(raw)
+
+
+def keep_other_text(path: Path) -> None:
+    """Rename a text of the user that stands in the place of the cache."""
+    if path.exists():
+        with explain_os_error(path, "cannot be renamed"):
+            print(f"renamed the other text {path} to {rename_to_backup(path)}")
 
 
 def cache_lock(path: Path) -> AbstractContextManager[None]:

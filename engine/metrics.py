@@ -89,11 +89,25 @@ class MetricsLogger:
                 backup = rename_to_backup(path)
                 self.warn_once(f"{LOG_FILE} could not be read completely; kept as {backup.name}")
             self.rows = [row for row in rows if row["step"] <= self.state.step]
+            self._drop_other_evaluations(path)
             write_log(path, self.rows)
             self.log_is_complete = True
             trackers = open_trackers(self.folder, self.config, self.state.step)
             self.trackers = self.exit_stack.enter_context(trackers)
         return self
+
+    def _drop_other_evaluations(self, path: Path) -> None:
+        """After eval_tokens has changed: losses on different windows cannot be compared."""
+        state = self.state
+        if state.best_step < 0 or state.best_eval_tokens == self.config.eval_tokens:
+            return
+        if path.exists() and evaluations(self.rows):
+            backup = rename_to_backup(path)
+            self.warn_once(
+                "eval_tokens has changed, and losses on other windows cannot be compared: "
+                f"{LOG_FILE} starts again without the earlier ones, which are in {backup.name}"
+            )
+        self.rows = [row | {"val_loss": None, "bits_per_byte": None} for row in self.rows]
 
     def __exit__(self, *exception_info: Any) -> None:
         if self.bar is not None:
@@ -488,7 +502,7 @@ def summary(config: TrainConfig, state: TrainState, folder: str | Path) -> str:
     ]
     if (folder / PLOT_FILE).exists():
         lines.append(f"curve    {relative_path(folder / PLOT_FILE)}")
-    if (folder / WEIGHTS_FILE).exists() and state.best_step >= 0:  # not random weights
+    if (folder / WEIGHTS_FILE).exists() and state.step > 0:  # not random weights
         lines.append(f"next     {sample_command(folder)}")
     if state.step < config.max_iters:
         more_patience = " --patience=0" if is_patience_exhausted(state, config) else ""

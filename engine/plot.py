@@ -176,14 +176,14 @@ def plot_run(axes: Any, name: str, rows: list[LogRow], x: XAxis, color: str) -> 
 
 def loss_range(logs: list[list[LogRow]]) -> tuple[float, float]:
     """The range of the vertical axis: all losses after the first fifth of each run, or after its
-    first evaluation if that is earlier.
+    first evaluation if that is earlier. All losses of a run that was evaluated at step 0 only.
 
     Earlier losses fall so fast that later losses would have a narrow strip of the picture.
     """
     losses = []
     for rows in logs:
         evaluated = [row["step"] for row in evaluations(rows) if row["step"] > 0]
-        start = min([rows[-1]["step"] / 5, *evaluated])
+        start = min(rows[-1]["step"] / 5, evaluated[0]) if evaluated else 0
         late = [row for row in rows if row["step"] >= start]
         losses += [row[name] for row in late for name in ("train_loss", "val_loss")]
     losses = [loss for loss in losses if loss is not None and math.isfinite(loss)] or [0.0]

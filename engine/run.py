@@ -214,11 +214,12 @@ def initial_model(config: TrainConfig, tokenizer: Tokenizer, device: ComputeDevi
         folder = resolve_model_dir(config.init_from)
         model = load_model(folder, vocab_size=load_tokenizer(folder).vocab_size, **options)
     if config.init_from != "scratch" and load_tokenizer(folder) != tokenizer:
-        raise FolioError(
-            f"--dataset={config.dataset}: its tokenizer is not the tokenizer of the model in "
-            f"{folder}; prepare the text with --tokenizer={folder}, or start with "
-            "--init_from=scratch"
-        )
+        reason = f"its tokenizer is not the tokenizer of the model in {folder}; "
+        advice = f"prepare the text with --tokenizer={folder}, or use --init_from=scratch"
+        if config.init_from == "resume":
+            reason = f"its vocabulary has changed since {folder} was started; "
+            advice = "use --init_from=scratch, or prepare the old text again"
+        raise FolioError(f"--dataset={config.dataset}: {reason}{advice}")
     return model
 
 
@@ -332,13 +333,13 @@ def restore(
     folder, device = resolve_out_dir(config.out_dir), next(model.parameters()).device
     try:
         before, now = saved["dataset"], fingerprint(dataset)
-        if before != now:
+        if before not in (now, now[:3]):  # older checkpoints lack the checksums
             raise FolioError(
                 f"--dataset={config.dataset}: the dataset has changed since {folder} was started "
                 f"(SHA-256, tokens of both splits, checksums: {before} before, {now} now); "
                 "restore it (shards that were added can be moved away), or use --init_from=scratch"
             )
-        for name, value in saved["architecture"].items():
+        for name, value in saved.get("architecture", {}).items():  # older checkpoints lack it
             if getattr(model.config, name) != value:
                 raise FolioError(
                     f"{folder}: {SETTINGS_FILE} has {name}={getattr(model.config, name)}, "

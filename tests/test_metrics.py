@@ -453,10 +453,13 @@ def test_the_next_command_samples_from_this_run(run_folders):
     assert next_command(run_folders / "older") == "next     python sample.py --out_dir=out/older"
 
 
-def test_weights_that_were_not_evaluated_are_not_offered_for_sampling(run_folders):
-    text = summary(TrainConfig(), TrainState(step=3), run_folders / "newer")
+def test_untrained_weights_are_not_offered_for_sampling(run_folders):
+    text = summary(TrainConfig(), TrainState(step=0), run_folders / "newer")
     assert "sample.py" not in text
     assert text.endswith("next     the same command with --init_from=resume, to continue")
+    assert "next     python sample.py" in summary(
+        TrainConfig(), TrainState(step=3), run_folders / "newer"
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its shells quote in another way")

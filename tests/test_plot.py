@@ -67,7 +67,7 @@ def test_step_0_does_not_set_the_scale(axes, tmp_path):
     ("rows", "expected"),
     [
         (ROWS[:1], (4.2, 4.2)),  # nothing but step 0
-        (ROWS[:2], (3.5, 3.5)),  # not evaluated since
+        (ROWS[:2], (3.5, 4.2)),  # not evaluated since
         (ROWS[:3], (2.5, 3.5)),  # one evaluation would be a single point
         ([make_row(1, float("nan"), float("inf"))], (0, 0)),
         ([make_row(1, 0.0, 0.0)], (0, 0)),

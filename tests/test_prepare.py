@@ -136,6 +136,14 @@ def test_the_same_text_replaces_its_dataset_and_another_text_renames_it(tmp_path
     assert "renamed the existing dataset to" in capsys.readouterr().out
 
 
+def test_a_folder_that_is_no_dataset_is_refused_before_the_text_is_read(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "input.txt").write_text("my own text")
+    texts = map(pytest.fail, ["the text was read"])
+    with pytest.raises(FolioError, match="exists and is not a dataset"):
+        write_dataset(tmp_path / "mine", CharTokenizer("ab"), {"train": texts}, {})
+
+
 def test_equal_ids_of_another_vocabulary_are_another_dataset(tmp_path):
     for text in (LINE, LINE.upper()):
         splits = {"train": [text * 9], "val": [text]}

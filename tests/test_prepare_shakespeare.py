@@ -66,8 +66,10 @@ def test_shakespeare_has_65_characters_and_a_known_hash(data_folder):
 
 def test_the_text_is_downloaded_once_for_all_tokenizers(data_folder, server):
     (data_folder / "shakespeare").mkdir()
-    (data_folder / "shakespeare" / "input.txt").write_text("half of the ri")  # is replaced
+    (data_folder / "shakespeare" / "input.txt").write_text("a text of the user")  # is renamed
     assert prepare_shakespeare("char", "shakespeare_char")["source"] == "tiny Shakespeare"
+    kept = data_folder / "shakespeare" / "input.txt.1"
+    assert kept.read_text() == "a text of the user"
     assert (data_folder / "shakespeare" / "input.txt").read_bytes() == server.body
     prepare_shakespeare("bpe", "shakespeare_bpe", vocab_size=262)
     assert server.num_requests == 1

@@ -486,6 +486,14 @@ def test_resuming_refuses_other_tokens_of_the_same_number(
     assert_one_line_error(call(train, *tiny_flags, "--init_from=resume"), "the dataset has changed")
 
 
+def test_a_checkpoint_of_an_older_version_can_be_resumed(tiny_flags, tmp_path, run_train):
+    run_train(*tiny_flags, "--max_iters=4")
+    saved = load_checkpoint(tmp_path / "run")
+    del saved["architecture"], saved["dataset"][3:]
+    save_checkpoint(tmp_path / "run", saved)
+    assert "8 of 8 steps" in run_train(*tiny_flags, "--init_from=resume")
+
+
 def test_a_validation_loss_that_is_nan_never_replaces_the_checkpoint(
     tiny_flags, tmp_path, run_train, monkeypatch
 ):
@@ -594,6 +602,10 @@ def test_resuming_with_other_eval_tokens_measures_the_best_weights_again(
     run.model = load_model(folder)
     assert state["best_val_loss"] == pytest.approx(evaluate(run)[0])
     assert state["best_step"] == 4 and "resuming with eval_tokens = 128 (was 64)" in output
+    # The log has no losses on the first windows any more: they could look better.
+    assert "which are in log.csv.1" in " ".join(output.split())
+    evaluated = [row["step"] for row in read_log(folder) if row["val_loss"]]
+    assert evaluated == ["8"] and (folder / "log.csv.1").exists()
     assert (folder / WEIGHTS_FILE).read_bytes() == before
 
 
@@ -706,6 +718,17 @@ def test_finetuning_may_start_from_a_snapshot_inside_the_folder_of_the_new_run(
     assert "the previous run is now in" in output
     old, new = load_model(tmp_path / "run.1" / "step_000004"), load_model(tmp_path / "run")
     assert torch.equal(old.transformer.wte.weight, new.transformer.wte.weight)
+
+
+def test_resuming_says_that_the_vocabulary_of_the_dataset_has_changed(
+    tiny_flags, tiny_dataset, run_train, call
+):
+    run_train(*tiny_flags)
+    text = "another text " * 99
+    splits = split_text(text)
+    write_dataset(tiny_dataset, CharTokenizer.from_text(text), splits, {"source": "another"})
+    result = call(train, *tiny_flags, "--init_from=resume")
+    assert_one_line_error(result, "its vocabulary has changed since", "prepare the old text again")
 
 
 def test_finetuning_refuses_a_dataset_with_another_tokenizer(tiny_flags, tmp_path, run_train, call):
