@@ -195,7 +195,7 @@ class Muon(torch.optim.Optimizer):
                 if found_inf is not None:
                     orthogonal = orthogonal * keep
                 # A tall orthogonal matrix spreads x over more rows. Without the factor, the
-                # numbers of matrix @ x would be smaller than those of x. In a square or wide
+                # numbers of matrix @ x would be smaller than the numbers of x. In a square or wide
                 # matrix they are about as large.
                 step_size = lr * max(1, rows / columns) ** 0.5
                 torch._foreach_sub_(weights, orthogonal.unbind(), alpha=step_size)
