@@ -118,7 +118,7 @@ def train(
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         threads = ThreadAdapter(device, config.num_threads, dist.world_size, logger.print)
         logger.print(banner(config, state, dataset, model, device, folder))
-        find_best(config, state, dataset, device, dist, shutdown, threads)
+        find_best(config, state, dataset, device, dist, shutdown, threads, logger)
         while True:
             evaluation = None  # validation loss and bits per byte, if evaluated at this step
             if should_evaluate(state, config):
@@ -419,6 +419,7 @@ def find_best(
     dist: Distributed,
     shutdown: GracefulShutdown,
     threads: ThreadAdapter,
+    logger: MetricsLogger,
 ) -> None:
     """After resuming: let the state describe the best weights that are in the run folder.
 
@@ -433,6 +434,7 @@ def find_best(
     if not has_weights or ("val_loss" not in saved and state.best_step < 0):
         state.best_val_loss, state.best_step = math.inf, -1  # no weights that were evaluated
         return
+    are_windows_new = state.best_step >= 0 and state.best_eval_tokens != config.eval_tokens
     state.best_step = int(saved.get("step", state.best_step))
     state.best_eval_tokens = int(saved.get("eval_tokens", state.best_eval_tokens))
     if "val_loss" in saved:
@@ -443,6 +445,8 @@ def find_best(
         evaluation = evaluate(best_model, dataset, config, device, dist, shutdown, threads)
         if evaluation is not None:
             state.best_val_loss, state.best_eval_tokens = evaluation[0], config.eval_tokens
+            if are_windows_new:
+                logger.replace_evaluations(state.best_step, *evaluation)
 
 
 def evaluate_only(

@@ -103,8 +103,10 @@ def load_shakespeare() -> tuple[str, dict[str, Any]]:
             return read_text(path), {"source": SHAKESPEARE}
         print(f"downloading tiny Shakespeare to {path}")
         try:
+            downloaded = download(URL, path.with_name(f".{path.name}.download"), SHA256)
             keep_other_text(path)
-            return read_text(download(URL, path, SHA256)), {"source": SHAKESPEARE}
+            downloaded.replace(path)
+            return read_text(path), {"source": SHAKESPEARE}
         except DownloadError as error:
             if not REPLACEMENT_TEXT.exists():
                 raise FolioError(f"{error}; --input_file=FILE uses a text you have") from None

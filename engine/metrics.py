@@ -71,6 +71,7 @@ class MetricsLogger:
         self.peak_tokens_per_second = peak_tokens_per_second
         self.rows: list[LogRow] = []
         self.log_is_complete = False  # whether log.csv has all rows
+        self.has_other_windows = False  # whether log.csv has losses on other windows
         self.metrics: StepMetrics | None = None  # of the latest step
         self.first_tokens = state.tokens  # when this process started
         self.last_logged: tuple[int, float] | None = None  # (tokens, seconds) of the last row
@@ -89,25 +90,11 @@ class MetricsLogger:
                 backup = rename_to_backup(path)
                 self.warn_once(f"{LOG_FILE} could not be read completely; kept as {backup.name}")
             self.rows = [row for row in rows if row["step"] <= self.state.step]
-            self._drop_other_evaluations(path)
             write_log(path, self.rows)
             self.log_is_complete = True
             trackers = open_trackers(self.folder, self.config, self.state.step)
             self.trackers = self.exit_stack.enter_context(trackers)
         return self
-
-    def _drop_other_evaluations(self, path: Path) -> None:
-        """After eval_tokens has changed: losses on different windows cannot be compared."""
-        state = self.state
-        if state.best_step < 0 or state.best_eval_tokens == self.config.eval_tokens:
-            return
-        if path.exists() and evaluations(self.rows):
-            backup = rename_to_backup(path)
-            self.warn_once(
-                "eval_tokens has changed, and losses on other windows cannot be compared: "
-                f"{LOG_FILE} starts again without the earlier ones, which are in {backup.name}"
-            )
-        self.rows = [row | {"val_loss": None, "bits_per_byte": None} for row in self.rows]
 
     def __exit__(self, *exception_info: Any) -> None:
         if self.bar is not None:
@@ -167,11 +154,24 @@ class MetricsLogger:
 
     def log_checkpoint(self, seconds: float) -> None:
         """Print the size of resume.pt and the seconds it took, if more than one."""
+        if self.has_other_windows:
+            self.log_is_complete = False
+            self._save_rows()
         if seconds > 1:
             size = (self.folder / CHECKPOINT_FILE).stat().st_size
             self.print(f"    checkpoint of {size / 1e9:.1f} GB written in {seconds:.1f} s")
 
     # --- log.csv ---
+
+    def replace_evaluations(self, best_step: int, val_loss: float, bits_per_byte: float) -> None:
+        """After eval_tokens has changed: keep one evaluation, the new one of the best weights.
+
+        Losses on different windows cannot be compared. log.csv changes with the next checkpoint.
+        """
+        new = {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
+        for row in self.rows:
+            row |= new if row["step"] == best_step else dict.fromkeys(new)
+        self.has_other_windows = True
 
     def log_row(self, val_loss: float | None = None, bits_per_byte: float | None = None) -> None:
         """Write a row of log.csv and show the progress."""
@@ -219,6 +219,11 @@ class MetricsLogger:
             if self.log_is_complete and path.exists():
                 append_row(path, self.rows[-1])
             else:
+                if self.has_other_windows and path.exists():
+                    backup = rename_to_backup(path).name
+                    where = f"earlier losses, on other windows, are in {backup}"
+                    self.warn_once(f"eval_tokens has changed: {where}")
+                self.has_other_windows = False
                 write_log(path, self.rows)
             self.log_is_complete = True
         except (OSError, FolioError) as error:  # for example a spreadsheet that locks the file

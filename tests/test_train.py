@@ -603,9 +603,13 @@ def test_resuming_with_other_eval_tokens_measures_the_best_weights_again(
     assert state["best_val_loss"] == pytest.approx(evaluate(run)[0])
     assert state["best_step"] == 4 and "resuming with eval_tokens = 128 (was 64)" in output
     # The log has no losses on the first windows any more: they could look better.
-    assert "which are in log.csv.1" in " ".join(output.split())
-    evaluated = [row["step"] for row in read_log(folder) if row["val_loss"]]
-    assert evaluated == ["8"] and (folder / "log.csv.1").exists()
+    assert "earlier losses, on other windows, are in log.csv.1" in " ".join(output.split())
+    losses = {row["step"]: float(row["val_loss"]) for row in read_log(folder) if row["val_loss"]}
+    assert losses == {"4": state["best_val_loss"], "8": state["val_loss"]}
+    old_rows = csv.DictReader((folder / "log.csv.1").read_text().splitlines())
+    assert [row["step"] for row in old_rows if row["val_loss"]] == ["0", "4", "8"]
+    run_train(*tiny_flags, *rates, "--init_from=resume", "--max_iters=12", "--eval_tokens=128")
+    assert not (folder / "log.csv.2").exists()  # the log has losses on these windows only
     assert (folder / WEIGHTS_FILE).read_bytes() == before
 
 
