@@ -85,7 +85,7 @@ def main() -> None:
     output = output_path(config, folder)
     write_page(data, output)
     megabytes = output.stat().st_size / 1e6
-    print(f"wrote {shown_path(output)} ({megabytes:.1f} MB); open it in a browser:")
+    print(f"wrote a page of {megabytes:.1f} MB; open it in a browser:")
     print(f"    {output.resolve().as_uri()}")
 
 

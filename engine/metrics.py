@@ -260,6 +260,8 @@ class MetricsLogger:
         'step 1,000: training loss 0.931, validation loss 1.7712 (best 1.6321, step 750)'
         """
         row, state = self.rows[-1], self.state
+        first = self.rows[0]["val_loss"] if self.rows[0]["step"] == 0 else None
+        is_worse = first is not None and row["val_loss"] > first  # finetuning may do this
         text = f"step {row['step']:,}: "
         if row["train_loss"] is not None:
             text += f"training loss {row['train_loss']:.3f}, "
@@ -267,7 +269,7 @@ class MetricsLogger:
         if row["step"] == 0:
             text += " (before training)"
         elif (row["step"], row["val_loss"]) == (state.best_step, state.best_val_loss):
-            text += " (best so far)"
+            text += " (best so far, worse than at step 0)" if is_worse else " (best so far)"
         elif state.best_step >= 0:  # else no loss has been a number
             text += f" (best {state.best_val_loss:.4f}, step {state.best_step:,})"
         return wrap(text, indent=4)
@@ -529,6 +531,8 @@ def describe_best(rows: list[LogRow], state: TrainState) -> str:
     if best and best["bits_per_byte"]:
         text += f" ({best['bits_per_byte']:.3f} bits per byte)"
     text += f" at step {state.best_step:,}"
+    if 0 in val_losses and val_losses[0]["val_loss"] < state.best_val_loss:
+        text += f", worse than before training ({val_losses[0]['val_loss']:.4f})"
     last = val_losses[max(val_losses)] if val_losses else None
     # A difference below 1% may be chance.
     if best and last["val_loss"] > 1.01 * state.best_val_loss:

@@ -18,8 +18,8 @@ from configurator import FolioError
 from engine import metrics
 from engine.log_file import COLUMNS, parse_log
 from engine.metrics import (
-    MetricsLogger, StepMetrics, banner, flops_per_token, format_duration, indented, peak_flops,
-    read_log, show_evaluation, summary,
+    MetricsLogger, StepMetrics, banner, describe_best, flops_per_token, format_duration, indented,
+    peak_flops, read_log, show_evaluation, summary,
 )  # fmt: skip
 from engine.run import TrainState
 from engine.train_config import TrainConfig
@@ -496,6 +496,15 @@ def test_the_summary_names_the_step_of_the_best_weights(make_logger):
     text = summary_after(make_logger(), [(5, 2.0, 2.0), (10, 1.5, 1.6)])
     assert "done 10 of 10 steps, 0:05 of training best validation loss 1.5000 " in text
     assert text.endswith("(2.164 bits per byte) at step 10")  # 1.5 / ln 2
+
+
+def test_finetuning_that_makes_the_loss_worse_is_named(make_logger):
+    with make_logger() as logger:
+        logger.log_row(1.2, 1.7)
+        make_step(logger, 5, 1.4, 1.3)
+        assert logger.evaluation_line().endswith("(best so far, worse than at step 0)")
+    text = describe_best(logger.rows, logger.state)
+    assert text.endswith("at step 5, worse than before training (1.2000)")
 
 
 @pytest.mark.parametrize(
