@@ -240,6 +240,8 @@ def read_pieces(path: Path) -> Iterator[str]:
                     f"{path}: not UTF-8 text (invalid byte at offset {offset:,}); "
                     "convert or exclude this file"
                 ) from None
+            if b"\0" in raw:
+                raise FolioError(f"{path}: contains NUL bytes, so it is not UTF-8 text")
             position += len(raw)
             if not raw:
                 break

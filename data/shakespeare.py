@@ -79,8 +79,6 @@ def write_shakespeare(
     """prepare_shakespeare() for a process that holds the dataset's lock."""
     if input_file:
         text, source_meta = read_text(input_file), {"source": str(Path(input_file).resolve())}
-        if "\0" in text:
-            raise FolioError(f"{input_file}: contains NUL bytes, so it is not UTF-8 text")
     else:
         text, source_meta = load_shakespeare()
     raw = text.encode()

@@ -269,7 +269,7 @@ class MetricsLogger:
         if row["step"] == 0:
             text += " (before training)"
         elif (row["step"], row["val_loss"]) == (state.best_step, state.best_val_loss):
-            text += " (best so far, worse than at step 0)" if is_worse else " (best so far)"
+            text += " (best, but above step 0)" if is_worse else " (best so far)"
         elif state.best_step >= 0:  # else no loss has been a number
             text += f" (best {state.best_val_loss:.4f}, step {state.best_step:,})"
         return wrap(text, indent=4)

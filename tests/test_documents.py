@@ -100,6 +100,13 @@ def test_a_pipe_is_read_once_into_a_file(tmp_path):
         assert ["".join(document) for document in read_documents(files)] == ["from a pipe"]
 
 
+def test_nul_bytes_behind_the_beginning_of_a_text_are_refused(tmp_path):
+    """An incomplete download, or a crash, may have filled the end of a file with zeros."""
+    (tmp_path / "text").write_bytes(b"To be " * 9000 + bytes(1000))
+    with pytest.raises(FolioError, match="text: contains NUL bytes"):
+        texts_in(tmp_path / "text")
+
+
 @posix_only
 def test_a_pipe_of_binary_data_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")

@@ -502,7 +502,7 @@ def test_finetuning_that_makes_the_loss_worse_is_named(make_logger):
     with make_logger() as logger:
         logger.log_row(1.2, 1.7)
         make_step(logger, 5, 1.4, 1.3)
-        assert logger.evaluation_line().endswith("(best so far, worse than at step 0)")
+        assert logger.evaluation_line().endswith("(best, but above step 0)")
     text = describe_best(logger.rows, logger.state)
     assert text.endswith("at step 5, worse than before training (1.2000)")
 
