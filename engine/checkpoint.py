@@ -16,6 +16,7 @@ engine/run_folder.py finds, locks and prepares the folder.
 """
 
 import dataclasses
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,7 @@ def load_checkpoint(folder: str | Path) -> dict[str, Any]:
     try:
         return load_torch_file(path)
     except FolioError as error:
-        raise FolioError(f"{error}; {advice_to_use_weights(path.parent)}") from None
+        raise FolioError(f"{error}; {advice_without_checkpoint(path)}") from None
 
 
 def find_checkpoint(folder: str | Path) -> Path:
@@ -254,10 +255,16 @@ def find_checkpoint(folder: str | Path) -> Path:
     if path.exists():
         return path
     refuse_nanogpt_checkpoint(path.parent)
-    raise FolioError(f"{path}: no checkpoint to resume from; {advice_to_use_weights(path.parent)}")
+    raise FolioError(f"{path}: no checkpoint to resume from; {advice_without_checkpoint(path)}")
 
 
-def advice_to_use_weights(folder: Path) -> str:
+def advice_without_checkpoint(path: Path) -> str:
+    folder = path.parent
+    pattern = f"{glob.escape(folder.name)}.[0-9]*/{CHECKPOINT_FILE}"
+    if moved := sorted(folder.parent.glob(pattern), key=lambda found: found.stat().st_mtime):
+        where = shown_path(moved[-1].parent)
+        flags = shell_command("--init_from=resume", f"--out_dir={where}")
+        return f"an earlier run was moved to {where}; to continue it: {flags}"
     if (folder / WEIGHTS_FILE).exists():
         where = shown_path(folder)
         flags = shell_command(f"--init_from={where}", f"--out_dir={where}-2")

@@ -448,6 +448,19 @@ def test_a_restarted_job_resumes_although_it_says_scratch(tiny_flags, tmp_path, 
     assert [int(row["step"]) for row in rows] == [0, 2, 4, 6, 8]
 
 
+def test_resuming_in_a_new_run_without_checkpoint_names_the_run_that_was_moved_aside(
+    tiny_flags, tmp_path, run_train, call, monkeypatch
+):
+    """--init_from=resume was forgotten, and the new run was stopped at once."""
+    run_train(*tiny_flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_model", lambda *_: sys.exit(130))
+        call(train, *tiny_flags)
+    result = call(train, *tiny_flags, "--init_from=resume")
+    where = f"--init_from=resume --out_dir={tmp_path / 'run.1'}"
+    assert_one_line_error(result, "no checkpoint to resume from", where)
+
+
 def test_resuming_drops_log_rows_after_the_checkpoint(tiny_flags, tmp_path, run_train):
     run_train(*tiny_flags)
     log = tmp_path / "run" / "log.csv"
