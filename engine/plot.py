@@ -6,6 +6,7 @@
 Training uses plot_losses() for loss.png. matplotlib is imported only where something is plotted.
 """
 
+import contextlib
 import itertools
 import math
 import shutil
@@ -20,6 +21,7 @@ if not __package__:  # started as a file: python engine/plot.py
 
 from configurator import FolioError, parse_inputs, read_settings, run_main
 from data.files import atomic_write, user_path
+from engine.hf_format import read_config
 from engine.log_file import LOG_FILE, LogRow, best_row, evaluations, read_log
 from engine.run_folder import SETTINGS_FILE
 
@@ -65,8 +67,14 @@ def read_run(folder: str | Path) -> LoggedRun:
     rows = read_log(folder / LOG_FILE)
     if not rows:
         raise FolioError(f"{folder}: {LOG_FILE} is missing or has no rows; give folders of runs")
-    settings = folder / SETTINGS_FILE
-    return LoggedRun(read_settings(settings) if settings.exists() else {}, rows)
+    settings = {}
+    if (folder / SETTINGS_FILE).exists():
+        settings = read_settings(folder / SETTINGS_FILE)
+    with contextlib.suppress(FolioError):  # no weights yet
+        # Datasets of one name may hold other texts. The losses of different vocabularies cannot be
+        # compared.
+        settings["vocabulary"] = read_config(folder).vocab_size
+    return LoggedRun(settings, rows)
 
 
 # --- Table ---

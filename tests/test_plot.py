@@ -9,9 +9,11 @@ import pytest
 
 from configurator import to_json
 from engine import metrics, plot
+from engine.checkpoint import save_model
 from engine.log_file import COLUMNS, LogRow, write_log
 from engine.plot import loss_range, plot_losses, run_results
 from engine.train_config import TrainConfig
+from model import GPT, GPTConfig
 from tests.conftest import assert_one_line_error
 
 
@@ -153,6 +155,13 @@ def test_runs_are_compared_in_a_table_and_a_picture(runs, call, axes):
     assert picture.exists()
     assert axes[0].get_xlabel() == "seconds"
     assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["a", "b"]
+
+
+def test_the_table_shows_that_two_runs_have_different_vocabularies(runs, call):
+    for name, size in (("a", 65), ("b", 60)):
+        save_model(GPT(GPTConfig(8, size, n_layer=1, n_head=1, n_embd=8)), runs / name)
+    result = call(plot, str(runs / "a"), str(runs / "b"), f"--picture={runs / 'x.png'}")
+    assert "vocabulary            65      60" in result.stdout.splitlines()
 
 
 def test_runs_that_do_not_fit_the_terminal_are_below_one_another(runs, call, monkeypatch):
