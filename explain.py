@@ -47,7 +47,7 @@ TEMPERATURES = [round(0.1 * i, 1) for i in range(1, 21)]  # of the slider: 0.1, 
 @dataclass
 class ExplainConfig:
     # --- Model and text ---
-    out_dir: str = ""  # run folder; empty: the newest run under out/
+    out_dir: str = ""  # run folder, from Folio's folder on; empty: the newest in out/
     init_from: str = ""  # instead of a run: gpt2, a name on the hub, or a folder
     start: str = ""  # the text; FILE:path reads a file; empty: the first of the validation text
     max_tokens: PositiveInt = 64  # longer texts are cut after so many tokens

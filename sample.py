@@ -46,7 +46,7 @@ SEPARATOR = "---------------"  # a line between two texts
 @dataclass
 class SampleConfig:
     # --- Model ---
-    out_dir: str = ""  # run folder; empty: the newest run in out/
+    out_dir: str = ""  # run folder, from Folio's folder on; empty: the newest in out/
     init_from: str = ""  # model instead of a run: gpt2, ..., gpt2-xl, or a folder
     # --- Text ---
     start: str = ""  # prompt (\n: newline), or FILE:path to read it from; empty: start of a text

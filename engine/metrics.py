@@ -283,7 +283,8 @@ class MetricsLogger:
 
     def plot(self) -> None:
         """Write loss.png. If that fails, a warning is printed once and training continues."""
-        if not self.enabled:
+        losses = [row[name] for row in self.rows for name in ("train_loss", "val_loss")]
+        if not self.enabled or not any(losses):
             return
         self.last_plot = time.monotonic()
         config, name, path = self.config, self.folder.name, self.folder / PLOT_FILE

@@ -116,7 +116,7 @@ def run_results(rows: list[LogRow]) -> dict[str, str]:
     best, last = best_row(rows) or {}, rows[-1]
     bits_per_byte = best.get("bits_per_byte")
     return {
-        "best validation loss": f"{best['val_loss']:.4f}" if best else "",
+        "best validation loss": f"{best['val_loss']:.4f}" if best else "none yet",
         "its bits per byte": f"{bits_per_byte:.4f}" if bits_per_byte else "",
         "its step": f"{best['step']:,}" if best else "",
         "steps": f"{last['step']:,}",
@@ -151,7 +151,7 @@ def plot_losses(
             plot_run(axes, printable(name) if len(runs) > 1 else "", rows, x, color)
         ends = [row[x] for rows in runs.values() for row in rows]
         end = max([*ends, x_max or 0, 1])
-        axes.set_xlim(-0.04 * end, 1.04 * end)  # a number at step 0 does not touch the axis
+        axes.set_xlim(-0.04 * end, 1.1 * end)  # a number at step 0 does not touch the axis
         axes.set_ylim(*loss_range(list(runs.values())))
         axes.set(xlabel=x, ylabel="loss (nats per token)")
         axes.set_title(printable(title), fontsize=10, parse_math=False)
@@ -176,10 +176,11 @@ def plot_run(axes: Any, name: str, rows: list[LogRow], x: XAxis, color: str) -> 
         best = min(val, key=lambda point: point[1])
         if best != val[-1]:  # overfitting begins here
             axes.axvline(best[0], color=color, lw=0.8, ls=":")
-        axes.annotate(
-            f"{best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="center",
-            color=color, bbox={"color": "white", "alpha": 0.7, "pad": 1},
-        )  # fmt: skip
+        # Behind the end of the curve there is room; elsewhere, the number stands above the curve.
+        place = {"xytext": (6, 0), "va": "center"}
+        if best != val[-1]:
+            place = {"xytext": (0, 8), "ha": "center"}
+        axes.annotate(f"{best[1]:.3f}", best, textcoords="offset points", color=color, **place)
 
 
 def loss_range(logs: list[list[LogRow]]) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """Break the code in one line, and see that a test fails.
 
     python -m tests.mutation_check --list        # the titles of all mutations
-    python -m tests.mutation_check mask shift    # the titles with one of these words
+    python -m tests.mutation_check mask shift    # titles with these words
     python -m tests.mutation_check               # all mutations: some minutes
 
 Each mutation is made in a copy of the repository, and the test that should

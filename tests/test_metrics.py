@@ -334,6 +334,13 @@ def test_loss_png_shows_the_rows(make_logger, tmp_path):
     assert before.startswith(b"\x89PNG")
 
 
+def test_no_loss_png_without_a_loss(make_logger, tmp_path):
+    with make_logger() as logger:
+        logger.log_row()  # a signal interrupted the evaluation at step 0
+        logger.plot()
+    assert not (tmp_path / "loss.png").exists()
+
+
 def test_loss_png_is_not_plotted_at_every_evaluation(make_logger, tmp_path):
     with make_logger() as logger:
         logger.log_row(4.0)
