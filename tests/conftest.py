@@ -7,6 +7,7 @@ runs no tests: without torch it starts its workers seconds earlier.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,6 +43,13 @@ VOCAB_SIZE = 13
 TINY_TEXT = (
     "twinkle, twinkle, little star,\nhow i wonder what you are!\nup above the world so high,\n"
 )
+
+
+def pytest_configure(config):
+    # A shell lets a program that it starts in the background ignore Ctrl-C, and Folio leaves an
+    # ignored signal ignored. The tests of Ctrl-C need what programs in the foreground get.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
