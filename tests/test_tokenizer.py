@@ -276,4 +276,5 @@ def test_any_mutated_file_is_understood_or_refused(tokenizer, tmp_path, n_trials
             assert isinstance(found.decode(range(min(found.vocab_size, 50))), str)
 
     check()
-    assert count.fraction_accepted() > 0.1
+    # No file is tried twice, and few changes are harmless: with more trials, the fraction falls.
+    assert count.accepted > 6
