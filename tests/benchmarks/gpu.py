@@ -9,6 +9,7 @@ compile and allocate memory, are not counted. MFU is explained in engine/metrics
 in chrome://tracing or https://ui.perfetto.dev.
 """
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import torch
 
 from configurator import FolioError, NonNegativeInt, PositiveInt, configure, run_main
 from data.dataset import ShardedTokens
-from engine.device import choose_device
+from engine.device import AutoBool, choose_device
 from engine.metrics import peak_tokens_per_second
 from engine.train_config import TrainConfig
 from model import GPTConfig
@@ -34,6 +35,7 @@ class GpuConfig:
     # --- Work ---
     batch_sizes: str = "16,32,64"  # sequences per micro-batch, separated by commas
     optimizers: str = "adamw,muon"  # separated by commas
+    compile: AutoBool = "auto"  # as in train.py
     tiny: bool = False  # a small model, for a machine without a GPU
     # --- Measurement ---
     steps: PositiveInt = 20  # counted steps
@@ -66,8 +68,9 @@ def main() -> None:
 def measure(
     batch_size: int, optimizer: str, tokens: ShardedTokens, config: GpuConfig
 ) -> dict[str, Any]:
-    device = choose_device()
+    device = choose_device(compile=config.compile)
     on_cuda = device.torch_device.type == "cuda"
+    gc.collect()  # the model of the row before, whose memory would be counted
     torch.compiler.reset()  # code compiled for several shapes would be more general, and slower
     shape = GPTConfig(pad_vocab_to=64)
     if config.tiny:

@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.sample_speed --sizes=small,medium
     python -m tests.benchmarks.sample_speed --peer=../nanoGPT --json=sampling.json
+    python -m tests.benchmarks.sample_speed --device=cuda --dtype=bfloat16 --compile
 
 All candidates generate the same number of tokens with random weights of the same shape. The limit
 is one matrix-vector product per weight of the model, by the same kernels and in the same rounds;
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 
 from configurator import FolioError, PositiveInt, configure, run_main
-from engine.device import DTypeName, choose_device
-from engine.inference import InferenceModel
+from engine.device import DeviceName, DTypeName, choose_device
+from engine.inference import InferenceModel, capture_cuda_graph
 from model import GPT, GPTConfig
 from tests.benchmarks.measuring import (
     Candidate,
@@ -47,6 +48,8 @@ class SampleSpeedConfig:
     # --- Models ---
     sizes: str = "small,medium,124M,124M 900 tokens in"  # names, separated by commas
     dtype: DTypeName = "float32"  # precision of the weights; auto: as in sample.py
+    device: DeviceName = "cpu"  # where to generate
+    compile: bool = False  # compile Folio's step of one token
     # --- Measurement ---
     rounds: PositiveInt = 3  # measurements per candidate
     peer: str = ""  # a checkout of nanoGPT, whose generate() is measured, too
@@ -68,9 +71,13 @@ def main() -> None:
 
 def measure(name: str, config: SampleSpeedConfig) -> dict[str, Any]:
     layers, heads, channels, context, vocabulary, n_tokens, prompt_length = SIZES[name]
-    choose_device("cpu")  # as sample.py: freed memory stays with the process
+    # As sample.py: on a CPU, freed memory stays with the process.
+    device = choose_device(config.device, config.dtype).torch_device
     model = GPT(GPTConfig(context, vocabulary, layers, heads, channels))
-    one, ten = (InferenceModel(model, "cpu", config.dtype, batch_size=n) for n in (1, 10))
+    one, ten = (
+        InferenceModel(model, device, config.dtype, batch_size=n, compile=config.compile)
+        for n in (1, 10)
+    )
     prompt = torch.randint(vocabulary, (1, prompt_length))
 
     def generate(inference: InferenceModel, n_samples: int) -> None:
@@ -84,7 +91,7 @@ def measure(name: str, config: SampleSpeedConfig) -> dict[str, Any]:
     }
     if config.peer:
         # In our process freed memory stays with the process, which nanoGPT does not arrange.
-        candidates["nanoGPT"] = in_subprocess(peer_candidate, config.peer, name, one.dtype)
+        candidates["nanoGPT"] = in_subprocess(peer_candidate, config.peer, name, device, one.dtype)
     results = run_interleaved(candidates, config.rounds)
     row = {"size": name, "Folio": results["Folio"]}
     if config.peer:
@@ -98,24 +105,30 @@ def measure(name: str, config: SampleSpeedConfig) -> dict[str, Any]:
     }
 
 
-def matrix_vector_products(inference: InferenceModel) -> Callable[[], None]:
-    """Multiplies each weight matrix of a model by one vector, with the model's own layers."""
+def matrix_vector_products(inference: InferenceModel) -> Callable[[], torch.Tensor]:
+    """Multiplies each weight matrix of a model by one vector, with the model's own layers.
+
+    On CUDA recorded as a graph, as the step of one token is.
+    """
     C, weights = inference.config.n_embd, inference.weights
-    narrow, wide = (torch.randn(1, n, dtype=inference.dtype) for n in (C, 4 * C))
+    narrow, wide = (
+        torch.randn(1, n, device=inference.device, dtype=inference.dtype) for n in (C, 4 * C)
+    )
     products = [partial(weights.lm_head, narrow)]
     for block in weights.blocks:
         products += [partial(block.c_attn, narrow), partial(block.attn_c_proj, narrow)]
         products += [partial(block.c_fc, narrow), partial(block.mlp_c_proj, wide)]
 
     @torch.inference_mode()
-    def multiply() -> None:
-        for product in products:
-            product()
+    def multiply() -> torch.Tensor:
+        return [product() for product in products][-1]
 
-    return multiply
+    if inference.capture_stream is None:
+        return multiply
+    return capture_cuda_graph(multiply, inference.capture_stream)
 
 
-def peer_candidate(path: str, name: str, dtype: torch.dtype) -> Candidate:
+def peer_candidate(path: str, name: str, device: torch.device, dtype: torch.dtype) -> Candidate:
     layers, heads, channels, context, vocabulary, n_tokens, prompt_length = SIZES[name]
     peer = load_peer(path)
     model = peer.GPT(
@@ -124,8 +137,8 @@ def peer_candidate(path: str, name: str, dtype: torch.dtype) -> Candidate:
             n_embd=channels, dropout=0.0, bias=True,
         )
     )  # fmt: skip
-    model.to(dtype).eval()
-    prompt = torch.randint(vocabulary, (1, prompt_length))
+    model.to(device, dtype).eval()
+    prompt = torch.randint(vocabulary, (1, prompt_length), device=device)
     return throughput(lambda: model.generate(prompt, n_tokens), n_tokens, 0)
 
 

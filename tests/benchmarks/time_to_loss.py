@@ -3,10 +3,13 @@
     python -m tests.benchmarks.time_to_loss --recipes=shakespeare_quick,shakespeare_char
     python -m tests.benchmarks.time_to_loss --peer=../nanoGPT --picture=loss.png --json=loss.json
 
-Each recipe runs once for every seed, interleaved with nanoGPT's recipe for a CPU. Seconds count
-training only, not evaluation. The loss is over all validation text, in windows of the model's
-context, side by side; nanoGPT's model is measured in the same way. Needs tiny Shakespeare in
-data/shakespeare_char (python prepare_shakespeare.py), which nanoGPT is given, too.
+    python -m tests.benchmarks.time_to_loss --recipes=shakespeare_gpu --target=1.5    # on a GPU
+
+Each recipe runs once for every seed, interleaved with nanoGPT's recipe for this machine, CPU or
+GPU. Seconds count training only: neither evaluation nor torch.compile. The loss is over all
+validation text, in windows of the model's context, side by side; nanoGPT's model is measured in the
+same way at the end. Needs tiny Shakespeare in data/shakespeare_char (python
+prepare_shakespeare.py), which nanoGPT is given, too.
 
 Three seeds of the long recipe take half an hour to an hour. Each finished run is saved in the JSON
 file; the same command makes the missing runs. (Delete the file after changing a recipe.)
@@ -15,12 +18,14 @@ file; the same command makes the missing runs. (Delete the file after changing a
 import dataclasses
 import itertools
 import json
+import math
 import pickle
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,22 +33,28 @@ from typing import Any
 
 import torch
 
-from configurator import FolioError, NonNegativeInt, PositiveInt, configure, run_main
+from configurator import (
+    FolioError, NonNegativeFloat, NonNegativeInt, PositiveInt, configure, run_main,
+)  # fmt: skip
 from data.dataset import IGNORE_INDEX, Dataset, evaluation_batches, open_dataset
 from engine.log_file import LOG_FILE, evaluations, read_log
 from tests.benchmarks.measuring import load_peer, report_results, save_results, split_csv
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DATASET = "shakespeare_char"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TITLE = "Loss over all validation text, nats per character"
 NANOGPT = "nanoGPT"
-# The recipe for a CPU in nanoGPT's README. It prints the loss and the time of every tenth step.
 PEER_INTERVAL = 250  # steps between evaluations
 PEER_FLAGS = [
-    "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20",
-    "--log_interval=10", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4",
-    "--n_embd=128", "--dropout=0.0", "--always_save_checkpoint=True", "--out_dir=out-timed",
-    f"--eval_interval={PEER_INTERVAL}",
+    "config/train_shakespeare_char.py", "--log_interval=10", "--always_save_checkpoint=True",
+    f"--eval_interval={PEER_INTERVAL}", "--out_dir=out-timed",
+]  # fmt: skip
+PEER_STEPS = 2000 if DEVICE == "cpu" else 5000
+# The recipe for a CPU in nanoGPT's README. On a GPU its config file is the recipe.
+PEER_CPU_FLAGS = [
+    "--device=cpu", "--compile=False", "--eval_iters=20", "--block_size=64", "--batch_size=12",
+    "--n_layer=4", "--n_head=4", "--n_embd=128", "--dropout=0.0",
 ]  # fmt: skip
 
 
@@ -53,7 +64,8 @@ class TimeToLossConfig:
     recipes: str = "shakespeare_quick,shakespeare_char"  # files in config/, separated by commas
     seeds: PositiveInt = 3  # runs of each recipe
     max_iters: NonNegativeInt = 0  # steps of each run; with --peer a multiple of 250; 0: recipe's
-    peer: str = ""  # a checkout of nanoGPT, to run its CPU recipe of 2000 steps, too
+    peer: str = ""  # a checkout of nanoGPT, to run its recipe, too
+    target: NonNegativeFloat = 0.0  # also show the seconds to this validation loss; 0: do not
     # --- Results ---
     json: str = ""  # a file for the results
     picture: str = ""  # a .png for the loss against seconds
@@ -84,12 +96,23 @@ def main() -> None:
             f"relative to {first}": median(result.seconds for result in runs) / base,
             "loss": f"{median(result.loss for result in runs):.3f}",
             "per seed": ", ".join(f"{result.loss:.3f}" for result in runs),
+            "lowest": f"{median(min(loss for _, loss in run.points) for run in runs):.3f}",
         }
         for name, runs in results.items()
     ]
+    if config.target:
+        for row, runs in zip(rows, results.values(), strict=True):
+            row[f"seconds to {config.target:g}"] = seconds_to(config.target, runs)
     report_results(TITLE, rows, config.json, runs=read_saved_runs(config.json))
     if config.picture:
         plot(results, Path(config.picture))
+
+
+def seconds_to(target: float, runs: list[RunResult]) -> str:
+    """Median seconds of training until an evaluation gives at most this loss; "never" if none."""
+    reached = [next((s for s, loss in run.points if loss <= target), math.inf) for run in runs]
+    seconds = median(reached)
+    return "never" if seconds == math.inf else f"{seconds:.1f}"
 
 
 def check(config: TimeToLossConfig) -> None:
@@ -142,44 +165,61 @@ def run_folio(recipe: str, seed: int, config: TimeToLossConfig, folder: Path) ->
         f"--dataset={DATASET}", "--sample_tokens=0", "--init_from=scratch", *flags,
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    rows = evaluations(read_log(out_dir / LOG_FILE))
+    log = read_log(out_dir / LOG_FILE)
+    rows = evaluations(log)
     shutil.rmtree(out_dir)
-    points = [(row["seconds"], row["val_loss"]) for row in rows]
+    # The first steps include torch.compile: the speed is that between the rows after step 0.
+    first, last = log[min(1, len(log) - 2)], log[-1]
+    per_step = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+    points = [(row["step"] * per_step, row["val_loss"]) for row in rows]
     return RunResult(*points[-1], points)
 
 
 def run_peer(peer: Path, seed: int, config: TimeToLossConfig, dataset: Dataset) -> RunResult:
-    """nanoGPT's CPU recipe on our dataset; the loss is measured as ours is."""
+    """nanoGPT's recipe on our dataset; the loss is measured as ours is."""
     write_peer_dataset(peer / "data" / DATASET, dataset)
-    steps = config.max_iters or 2000
+    steps = config.max_iters or PEER_STEPS
     source = (peer / "train.py").read_text(encoding="utf-8")
     script = peer / "train_with_seed.py"
     script.write_text(source.replace("manual_seed(1337", f"manual_seed({seed}"), encoding="utf-8")
     flags = [*PEER_FLAGS, f"--max_iters={steps}", f"--lr_decay_iters={steps}"]
+    flags += PEER_CPU_FLAGS if DEVICE == "cpu" else []
     try:
-        output = subprocess.run(
-            [sys.executable, script.name, *flags], cwd=peer, check=True, stdout=subprocess.PIPE,
-            encoding="utf-8",
-        ).stdout  # fmt: skip
+        lines = timed_lines([sys.executable, "-u", script.name, *flags], peer)
     finally:
         script.unlink()
-    # Steps with an evaluation are left out: their time includes it.
-    times = {
-        int(step): float(ms) / 1e3
-        for step, ms in re.findall(r"iter (\d+): .*time ([\d.]+)ms", output)
+    # Every tenth step prints a line when it is done. There is no evaluation, and no torch.compile,
+    # between steps 10 and 240, 260 and 490, and so on.
+    printed = {
+        int(match[1]): seconds
+        for seconds, line in lines
+        if (match := re.match(r"iter (\d+):", line))
     }
-    training = [s for step, s in times.items() if step and step % PEER_INTERVAL and step < steps]
-    per_step = sum(training) / len(training)
+    spans = [(step, step + PEER_INTERVAL - 20) for step in range(10, steps, PEER_INTERVAL)]
+    seconds = sum(printed[end] - printed[start] for start, end in spans)
+    per_step = seconds / sum(end - start for start, end in spans)
     points = [
-        (int(step) * per_step, float(loss))
-        for step, loss in re.findall(r"step (\d+): .*val loss ([\d.]+)", output)
+        (int(match[1]) * per_step, float(match[2]))
+        for _, line in lines
+        if (match := re.match(r"step (\d+): .*val loss ([\d.]+)", line))
     ]
-    checkpoint = torch.load(peer / "out-timed" / "ckpt.pt", weights_only=True)
+    checkpoint = torch.load(peer / "out-timed" / "ckpt.pt", DEVICE, weights_only=True)
     module = load_peer(peer)
     model = module.GPT(module.GPTConfig(**checkpoint["model_args"]))
-    model.load_state_dict(checkpoint["model"])
+    prefix = "_orig_mod."  # of names in a compiled model
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in checkpoint["model"].items()})
     shutil.rmtree(peer / "out-timed")
-    return RunResult(steps * per_step, peer_loss(model.eval(), dataset), points)
+    return RunResult(steps * per_step, peer_loss(model.eval().to(DEVICE), dataset), points)
+
+
+def timed_lines(command: list[str], folder: Path) -> list[tuple[float, str]]:
+    """Run a command; return each line that it prints, with the second at which it came."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        lines = [(time.perf_counter() - start, line) for line in process.stdout]
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return lines
 
 
 def write_peer_dataset(folder: Path, dataset: Dataset) -> None:
@@ -200,7 +240,7 @@ def peer_loss(model: torch.nn.Module, dataset: Dataset) -> float:
     """Mean loss over all validation tokens, in nats."""
     total, tokens = 0.0, 0
     for inputs, targets in evaluation_batches(dataset.val, 32, model.config.block_size):
-        _, loss = model(inputs, targets)  # nanoGPT ignores targets of -1, too
+        _, loss = model(inputs.to(DEVICE), targets.to(DEVICE))  # nanoGPT ignores targets of -1, too
         valid = int((targets != IGNORE_INDEX).sum())
         total, tokens = total + loss.item() * valid, tokens + valid
     return total / tokens
