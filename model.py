@@ -200,11 +200,12 @@ class GPT(nn.Module):
         targets: (B, T) ids, at each position the token that follows; -1 is left out of the mean.
         The loss is the mean cross-entropy, -ln p(target), in nats (natural logarithms).
         """
-        logits = self.lm_head(self.hidden_states(idx))
+        x = self.hidden_states(idx)
         if targets is None:
-            return logits
+            return self.lm_head(x)
         if targets.shape != idx.shape:  # flatten() would hide it
             raise ValueError(f"targets {list(targets.shape)} for idx {list(idx.shape)}")
+        logits = self.lm_head(x, cut_padding=False)
         # (B, T, V) -> (B*T, V) against (B*T,): (512, 65) against (512,)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
@@ -229,13 +230,21 @@ class GPT(nn.Module):
                 x = block(x)
         return self.transformer.ln_f(x)
 
-    def lm_head(self, x: torch.Tensor) -> torch.Tensor:
+    def lm_head(self, x: torch.Tensor, cut_padding: bool = True) -> torch.Tensor:
         """(..., C) -> (..., V): logits.
 
         The output layer is the token embedding again ("tied weights"): a logit is the dot product
-        of a hidden state and the embedding of a token. Rows of padding are cut off.
+        of a hidden state and the embedding of a token.
+        cut_padding: False returns (..., padded_vocab_size), with -inf where there is no token: the
+        probability is 0. The loss is equal, and a GPU computes it faster, because every row starts
+        at a multiple of 128 bytes.
         """
-        return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size]
+        logits = F.linear(x, self.transformer.wte.weight)
+        V = self.config.vocab_size
+        if cut_padding or logits.size(-1) == V:
+            return logits[..., :V]
+        ids = torch.arange(logits.size(-1), device=x.device)
+        return logits.masked_fill_(ids >= V, -math.inf)
 
     def init_weights(self) -> None:
         """Initialize as GPT (Radford et al. 2018) and GPT-2 (Radford et al. 2019) do.

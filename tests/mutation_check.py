@@ -117,7 +117,7 @@ MUTATIONS = [
     ),
     Mutation(
         "with padded rows that can be predicted", "model.py",
-        "[..., : self.config.vocab_size]", "[..., :]",
+        "return logits[..., :V]", "return logits",
         "test_model.py::test_padded_rows_of_the_vocabulary_take_no_part",
         "The model can predict ids that stand for no token.",
     ),

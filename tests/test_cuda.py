@@ -1,5 +1,6 @@
 """Training and generation on an NVIDIA GPU give the CPU's numbers. Skipped where there is none."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -12,7 +13,8 @@ from configurator import FolioError
 from data.dataset import prefetch, training_batch
 from engine.checkpoint import load_checkpoint
 from engine.device import choose_device, explain_out_of_memory, has_bfloat16
-from engine.inference import InferenceModel
+from engine.inference import InferenceModel, sample_next_token
+from model import GPT
 from tests.conftest import make_tiny_flags
 from tests.processes import run_train, start_job
 from tests.test_train import batches_of, evaluate, read_log, start_training, train_step
@@ -128,6 +130,56 @@ def test_samples_depend_on_the_seed_alone(tiny_flags):
         samples.append([int(i) for i in ids])
         torch.rand(3, device=DEVICE)  # the global generator moves on
     assert samples[0] == samples[1] != samples[2]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3, "temperature": 0.8}, {"top_p": 0.9}])
+def test_recorded_steps_take_the_random_numbers_of_single_operations(tiny_flags, options):
+    model = start_training(*tiny_flags).model.eval().to(DEVICE)
+    device, block_size = choose_device(DEVICE), model.config.block_size
+    inference = InferenceModel(model, DEVICE, "float32")
+    idx = torch.randint(model.config.vocab_size, (2, 3), device=DEVICE)
+    generator, expected_generator = device.generator(5), device.generator(5)
+    steps = inference.generate(
+        idx, 2 * block_size, overlap=block_size - 1, generator=generator, **options
+    )
+    ids = torch.stack(list(steps), dim=1)
+    with torch.inference_mode():
+        for _ in range(2 * block_size):
+            logits = model(idx[:, -block_size:])[:, -1]
+            new = sample_next_token(logits, generator=expected_generator, **options)
+            idx = torch.cat((idx, new[:, None]), dim=1)
+    assert torch.equal(ids, idx[:, 3:])
+    assert len(ids.unique()) > 3  # not one token again and again
+    assert torch.equal(generator.get_state(), expected_generator.get_state())
+
+
+def test_a_generator_on_the_cpu_is_refused(tiny_flags):
+    model = start_training(*tiny_flags).model.eval()
+    inference = InferenceModel(model, DEVICE)
+    with pytest.raises(ValueError, match="generator is on cpu"):
+        inference.generate(torch.zeros(1, 1, dtype=torch.long), 4, generator=torch.Generator())
+
+
+def test_padded_vocabulary_gives_the_loss_of_the_unpadded_one(gpu_flags):
+    """Compiled, as in training, and in bfloat16."""
+    model = start_training(*gpu_flags).model
+    padded = GPT(dataclasses.replace(model.config, pad_vocab_to=64)).to(DEVICE)
+    weights = model.state_dict()
+    rows = padded.transformer.wte.weight.detach().clone()
+    rows[: model.config.vocab_size] = weights["transformer.wte.weight"]
+    padded.load_state_dict(weights | {"transformer.wte.weight": rows})
+    idx = torch.randint(model.config.vocab_size, (4, model.config.block_size), device=DEVICE)
+    losses = []
+    for m in (model, padded):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = torch.compile(m)(idx, idx.clone())
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    gradient = padded.transformer.wte.weight.grad
+    assert (gradient[model.config.vocab_size :] == 0).all()
+    expected = model.transformer.wte.weight.grad
+    torch.testing.assert_close(gradient[: len(expected)], expected, rtol=0.02, atol=1e-3)
 
 
 def test_prefetched_batches_are_the_cpus(gpu_flags):
