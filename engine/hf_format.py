@@ -297,8 +297,8 @@ def sha256_of(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def load_torch_weights(path: Path) -> dict[str, torch.Tensor]:
-    """load_torch_file() for a file that holds nothing but tensors."""
-    tensors = load_torch_file(path)
+    """load_torch_file() for a file that holds nothing but tensors. They are copies."""
+    tensors = load_torch_file(path, mmap=False)
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise FolioError(
@@ -308,10 +308,11 @@ def load_torch_weights(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_torch_file(path: Path) -> dict[str, Any]:
+def load_torch_file(path: Path, mmap: bool = True) -> dict[str, Any]:
     """Load a dict that torch.save() wrote, on the CPU. Nothing in the file is executed.
 
-    The tensors are parts of the file, memory-mapped: copy those that are to outlive the file.
+    mmap: the tensors are parts of the file, memory-mapped. Copy tensors that are needed for longer:
+    they change when a program writes into the file.
     Raises FolioError if the file cannot be read, is damaged, or holds anything but plain data.
     """
     check_readable(path)
@@ -321,7 +322,7 @@ def load_torch_file(path: Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"the checksum of {damaged} is wrong")
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except (MemoryError, KeyboardInterrupt):
         raise
     except pickle.UnpicklingError as error:
