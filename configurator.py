@@ -64,8 +64,10 @@ def run_main(main: Callable[[], None]) -> None:
     Ctrl-C exits with status 130. If the reader of stdout has closed it, as
     `python sample.py | head` does, the program exits silently with status 141.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):
+            # Not every terminal can show every character. Files and pipes get UTF-8.
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
     try:
         main()
         if sys.stdout:  # None if it was closed before the start: python sample.py >&-
@@ -300,7 +302,7 @@ def unknown_settings(cls: type, names: list[str], source: str) -> ConfigError:
 
 def print_help(settings: dict[str, Setting], positional: str) -> None:
     """Print what the program is for, and each setting with its meaning and default."""
-    width, section = min(shutil.get_terminal_size().columns, 100) - 1, ""
+    width, section = max(min(shutil.get_terminal_size().columns, 100) - 1, 60), ""
     summary = (sys.modules["__main__"].__doc__ or "").partition("\n\n")[0]
     print(f"usage: {Path(sys.argv[0]).name} [{positional} ...] [--name=value ...]\n")
     print(textwrap.fill(summary, width))
@@ -315,7 +317,7 @@ def print_help(settings: dict[str, Setting], positional: str) -> None:
             print(flag)
             flag = ""
         text = f"{flag:<34}{setting.help} (default: {setting.default!r})"
-        print(textwrap.fill(text, max(width, 60), subsequent_indent=" " * 34))
+        print(textwrap.fill(text, width, subsequent_indent=" " * 34))
 
 
 def did_you_mean(word: Any, candidates: Iterable[str]) -> str:

@@ -57,8 +57,10 @@ class ExplainConfig:
 
 def main() -> None:
     config = configure(ExplainConfig)
-    source = config.init_from or config.out_dir
-    folder = resolve_model_dir(source) if source else newest_run()
+    if config.init_from:
+        folder = resolve_model_dir(config.init_from)
+    else:
+        folder = resolve_model_dir(config.out_dir, on_hub=False) if config.out_dir else newest_run()
     title = config.init_from or shown_path(folder)
     print(f"the page of {title}")
     model, tokenizer = load_model_and_tokenizer(folder)
@@ -113,9 +115,11 @@ def validation_tokens(folder: Path, tokenizer: Tokenizer, count: int) -> np.ndar
     if settings is None:
         raise FolioError("this model is not from a run of Folio: give a text with --start=...")
     name = settings["dataset"]
-    if not (DATA_DIR / name).is_dir():
+    path = DATA_DIR / user_path(name)
+    if not path.is_dir():
         raise FolioError(f"the dataset {name!r} of this run is not here: give a text with --start")
-    dataset = open_dataset(name, block_size=1)
+    has_tokenizer = (path / "tokenizer.json").exists()  # nanoGPT's folders have none
+    dataset = open_dataset(name, block_size=1, tokenizer=None if has_tokenizer else tokenizer)
     if dataset.tokenizer != tokenizer:
         raise FolioError(
             f"the dataset {name!r} was prepared again with another vocabulary: give a text with "

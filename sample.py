@@ -89,8 +89,10 @@ def main() -> None:
 
 def sample(config: SampleConfig) -> None:
     """Load the model, and print its continuations of the prompts."""
-    source = config.init_from or config.out_dir
-    folder = resolve_model_dir(source) if source else newest_run()
+    if config.init_from:
+        folder = resolve_model_dir(config.init_from)
+    else:
+        folder = resolve_model_dir(config.out_dir, on_hub=False) if config.out_dir else newest_run()
     device = choose_device(config.device, config.dtype)
     if config.compile and not device.compile:
         raise FolioError(f"--compile: only for CUDA; here is {device.description}")
@@ -121,10 +123,11 @@ def read_prompts(tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
     """encode_prompt() of each line of standard input, until its end."""
     if sys.stdin is None:  # python sample.py --interactive <&-
         raise FolioError("--interactive: standard input is closed")
+    is_terminal = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
         # Bytes that are not UTF-8 become characters without a token: encode() names them.
-        sys.stdin.reconfigure(errors="surrogateescape")
-    is_terminal = sys.stdin.isatty()
+        encoding = None if is_terminal else "utf-8"  # a file or a pipe
+        sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
     if is_terminal:
         print("type a prompt, then Enter; to end: Ctrl-D (Windows: Ctrl-Z, Enter)", file=sys.stderr)
     while True:

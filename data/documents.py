@@ -9,7 +9,7 @@ a JSON object that holds one document. Files are read in pieces, however large t
 """
 
 import codecs
-import filecmp
+import hashlib
 import json
 import os
 import re
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from configurator import FolioError
-from data.files import explain_os_error, file_id, join_names, shell_command, user_path
+from data.files import explain_os_error, join_names, shell_command, user_path
 
 PIECE_BYTES = 2**20  # read at a time
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
@@ -54,22 +54,23 @@ ARCHIVES = {".zip": "zipfile", ".tar": "tarfile", ".tgz": "tarfile"}
 
 
 def find_files(inputs: Iterable[str | Path], tmp_dir: str | Path) -> list[Path]:
-    """The text files among the inputs and inside their folders, each file once.
+    """The text files among the inputs and inside their folders, each content once.
 
-    Hidden files in folders are ignored; binary files and other formats are skipped and named.
+    Hidden files in folders and empty files are ignored. Copies of a file, binary files and other
+    formats are skipped and named.
     tmp_dir: for copies of pipes, because a pipe can be read only once.
     Raises FolioError if an input does not exist, cannot be read, or is not a text file.
     """
-    found: dict[tuple[int, int] | None, Path] = {}
+    files: list[Path] = []
     for path in map(user_path, inputs):
         with explain_os_error(path, "cannot read"):
-            for file in files_of_input(path, Path(tmp_dir)):
-                known = found.setdefault(file_id(file), file)
-                if known is not file:
-                    print(f"skipped {file}: the same file as {known}")
-    if not found:
+            files += files_of_input(path, Path(tmp_dir))
+    if not files:
         raise FolioError(f"{', '.join(map(str, inputs))}: no text files found")
-    return list(found.values())
+    groups = group_by_content(files)
+    if copies := [f"{copy} = {file}" for file, *copies in groups for copy in copies]:
+        print(f"skipped {len(copies):,} (each text is read once): {join_names(copies)}")
+    return [group[0] for group in groups]
 
 
 def files_of_input(path: Path, tmp_dir: Path) -> list[Path]:
@@ -120,16 +121,14 @@ def is_text(path: Path) -> bool:
         return b"\0" not in file.read(8192)
 
 
-def find_copies(files: Iterable[Path], originals: Iterable[Path]) -> list[Path]:
-    """The files that have the content of one of `originals`. Empty files do not count."""
-    by_size: dict[int, list[Path]] = {}
-    for original in originals:
-        by_size.setdefault(original.stat().st_size, []).append(original)
-    by_size.pop(0, None)
-    return [
-        file for file in files for original in by_size.get(file.stat().st_size, ())
-        if filecmp.cmp(file, original, shallow=False)
-    ]  # fmt: skip
+def group_by_content(files: Iterable[Path]) -> list[list[Path]]:
+    """The files with equal contents together, in the order of the first ones; no empty files."""
+    groups: dict[str, list[Path]] = {}
+    for path in files:
+        with explain_os_error(path, "cannot read"), open(path, "rb") as file:
+            groups.setdefault(hashlib.file_digest(file, "sha256").hexdigest(), []).append(path)
+    groups.pop(hashlib.sha256().hexdigest(), None)  # of the empty files
+    return [*groups.values()]
 
 
 def conversion_command(path: Path) -> str:

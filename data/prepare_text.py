@@ -8,7 +8,8 @@
 
 Reads UTF-8 text files, folders of them, and .jsonl files with one document in each line. Documents
 are separated by end-of-text tokens. Every tenth document is for validation; if there are few
-documents, or a few hold most of the text, the last tenth of the text is for validation.
+documents, or a few hold most of the text, the last tenth of the text is for validation. A copy of
+a file is skipped, and equal documents are never in both splits, unless --val is given.
 """
 
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 if not __package__:  # started as a file: python data/prepare_text.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +29,7 @@ from typing import Annotated, Any
 from tqdm import tqdm
 
 from configurator import ROOT, FolioError, PositiveInt, Range, parse_inputs, run_main
-from data.documents import find_copies, find_files, read_documents
+from data.documents import find_files, group_by_content, read_documents
 from data.files import explain_os_error, join_names, user_path
 from data.hub import is_hub_name
 from data.prepare import (
@@ -124,14 +126,19 @@ class Corpus:
     read: Callable[[], Iterator[Iterator[str]]]
     sizes: list[int]  # characters of each document
     cuts: list[int]  # where the validation part of each document begins, in characters
+    # Numbers of the documents that are equal to an earlier one: left out of validation, and out of
+    # training if the earlier one is for validation.
+    copies: set[int]
     separated: bool  # whether the end of each document is marked
 
     def pieces(self, split: str) -> Iterator[str | None]:
         """The pieces of one split, "train" or "val", with None at the end of each document."""
         documents = self.read()
-        for size, cut in zip(self.sizes, self.cuts, strict=True):
-            position = 0
-            for piece in next(documents, ()):
+        for number, (size, cut) in enumerate(zip(self.sizes, self.cuts, strict=True)):
+            document, position = next(documents, ()), 0
+            if split == "val" and number in self.copies:
+                continue
+            for piece in document:
                 cut_in_piece = max(cut - position, 0)
                 if part := piece[:cut_in_piece] if split == "train" else piece[cut_in_piece:]:
                     yield part
@@ -151,10 +158,12 @@ class Corpus:
 def open_corpus(inputs: list[Path], config: PrepareTextConfig, tmp_dir: Path) -> Corpus:
     """Find and measure all documents. FolioError if there is no text."""
     files = find_files(inputs, tmp_dir)
-    val_files = find_files([config.val], tmp_dir) if config.val else []
-    with explain_os_error(config.val, "cannot read"):
-        if copies := find_copies(val_files, files):
-            raise FolioError(f"--val={config.val}: {copies[0]} is also given for training")
+    val_files: list[Path] = []
+    if config.val:
+        val_files = find_files([config.val], tmp_dir)
+        for _, *copies in group_by_content([*files, *val_files]):
+            if copies:
+                raise FolioError(f"--val={config.val}: {copies[0]} is also given for training")
     separator = config.document_separator
     for escaped, character in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
         separator = separator.replace(escaped, character)
@@ -162,18 +171,33 @@ def open_corpus(inputs: list[Path], config: PrepareTextConfig, tmp_dir: Path) ->
     def read(files: list[Path]) -> Iterator[Iterator[str]]:
         return read_documents(files, config.json_key, separator)
 
-    sizes = [sum(map(len, document)) for document in read(files)]
-    val_sizes = [sum(map(len, document)) for document in read(val_files)]
-    if not sum(sizes):
+    train, val = ([measure(document) for document in read(group)] for group in (files, val_files))
+    sizes = [size for size, _ in (*train, *val)]
+    if not sum(sizes[: len(train)]):
         raise FolioError(f"{', '.join(map(str, inputs))}: no text found")
-    return Corpus(
-        read=lambda: read([*files, *val_files]),
-        sizes=[*sizes, *val_sizes],
-        cuts=[*sizes, *[0] * len(val_sizes)]
-        if config.val
-        else validation_cuts(sizes, config.val_fraction),
-        separated=len(sizes) > 1 or len(val_sizes) > 1,
-    )
+    numbers: dict[tuple[int, bytes], int] = {}
+    firsts = [numbers.setdefault(key, number) for number, key in enumerate((*train, *val))]
+    copies = {number for number, size in enumerate(sizes) if size and firsts[number] < number}
+    if copies:
+        note = "all are kept, as --val is given" if config.val else "no text is in both splits"
+        print(f"equal to an earlier document: {len(copies):,} ({note})")
+    if config.val:
+        cuts, copies = [*sizes[: len(train)], *[0] * len(val)], set()
+    else:
+        once = [0 if number in copies else size for number, size in enumerate(sizes)]
+        cuts = validation_cuts(once, config.val_fraction)
+        cuts = [cuts[first] for first in firsts]
+    separated = len(train) > 1 or len(val) > 1
+    return Corpus(lambda: read([*files, *val_files]), sizes, cuts, copies, separated)
+
+
+def measure(document: Iterable[str]) -> tuple[int, bytes]:
+    """The number of characters of a document, and a hash of its text."""
+    size, text_hash = 0, hashlib.blake2b(digest_size=16)
+    for piece in document:
+        size += len(piece)
+        text_hash.update(piece.encode())
+    return size, text_hash.digest()
 
 
 def validation_cuts(sizes: list[int], fraction: float) -> list[int]:

@@ -49,25 +49,31 @@ def resolve_out_dir(out_dir: str | Path) -> Path:
     return folder
 
 
-def resolve_model_dir(source: str | Path) -> Path:
+def resolve_model_dir(source: str | Path, on_hub: bool = True) -> Path:
     """A run folder, any other model folder, or the name of a model on the Hugging Face hub.
 
+    A relative path starts at the repository or, if nothing is there, at the working directory.
     "gpt2" and "openai-community/gpt2" are names. A name is downloaded if it is not in the cache.
+    on_hub: False: `source` is a folder.
     Raises FolioError if there is no such folder and no such model.
     """
     name = str(source)
-    if name in GPT2_MODELS:
+    if on_hub and name in GPT2_MODELS:
         return hub_model(name)
     folder = resolve_path(source)
+    if not folder.exists() and (here := user_path(source)).is_dir():
+        folder = here.resolve()
     if folder.is_dir():
         return folder
     if folder.exists():
         raise FolioError(f"{source}: a file; a folder with a model in it is needed")
-    if is_hub_name(name):
+    if on_hub and is_hub_name(name):
         return hub_model(name)
     runs = [f"out/{path.parent.name}" for path in saved_weights()]
     guess = did_you_mean(name, ("scratch", "resume", "auto", *GPT2_MODELS, *runs))
-    raise FolioError(f"{source}: neither a folder ({folder}) nor a model on the hub{guess}")
+    nor_hub = " nor a model on the hub" if on_hub else ""
+    neither = "neither a folder" if on_hub else "not a folder"
+    raise FolioError(f"{source}: {neither} ({folder}){nor_hub}{guess}")
 
 
 def saved_weights() -> list[Path]:
@@ -149,16 +155,16 @@ def shown_path(folder: Path) -> str:
 # --- Preparing the folder for a run ---
 
 
-def lock_run_folder(folder: str | Path) -> AbstractContextManager[None]:
-    """Hold the run folder for this process; FolioError if another process trains there.
+def lock_run_folder(folder: str | Path, message: str = "") -> AbstractContextManager[None]:
+    """Hold the run folder for this process; FolioError(message) if another process trains there.
 
     The lock is on a file beside the folder, which stays there when an old run is moved aside. The
     operating system releases the lock when the process ends, for any reason.
     If the folder is a disk of its own (mounted, for example in Docker), the lock file is inside: in
     another container this disk may have another path, with other files beside it.
     """
-    message = f"{folder}: another process is training here; choose another --out_dir"
-    return file_lock(lock_path(Path(folder)), message)
+    default = f"{folder}: another process is training here; choose another --out_dir"
+    return file_lock(lock_path(Path(folder)), message or default)
 
 
 def lock_path(folder: Path) -> Path:
@@ -170,7 +176,7 @@ def lock_path(folder: Path) -> Path:
 def lock_id(folder: Path) -> tuple[int, int] | None:
     """Identifies the lock file; None if there is none.
 
-    If the folder around it was deleted or moved, another process can make a new lock file here.
+    If the file, or the folder around it, was deleted, moved or replaced, another file can be here.
     """
     return file_id(lock_path(folder))
 

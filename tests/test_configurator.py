@@ -1,5 +1,6 @@
 """configurator.py: flags, config files, validation, help texts, and the errors of users."""
 
+import io
 import json
 import re
 import subprocess
@@ -347,13 +348,13 @@ def test_help_shows_meaning_and_default_of_every_setting(capsys):
     assert "--compile {auto,True,False} use torch.compile (default: 'auto')" in text
 
 
-@pytest.mark.parametrize("columns", [80, 200])
-def test_help_of_train_py_fits_the_terminal(capsys, monkeypatch, columns):
+@pytest.mark.parametrize("columns", [1, 20, 80, 200])
+def test_help_of_train_py_fits_the_terminal_if_it_has_60_columns(capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
         configure(TrainConfig, ["--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= min(columns, 100)
+    assert max(map(len, lines)) <= min(max(columns, 60), 100)
     assert sum(line.startswith("  --") for line in lines) == len(settings_of(TrainConfig))
 
 
@@ -428,6 +429,22 @@ def test_run_main_works_with_and_without_stdout(capsys, monkeypatch):
     assert capsys.readouterr().out == "fine\n"
     monkeypatch.setattr(sys, "stdout", None)  # as after `python train.py >&-`
     run_main(lambda: print("fine"))
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "out", "err"),
+    [(False, "日é".encode(), "日é".encode()), (True, b"?\xe9", b"\\u65e5\xe9")],
+)
+def test_files_and_pipes_get_utf8_whatever_the_encoding_of_the_terminal_is(
+    monkeypatch, is_terminal, out, err
+):
+    """On Windows, a file or a pipe would have the encoding cp1252."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), "cp1252") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        stream.isatty = lambda: is_terminal
+        monkeypatch.setattr(sys, name, stream)
+    run_main(lambda: [print("日é", end="", file=stream) for stream in streams.values()])
+    assert [stream.buffer.getvalue() for stream in streams.values()] == [out, err]
 
 
 def test_mistakes_in_the_settings_of_train_py_are_one_line(call):

@@ -57,9 +57,19 @@ def test_a_file_that_is_given_twice_or_linked_is_read_once(tmp_path, capsys):
     (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
     os.link(tmp_path / "a.txt", tmp_path / "c.txt")
     assert texts_in(tmp_path / "a.txt", tmp_path, tmp_path / "a.txt", tmp_dir=tmp_path) == ["a"]
-    out = capsys.readouterr().out
-    for name in "abc":
-        assert f"skipped {tmp_path / name}.txt: the same file as {tmp_path / 'a.txt'}\n" in out
+    names = ", ".join(f"{tmp_path / name}.txt = {tmp_path / 'a.txt'}" for name in "abca")
+    assert capsys.readouterr().out == f"skipped 4 (each text is read once): {names}\n"
+
+
+def test_a_copy_of_a_file_is_skipped_and_named_but_no_empty_file(tmp_path, capsys):
+    contents = {"a (1).txt": "one", "a.txt": "one", "b.txt": "two", "c/a.txt": "one"}
+    (tmp_path / "c").mkdir()
+    for name, content in {**contents, "d.txt": "", "e.txt": ""}.items():
+        (tmp_path / name).write_text(content)
+    assert texts_in(tmp_path) == ["one", "two"]
+    copies, first = (tmp_path / "a.txt", tmp_path / "c" / "a.txt"), tmp_path / "a (1).txt"
+    names = ", ".join(f"{copy} = {first}" for copy in copies)
+    assert capsys.readouterr().out == f"skipped 2 (each text is read once): {names}\n"
 
 
 @posix_only

@@ -97,6 +97,46 @@ def test_a_cut_document_ends_in_the_validation_split(prepare, tmp_path):
     assert prepared_texts("two") == {"train": "abc" * 10 + END + "de" * 5, "val": "de" * 5 + END}
 
 
+@pytest.mark.parametrize(
+    ("letters", "train", "val"),
+    [
+        ("abcdaedhf", "aa bb cc aa ee ff ", "dd hh "),  # the second d is in no split
+        ("abcdefga", "aa bb cc ee ff gg aa ", "dd "),  # the eighth document is like the first
+        ("abab", "aa baa b", "b "),  # few documents: the last part of the text without copies
+    ],
+)
+def test_equal_documents_are_never_in_both_splits(prepare, tmp_path, letters, train, val):
+    """At --val_fraction=0.25, every fourth document is for validation."""
+    lines = [json.dumps({"text": 2 * letter}) for letter in letters]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    result = prepare(tmp_path / "a.jsonl", "--dataset=mine", "--val_fraction=0.25")
+    assert result.returncode == 0, result.stderr
+    words = f"equal to an earlier document: {len(letters) - len({*letters})} (no text is in both"
+    assert words in result.stdout
+    texts = {split: text.replace(END, " ") for split, text in prepared_texts("mine").items()}
+    assert texts == {"train": train, "val": val}
+
+
+def test_equal_documents_of_a_validation_file_are_counted_and_kept(prepare, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "ab"}\n{"text": "cd"}')
+    (tmp_path / "val.jsonl").write_text('{"text": "cd"}\n{"text": "ad"}')
+    flags = (f"--val={tmp_path / 'val.jsonl'}", "--dataset=mine")
+    result = prepare(tmp_path / "train.jsonl", *flags)
+    assert "equal to an earlier document: 1 (all are kept, as --val is given)\n" in result.stdout
+    assert prepared_texts("mine") == {"train": f"ab{END}cd{END}", "val": f"cd{END}ad{END}"}
+
+
+def test_a_folder_with_a_copy_of_each_file_gives_each_text_once(prepare, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for letter in "abcdefghij":
+        for name in (f"{letter}.txt", f"{letter} (1).txt"):  # as a browser names a second download
+            (tmp_path / "texts" / name).write_text(letter * 5)
+    result = prepare(tmp_path / "texts", "--dataset=mine")
+    assert "10 documents" in result.stdout
+    train, val = (prepared_texts("mine")[split].split(END) for split in ("train", "val"))
+    assert [*train, *val] == [*(letter * 5 for letter in "abcdefghi"), "", "j" * 5, ""]
+
+
 def test_an_empty_document_leaves_no_end_of_text(prepare, tmp_path):
     lines = [json.dumps({"text": text}) for text in ("abcdefgh", "", "ij")]
     (tmp_path / "3.jsonl").write_text("\n".join(lines))

@@ -55,6 +55,20 @@ def test_models_are_found_by_folder_or_by_name(tmp_path, monkeypatch):
         resolve_model_dir("out/shakespeare")  # a run that does not exist yet, not owner and name
 
 
+def test_a_model_is_looked_for_in_the_repository_then_here_then_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path / "repository")
+    monkeypatch.setattr(run_folder, "hub_model", lambda name: tmp_path / "hub" / name)
+    (tmp_path / "here" / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert resolve_model_dir("models/mine") == tmp_path / "here" / "models" / "mine"
+    (tmp_path / "repository" / "models" / "mine").mkdir(parents=True)
+    assert resolve_model_dir("models/mine") == tmp_path / "repository" / "models" / "mine"
+    assert resolve_model_dir("owner/other") == tmp_path / "hub" / "owner" / "other"
+    for name in ("owner/other", "gpt2"):
+        with pytest.raises(FolioError, match=f"{name}: not a folder"):
+            resolve_model_dir(name, on_hub=False)
+
+
 def test_newest_run_is_the_one_whose_weights_were_saved_last(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "ROOT", tmp_path)
     with pytest.raises(FolioError, match=r"python train\.py config/shakespeare_char\.py"):

@@ -218,10 +218,11 @@ def test_interactive_reads_prompts_until_the_end_of_input(
 def test_a_prompt_that_is_not_utf8_is_refused_and_the_next_one_is_read(
     run_sample, folder, monkeypatch
 ):
-    lines = io.TextIOWrapper(io.BytesIO(b"a\xff\nab\n"), encoding="utf-8")
+    text = b"a\xff\n" + "é\n".encode() + b"ab\n"
+    lines = io.TextIOWrapper(io.BytesIO(text), encoding="cp1252")  # as for a pipe on Windows
     monkeypatch.setattr(sys, "stdin", lines)
     result = run_sample(folder, "--interactive", "--max_new_tokens=2")
-    assert result.returncode == 0 and "udcff" in result.stderr
+    assert result.returncode == 0 and "udcff" in result.stderr and "'é'" in result.stderr
     assert result.stdout.startswith("ab")
 
 

@@ -73,7 +73,7 @@ function samplingProbs(t, temperature, topK, topP) {
   const tail = now().tails[t][data.temperatures.indexOf(temperature)];
   let rest = tail === null ? -Infinity : tail;
   if (topK > 0 && topK <= n) {
-    logits = logits.map((x) => x < logits[topK - 1] ? -Infinity : x);
+    logits = logits.map((x, i) => i < topK ? x : -Infinity);
     rest = -Infinity;
   }
   const probs = softmax([...logits, rest]);
@@ -82,6 +82,8 @@ function samplingProbs(t, temperature, topK, topP) {
     for (let i = 0; i < probs.length; i++) {
       const p = probs[i];
       if (i > 0 && before >= topP) probs[i] = 0;
+      // All tokens beyond n: kept until the sum is topP. (In sampling, it exceeds topP by less than topP / n.)
+      else if (i === n) probs[i] = topP - before;
       before += p;
       kept += probs[i];
     }
