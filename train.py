@@ -29,7 +29,9 @@ from engine.checkpoint import (
     WEIGHTS_FILE, load_checkpoint, load_model, save_model, save_model_card,
 )  # fmt: skip
 from engine.cpu_threads import ThreadAdapter
-from engine.device import ComputeDevice, choose_device, explain_out_of_memory, start_reading
+from engine.device import (
+    ComputeDevice, check_same_device, choose_device, explain_out_of_memory, start_reading,
+)  # fmt: skip
 from engine.distributed import Distributed, GracefulShutdown, is_restarted
 from engine.inference import InferenceModel, read_ids
 from engine.metrics import MetricsLogger, StepMetrics, banner, check_trackers
@@ -71,6 +73,7 @@ def main() -> None:
         device = dist.main_process_first(
             lambda: choose_device(*options, dist.local_rank, dist.world_size, config.num_threads)
         )
+        check_same_device(device, dist)
         dataset = dist.main_process_first(lambda: load_dataset(config))
         check_same_dataset(dataset, dist)
         dist.broadcast_from_main(lambda: make_room(folder, config))  # moves an older run aside
@@ -307,7 +310,9 @@ def check_finite(
         raise FolioError(
             f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; training stopped "
             "before this step changed the weights, and the last checkpoint is unchanged; lower "
-            "--learning_rate and --muon_learning_rate, then use --init_from=resume"
+            "--learning_rate and --muon_learning_rate, then use --init_from=resume (if this step "
+            f"fails again, start from the best weights: --init_from={config.out_dir} "
+            "--out_dir=NEW)"
         )
 
     dist.broadcast_from_main(raise_error)  # all processes stop, and one of them prints the error

@@ -17,6 +17,7 @@ import contextlib
 import datetime
 import os
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -130,6 +131,18 @@ class Distributed:
         """
         result = self.run_on_main(fn)
         return result if self.is_main else fn()
+
+    def check_same(self, value: T, message: Callable[[T], str]) -> None:
+        """Raises FolioError if this process's value is not the main process's; all processes exit.
+
+        message: makes the text of the error from the main process's value.
+        """
+        expected = self.broadcast_from_main(lambda: value)
+        if not self.all_reduce_max(int(value != expected)):
+            return
+        if value == expected:
+            raise SystemExit(0)  # the process with another value prints the error
+        raise FolioError(message(expected))
 
     def broadcast_tensors(self, nested: Any, device: torch.device) -> Any:
         """Send nested dicts and lists from the main process to all processes.
@@ -270,12 +283,17 @@ def rendezvous() -> tuple[torch_dist.Store, int, int]:
     """
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The store is in torchrun, and is older than this process. If torchrun was killed, this
+            # fails at once. (A store in process 0 may be younger: then rendezvous() waits for it.)
+            address_and_port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            socket.create_connection(address_and_port).close()
         store, rank, world_size = next(torch_dist.rendezvous("env://", timeout=SETUP_TIMEOUT))
         # When torchrun restarts processes, the store still has the addresses of dead processes, and
         # a new process would connect to them. So each attempt has its own part of the store.
         store = torch_dist.PrefixStore(name_this_attempt(store, rank, world_size), store)
         return store, rank, world_size
-    except (ValueError, torch_dist.DistError) as error:
+    except (ValueError, OSError, torch_dist.DistError) as error:
         if "EADDRINUSE" in str(error):
             raise FolioError(
                 f"MASTER_PORT={os.environ['MASTER_PORT']}: another program uses this port; "
@@ -283,7 +301,8 @@ def rendezvous() -> tuple[torch_dist.Store, int, int]:
             ) from error
         raise FolioError(
             f"RANK and WORLD_SIZE are set, but connecting to {address} failed "
-            f"({first_line(error)}); start with torchrun, or unset RANK and WORLD_SIZE"
+            f"({first_line(error)}); start torchrun (again, if it was killed), or unset RANK and "
+            "WORLD_SIZE"
         ) from error
 
 

@@ -31,7 +31,7 @@ from engine.log_file import (
 )  # fmt: skip
 from engine.plot import plot_losses
 from engine.run import TrainState, is_patience_exhausted
-from engine.run_folder import lock_id, newest_run, shown_path
+from engine.run_folder import lock_id, lock_run_folder, newest_run, shown_path
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
@@ -70,7 +70,9 @@ class MetricsLogger:
         self.folder, self.config, self.state, self.enabled = Path(folder), config, state, enabled
         self.peak_tokens_per_second = peak_tokens_per_second
         self.rows: list[LogRow] = []
-        self.log_is_complete = False  # whether log.csv has all rows
+        self.rows_at_start: list[LogRow] = []  # in log.csv
+        self.has_new_rows = False
+        self.log_is_complete = False  # whether log.csv has these rows and no others
         self.has_other_windows = False  # whether log.csv has losses on other windows
         self.metrics: StepMetrics | None = None  # of the latest step
         self.first_tokens = state.tokens  # when this process started
@@ -89,9 +91,11 @@ class MetricsLogger:
             if not all_valid:
                 backup = rename_to_backup(path)
                 self.warn_once(f"{LOG_FILE} could not be read completely; kept as {backup.name}")
+                write_log(path, rows)
+            # Later rows stay in log.csv until this process logs its first row: if it fails before,
+            # nothing has changed.
+            self.rows_at_start = rows
             self.rows = [row for row in rows if row["step"] <= self.state.step]
-            write_log(path, self.rows)
-            self.log_is_complete = True
             trackers = open_trackers(self.folder, self.config, self.state.step)
             self.trackers = self.exit_stack.enter_context(trackers)
         return self
@@ -99,20 +103,32 @@ class MetricsLogger:
     def __exit__(self, *exception_info: Any) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.rows and not self.log_is_complete:
-            self._save_rows()
+        must_save = self.enabled and not self.log_is_complete
+        if must_save and (self.has_new_rows or exception_info[0] is None):
+            with contextlib.suppress(FolioError):  # log.csv of another process stays as it is
+                self.check_folder()
+                self._save_rows()
         self.exit_stack.__exit__(*exception_info)
 
     def check_folder(self) -> None:
         """Raise FolioError if another process has started a run in this folder.
 
-        The lock prevents this, unless the folder around the lock file was deleted or moved.
+        The lock prevents this, unless the lock file, or the folder around it, was deleted, moved or
+        replaced, for example by a program that synchronizes folders. If no process holds the new
+        lock file, and log.csv has no rows of another run, this process locks it and goes on.
         """
-        if self.enabled and lock_id(self.folder) not in (None, self.lock_id):
-            raise FolioError(
-                f"{self.folder}: was deleted or moved during this run, and another process has "
-                "started a run here; this run ends without saving"
-            )
+        new_id = lock_id(self.folder) if self.enabled else None
+        if new_id is None or new_id == self.lock_id:
+            return
+        message = (
+            f"{self.folder}: was deleted or moved during this run, and another process has started "
+            "a run here; this run ends without saving"
+        )
+        self.exit_stack.enter_context(lock_run_folder(self.folder, message))
+        rows = read_log(self.folder / LOG_FILE)
+        if not (is_prefix(rows, self.rows) or is_prefix(rows, self.rows_at_start)):
+            raise FolioError(message)  # the run of another process, which has ended
+        self.lock_id = new_id
 
     def print(self, text: str) -> None:
         """Print above the progress bars. Output to a closed stream is discarded."""
@@ -168,6 +184,8 @@ class MetricsLogger:
 
         Losses on different windows cannot be compared. log.csv changes with the next checkpoint.
         """
+        if self.enabled:
+            self._save_rows()  # with the earlier losses, until then
         new = {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
         for row in self.rows:
             row |= new if row["step"] == best_step else dict.fromkeys(new)
@@ -178,6 +196,7 @@ class MetricsLogger:
         if not self.enabled:
             return
         self.check_folder()
+        self.has_new_rows = True
         row = self._new_row(val_loss, bits_per_byte)
         self.state.unlogged_losses, self.state.unlogged_steps = 0.0, 0
         if self.rows and self.rows[-1]["step"] == row["step"]:
@@ -557,6 +576,12 @@ def sample_command(folder: Path) -> str:
 # --- Formatting ---
 
 
+def is_prefix(rows: list[LogRow], of: list[LogRow]) -> bool:
+    """Whether `rows` are the first rows of `of`, by step and seconds."""
+    pairs = [[(row["step"], row["seconds"]) for row in r] for r in (rows, of[: len(rows)])]
+    return pairs[0] == pairs[1]
+
+
 def labeled(label: str, text: str) -> str:
     """'data     text', wrapped at the width of the terminal."""
     return wrap(f"{label:<9}{text}", indent=9)
@@ -564,7 +589,7 @@ def labeled(label: str, text: str) -> str:
 
 def indented(text: str) -> str:
     """The lines of a text, indented by 4 columns and wrapped at the width of the terminal."""
-    width = shutil.get_terminal_size().columns - 4
+    width = max(shutil.get_terminal_size().columns - 4, 10)  # 0 or less would be an error
     lines = [textwrap.wrap(line, width) or [""] for line in text.splitlines()]
     return textwrap.indent("\n".join(itertools.chain(*lines)), "    ")
 
@@ -572,7 +597,10 @@ def indented(text: str) -> str:
 def relative_path(path: str | Path) -> Path:
     """The path relative to the working directory if it is inside it."""
     path = Path(path)
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    # OSError: the working directory was deleted. ValueError: the path is outside it.
+    with contextlib.suppress(OSError, ValueError):
+        return path.relative_to(Path.cwd())
+    return path
 
 
 def format_duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 The jobs run on this machine, connected by gloo. See tests/processes.py.
 """
 
+import datetime
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import train
 from configurator import FolioError, run_main
 from data import dataset as dataset_module
+from engine import device as device_module
 from engine import distributed as distributed_module
 from engine import run as run_module
 from engine.checkpoint import WEIGHTS_FILE, load_checkpoint
@@ -33,7 +35,8 @@ from engine.run_folder import lock_run_folder
 from model import GPT, GPTConfig
 from tests.conftest import ROOT, make_tiny_flags, prepare_tiny_dataset
 from tests.processes import (
-    run_torchrun, run_torchrun_command, run_train, start, start_job, start_with_launcher,
+    free_port, run_torchrun, run_torchrun_command, run_train, start, start_job,
+    start_with_launcher,
 )  # fmt: skip
 from tests.test_train import assert_same_state, read_log, without_times
 
@@ -108,6 +111,20 @@ def test_port_in_use_is_a_one_line_error(monkeypatch):
             monkeypatch.setenv(name, str(value))
         with pytest.raises(FolioError, match=f"MASTER_PORT={port}: another program"), Distributed():
             pass
+
+
+def test_processes_do_not_wait_for_a_torchrun_that_was_killed_while_they_started(monkeypatch):
+    monkeypatch.setattr(distributed_module, "SETUP_TIMEOUT", datetime.timedelta(seconds=5))
+    environment = {
+        "RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+        "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": True,
+    }  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    start_time = time.monotonic()
+    with pytest.raises(FolioError, match=r"torchrun \(again, if it was killed\)"), Distributed():
+        pass
+    assert time.monotonic() - start_time < 2
 
 
 @pytest.mark.parametrize(
@@ -499,6 +516,26 @@ def test_processes_with_different_datasets_are_refused(dataset, tmp_path):
     assert result.stderr.count("\n") == 1
     assert "process 1: " in result.stderr and "is not the dataset of process 0" in result.stderr
     assert not (tmp_path / "run" / "resume.pt").exists()
+
+
+def run_train_on_devices(devices: list[tuple[str, str]], *flags: str) -> None:
+    """Each process finds another device and dtype, as on nodes with different GPUs."""
+    name, dtype = devices[int(os.environ["RANK"])]
+    device_module.find_device = lambda *_: torch.device(name)
+    device_module.choose_dtype = lambda *_: getattr(torch, dtype)
+    run_train(*flags)
+
+
+def test_processes_with_different_devices_or_dtypes_are_refused(dataset, tmp_path):
+    """Else a process that scales its loss (float16) would decide the averaged gradient."""
+    devices = [("cpu", "bfloat16"), ("cpu", "float16"), ("meta", "bfloat16")]
+    flags = (*make_tiny_flags(dataset, tmp_path / "run"), *TRAIN_FLAGS)
+    result = start_job(run_train_on_devices, devices, *flags, n_processes=3).wait()
+    assert result.exit_codes == [0, 2, 2], result.stderr
+    assert result.stderr.count("\n") == 2
+    for words in ("process 1 has chosen cpu and float16", "process 2 has chosen meta and bfloat16"):
+        assert f"{words}, process 0 cpu and bfloat16; choose --device and --dtype" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_lost_process_ends_the_job_with_one_line(dataset, tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,9 +20,10 @@ from engine import metrics
 from engine.log_file import COLUMNS, parse_log
 from engine.metrics import (
     MetricsLogger, StepMetrics, banner, describe_best, flops_per_token, format_duration, indented,
-    peak_flops, read_log, show_evaluation, summary,
+    peak_flops, read_log, relative_path, show_evaluation, summary,
 )  # fmt: skip
 from engine.run import TrainState
+from engine.run_folder import lock_path, lock_run_folder
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
@@ -114,6 +116,27 @@ def test_resuming_drops_rows_after_the_checkpoint(make_logger, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]  # nothing was damaged
 
 
+def test_a_resume_that_fails_before_its_first_row_leaves_the_log_as_it_is(make_logger, tmp_path):
+    with make_logger() as logger:
+        for step in (1, 2, 3, 4):
+            make_step(logger, step)
+    before = (tmp_path / "log.csv").read_bytes()
+    with pytest.raises(FolioError), make_logger(step=2) as logger:
+        logger.log_steps([StepMetrics(1.5, 1.0, 1e-3)])
+        raise FolioError("out of memory")
+    assert (tmp_path / "log.csv").read_bytes() == before
+
+
+def test_a_lock_file_may_be_replaced_before_the_first_row_of_a_resumed_run(make_logger, tmp_path):
+    with lock_run_folder(tmp_path), make_logger() as logger:
+        for step in (1, 2, 3, 4):
+            make_step(logger, step)
+    with lock_run_folder(tmp_path), make_logger(step=2) as logger:
+        replace_lock_file(tmp_path)
+        make_step(logger, 3)
+    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [1, 2, 3]
+
+
 def test_an_evaluation_after_resuming_completes_the_row_of_its_step(make_logger, tmp_path):
     with make_logger() as logger:
         make_step(logger, 2)
@@ -121,6 +144,50 @@ def test_an_evaluation_after_resuming_completes_the_row_of_its_step(make_logger,
         logger.log_row(val_loss=1.25)
     (row,) = read_log(tmp_path / "log.csv")
     assert (row["train_loss"], row["val_loss"]) == (1.5, 1.25)
+
+
+def replace_lock_file(folder: Path) -> None:
+    """As programs do that synchronize folders: another file gets the name."""
+    new = lock_path(folder).with_name("new_file")
+    new.touch()
+    new.replace(lock_path(folder))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not replace open files")
+def test_a_lock_file_that_was_replaced_is_locked_and_the_run_goes_on(make_logger, tmp_path):
+    with lock_run_folder(tmp_path), make_logger() as logger:
+        for step in (1, 2, 3):
+            make_step(logger, step)
+            with pytest.raises(FolioError, match="is training here"), lock_run_folder(tmp_path):
+                pass
+            if step == 1:
+                replace_lock_file(tmp_path)
+                (tmp_path / "log.csv").write_text(f"{HEADER}\n")  # an older file, from a backup
+    assert [row["step"] for row in logger.rows] == [1, 2, 3]
+    with lock_run_folder(tmp_path):  # free again
+        pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not delete open files")
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_the_log_of_another_process_is_left_alone(make_logger, tmp_path, has_ended):
+    """The folder is deleted, a row cannot be written, and then another process trains here."""
+    with (
+        pytest.raises(FolioError, match="another process has started a run here"),
+        contextlib.ExitStack() as other_process,
+        lock_run_folder(tmp_path),
+        make_logger() as logger,
+    ):
+        shutil.rmtree(tmp_path)
+        make_step(logger, 1)
+        replace_lock_file(tmp_path)
+        other_process.enter_context(lock_run_folder(tmp_path))
+        tmp_path.mkdir()
+        (tmp_path / "log.csv").write_text(f"{HEADER}\n{ROW}\n")
+        if has_ended:
+            other_process.close()
+        make_step(logger, 2)
+    assert (tmp_path / "log.csv").read_text() == f"{HEADER}\n{ROW}\n"
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -309,6 +376,21 @@ def test_lines_of_a_sample_fit_the_terminal_and_empty_lines_stay(monkeypatch):
     assert indented("ROMEO:\nwho is here at night\n\nso late?") == (
         "    ROMEO:\n    who is here at\n    night\n\n    so late?"
     )
+
+
+@pytest.mark.parametrize("columns", ["1", "4"])
+def test_a_sample_is_shown_on_the_narrowest_terminal(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert indented("to be, or\nnot to be") == "    to be, or\n    not to be"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not delete the working directory")
+def test_a_path_is_shown_after_the_working_directory_was_deleted(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert relative_path(tmp_path / "here" / "run") == Path("run")
+    (tmp_path / "here").rmdir()
+    assert relative_path(tmp_path / "run") == tmp_path / "run"
 
 
 def test_warnings_fit_the_terminal(make_logger, capsys, monkeypatch):
