@@ -75,7 +75,7 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, causal: bool = True) -> 
 
     The simple form: CausalSelfAttention computes attention_weights(q, k) @ v by a faster function.
 
-    q: queries (B, n_head, T, head_dim). k: keys (B, n_head, S, head_dim).
+    q: queries (B, n_head, T, head_dim). k: keys (B, n_head, S, head_dim); in a GPT, S = T.
     Returns (B, n_head, T, S): how much position t of the queries attends to position s of the keys.
     causal: position t attends to positions 0 ... t only.
     Source: "Attention Is All You Need" (Vaswani et al. 2017), section 3.2.1.
@@ -203,7 +203,7 @@ class GPT(nn.Module):
         x = self.hidden_states(idx)
         if targets is None:
             return self.lm_head(x)
-        if targets.shape != idx.shape:  # flatten() would hide it
+        if targets.shape != idx.shape:  # flatten() would hide different shapes
             raise ValueError(f"targets {list(targets.shape)} for idx {list(idx.shape)}")
         logits = self.lm_head(x, cut_padding=False)
         # (B, T, V) -> (B*T, V) against (B*T,): (512, 65) against (512,)
@@ -235,9 +235,9 @@ class GPT(nn.Module):
 
         The output layer is the token embedding again ("tied weights"): a logit is the dot product
         of a hidden state and the embedding of a token.
-        cut_padding: False returns (..., padded_vocab_size), with -inf where there is no token: the
-        probability is 0. The loss is equal, and a GPU computes it faster, because every row starts
-        at a multiple of 128 bytes.
+        cut_padding: False returns (..., padded_vocab_size), with -inf where there is no token: its
+        probability is 0, and the loss is equal. With pad_vocab_to=64, each row then starts at a
+        multiple of 128 bytes, and a GPU computes the loss faster.
         """
         logits = F.linear(x, self.transformer.wte.weight)
         V = self.config.vocab_size

@@ -74,9 +74,9 @@ def evaluation_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Fixed windows: inputs and targets, each (B, T), int64.
 
-    Each token but the first one of a shard is predicted once.
-    Targets that do not count are IGNORE_INDEX: those that the window before has predicted, and all
-    targets of the rows that fill up the last batch.
+    Each token of a file is predicted once, except the first one. A target is IGNORE_INDEX if the
+    window before has predicted it (see evaluation_windows()), or if its row only fills up the last
+    batch.
     max_tokens: number of tokens to predict, rounded up to whole windows; 0 means all.
     rank, world_size: batch number i belongs to rank i % world_size; only these batches are built.
     """
@@ -103,7 +103,9 @@ def evaluation_windows(lengths: np.ndarray, block_size: int) -> tuple[np.ndarray
     Example: 10 tokens, block_size 4. The windows of 4 + 1 tokens start at tokens 0, 4 and 5. The
     last one starts at 5, not at 8, because it has to be complete. Its first 3 targets (tokens 6, 7
     and 8) were already predicted in the window before: it repeats 3.
-    lengths: number of tokens in each shard. Shards of block_size tokens or less hold no window.
+    lengths: number of tokens in each shard (file). Shards of block_size tokens or less hold no
+    window. Windows are counted through all shards: 10 tokens have 10 - 4 = 6 windows of 4 + 1
+    tokens, with the indices 0 to 5, and the next shard begins with index 6.
     """
     indices, num_repeated, first_index = [], [], 0
     for length in lengths:
@@ -267,6 +269,9 @@ class Dataset:
 
 
 PREPARE_COMMANDS = {
+    "shakespeare_char": "python prepare_shakespeare.py",
+    "shakespeare_bpe": "python prepare_shakespeare.py --tokenizer=bpe",
+    "shakespeare_gpt2": "python prepare_shakespeare.py --tokenizer=gpt2",
     "fineweb": "python -m data.prepare_fineweb --shards=100",
     "openwebtext": "python -m data.prepare_openwebtext",
 }
@@ -362,7 +367,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, meta: dict[str, Any]) ->
 def dataset_hint(name: str) -> str:
     """What to do about a dataset that does not exist, to be appended to the message."""
     if name in PREPARE_COMMANDS:
-        return f"; download it with {PREPARE_COMMANDS[name]}"
+        return f"; prepare it with {PREPARE_COMMANDS[name]}"
     available = sorted(path.parent.name for path in DATA_DIR.glob("[!.]*/tokenizer.json"))
     names = f"; available: {', '.join(available)}" if available else ""
     names += "; python -m data.prepare_text makes a dataset of a text"

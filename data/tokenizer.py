@@ -58,14 +58,14 @@ class CharTokenizer(Tokenizer):
         self.eos_token_id = len(characters) if add_eos else None
         self.vocab_size = len(characters) + int(add_eos)
         self._tokens = [*characters, END_OF_TEXT] if add_eos else list(characters)
-        # Code point -> id; -1 for characters outside the vocabulary. This is an array and not a
+        # Unicode number -> id; -1 for characters outside the vocabulary. This is an array and not a
         # dict because numpy looks up all characters of a text at once.
         self._id_of = np.full(sys.maxunicode + 1, -1, dtype=np.int64)
         self._id_of[code_points(characters)] = np.arange(len(characters))
 
     @classmethod
     def from_text(cls, text: Iterable[str], add_eos: bool = False) -> "CharTokenizer":
-        """The vocabulary of a text: its different characters, sorted by code point."""
+        """The vocabulary of a text: its different characters, sorted by their Unicode numbers."""
         return cls("".join(sorted(set(text))), add_eos)
 
     def encode(self, text: str) -> np.ndarray:
@@ -87,19 +87,20 @@ class CharTokenizer(Tokenizer):
         self.check_id(token_id)
         return self._tokens[token_id].encode()
 
+    @property
+    def _key(self) -> tuple[str, int | None]:  # compared by ==
+        return self.characters, self.eos_token_id
+
     def to_dict(self) -> dict[str, Any]:
+        """The contents of tokenizer.json, Hugging Face's format. (Skip it in a first reading.)"""
         vocab = {token: i for i, token in enumerate(self._tokens)}
-        # The format requires an unk_token; ours is not in the vocabulary.
+        # The format needs the name of a token for unknown text. This one is not in the vocabulary.
         backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
         backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
         backend.decoder = decoders.Fuse()
         if self.eos_token_id is not None:
             backend.add_special_tokens([END_OF_TEXT])
         return json.loads(backend.to_str())
-
-    @property
-    def _key(self) -> tuple[str, int | None]:
-        return self.characters, self.eos_token_id
 
 
 def code_points(text: str) -> np.ndarray:

@@ -19,6 +19,9 @@ On a CPU a new token attends to the filled part of the cache. On CUDA, starting 
 longer than computing it. There a step attends to the whole cache with a mask, so that no shape
 depends on the position: decode_step() and the choice of the token are recorded once, as a CUDA
 graph, and replayed for each token. (lessons/README.md has a glossary.)
+
+To understand the cache, read InferenceModel._generate(), KVCache, next_token_logits(), run_blocks()
+and crop_start(). _make_decode(), decode_step() and capture_cuda_graph() are for CUDA.
 """
 
 import platform
@@ -65,7 +68,8 @@ class InferenceModel:
     ):
         self.config = model.config
         self.device = torch.device(device)
-        # 16 bits save reading weights from memory; a small model's are in the CPU's caches.
+        # 16 bits per weight: half as many bytes to read from memory. The weights of a small model
+        # stay in the CPU's own fast memory.
         small = self.device.type == "cpu" and is_small(model)
         self.dtype = choose_dtype("float32" if small and dtype == "auto" else dtype, self.device)
         packed = not small and packing_is_faster(self.device, self.dtype, batch_size)
@@ -174,7 +178,8 @@ class InferenceModel:
                 return
             new = ids[:, None]  # (B, 1)
             parts.append(new)
-            start = crop_start(context.size(1) + len(parts) - 1, block_size, overlap)
+            length = context.size(1) + len(parts) - 1  # parts[0] is the context
+            start = crop_start(length, block_size, overlap)
             if start > 0:
                 context = new = torch.cat(parts, dim=1)[:, start:]  # (B, overlap + 1)
                 parts = [context]
@@ -190,10 +195,13 @@ class InferenceModel:
 
         sample: logits (B, V) -> ids (B,), with random numbers of `generator`.
         """
-        for kv in cache.kv:  # a masked place has the weight 0, but 0 times NaN would be NaN
+        # The places that are not filled yet have the weight 0, but their memory may hold NaN, and
+        # 0 * NaN is NaN.
+        for kv in cache.kv:
             kv[..., cache.length :, :].zero_()
         idx = torch.zeros(cache.kv[0].size(1), 1, dtype=torch.long, device=self.device)
-        # The place of the next token: it is written again after the capture.
+        # The place of the next token. The capture writes keys and values of token 0 there; the
+        # first call of decode() writes over them.
         position = torch.full((1,), cache.length, dtype=torch.long, device=self.device)
 
         def step() -> torch.Tensor:
@@ -280,8 +288,7 @@ class Weights(NamedTuple):
 class KVCache:
     """The keys and values of all blocks for the tokens that have been computed.
 
-    kv: for each block (2, B, n_head, max_length, head_dim); the 2 are keys and values. (One tensor
-    for all blocks would be copied whole, for each block, by a compiled decode_step().)
+    kv: for each block (2, B, n_head, max_length, head_dim); the 2 are keys and values.
     length: number of tokens in the cache. Set it to 0 to empty the cache.
     """
 
@@ -313,7 +320,8 @@ def next_token_logits(weights: Weights, idx: torch.Tensor, cache: KVCache) -> to
     def attend(i: int, qkv: torch.Tensor) -> torch.Tensor:
         # qkv: (3, B, n_head, T, head_dim). cache.kv[i]: (2, B, n_head, max_length, head_dim).
         # narrow(3, start, T) is [:, :, :, start : start + T].
-        cache.kv[i].narrow(3, start, T).copy_(qkv[1:])  # the places of the new tokens
+        # The places of the new tokens. If qkv has one row (B = 1), copy_() repeats it in all rows.
+        cache.kv[i].narrow(3, start, T).copy_(qkv[1:])
         q, k, v = qkv.unbind(0)
         if start > 0:
             k, v = cache.kv[i].narrow(3, 0, end).unbind(0)  # (B, n_head, end, head_dim)
@@ -454,9 +462,10 @@ def sample_next_token(
         return logits.argmax(dim=-1)
     probs, ids = candidates(logits, temperature, top_k, top_p)
     noise = exponential_noise(probs, generator)
-    # A property of random numbers E_i with exponential distribution: p_i / E_i is the largest of
-    # all with probability p_i. (E_i / p_i is like the waiting time for token i, and the shortest
-    # one wins.) torch.multinomial samples in this way, too; lessons/sampling.py has a simpler way.
+    # If each E_i has an exponential distribution of rate 1, then E_i / p_i has one of rate p_i. Of
+    # several such numbers, number i is the smallest with probability p_i / (sum of all p) = p_i. So
+    # p_i / E_i is the largest with probability p_i. torch.multinomial samples in this way, too;
+    # lessons/sampling.py has a simpler way.
     choice = (probs / noise).argmax(dim=-1, keepdim=True)  # (B, 1)
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 

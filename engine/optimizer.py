@@ -11,7 +11,7 @@ however large its gradients are.
 
 But the weights of a matrix act together. The gradient of a matrix often has a few large singular
 values and many small ones. Muon (Jordan et al. 2024) orthogonalizes the running mean of gradients:
-of its singular value decomposition U S V^T it takes U V^T, in which all directions have length 1.
+of its singular value decomposition U S V^T it takes U V^T, whose singular values are all 1.
 For example, diag(10, 0.1) becomes diag(1, 1). So rare directions are learned as fast as common
 ones.
 
@@ -143,8 +143,8 @@ class CombinedOptimizer:
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum, whose updates are orthogonalized (Jordan et al. 2024).
 
-    lr: the singular values of an update; sqrt(n) * lr for a matrix with n times as many rows as
-    columns. weight_decay: each step multiplies the weights by 1 - lr * weight_decay.
+    lr: each singular value of an update; times sqrt(n) if the matrix has n times as many rows as
+    columns (see step()). weight_decay: each step multiplies the weights by 1 - lr * weight_decay.
     Matrices of one shape are orthogonalized together, in batched products, where torch.optim.Muon
     takes one at a time. With dtype=bfloat16 these products are computed in bfloat16: several times
     faster where the hardware supports it, and a direction need not be exact.
@@ -194,9 +194,8 @@ class Muon(torch.optim.Optimizer):
                 orthogonal = self.orthogonalize_sharded(stacked).to(weights[0].dtype)
                 if found_inf is not None:
                     orthogonal = orthogonal * keep
-                # A tall orthogonal matrix spreads x over more rows. Without the factor, the
-                # numbers of matrix @ x would be smaller than the numbers of x. In a square or wide
-                # matrix they are about as large.
+                # Without the factor, the numbers in matrix @ x would be smaller than the numbers
+                # in x if the matrix is tall. (lessons/optimizers.py computes three examples.)
                 step_size = lr * max(1, rows / columns) ** 0.5
                 torch._foreach_sub_(weights, orthogonal.unbind(), alpha=step_size)
 
@@ -266,7 +265,8 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     # The Frobenius norm is at least as large as the largest singular value (before rounding).
     X = X / (X.norm(dim=(1, 2), keepdim=True) * SAFETY_FACTOR + 1e-7)
     for a, b, c in POLAR_EXPRESS_COEFFICIENTS:
-        # The polynomial of X / SAFETY_FACTOR. Dividing the coefficients takes no time.
+        # The polynomial of X / SAFETY_FACTOR. Dividing the coefficients takes no time. The first
+        # polynomial needs no second division, and is not harmed by it.
         a, b, c = a / SAFETY_FACTOR, b / SAFETY_FACTOR**3, c / SAFETY_FACTOR**5
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2

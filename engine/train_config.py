@@ -61,7 +61,9 @@ class TrainConfig:
     muon_learning_rate: NonNegativeFloat = 0.02  # peak learning rate of Muon
     warmup_iters: NonNegativeInt = 100  # steps of linear warmup: the first gradients mislead
     decay_lr: bool = True  # after warmup, decay the learning rate linearly until max_iters
-    min_lr: NonNegativeFloat = 0.0  # AdamW's learning rate at the end of the decay
+    min_lr: NonNegativeFloat = (
+        0.0  # AdamW's learning rate at the end of the decay; Muon's in proportion
+    )
     weight_decay: NonNegativeFloat = 0.1  # for matrices and embeddings: keeps weights small
     beta1: Annotated[float, Range(0, 0.9999)] = 0.9  # decay rate of AdamW's mean of gradients
     beta2: Annotated[float, Range(0, 0.999999)] = 0.99  # the same for squared gradients
@@ -74,7 +76,7 @@ class TrainConfig:
     activation_checkpointing: bool = False  # compute activations twice instead of storing them all
     num_threads: NonNegativeInt = 0  # CPU threads; 0: all, fewer while other programs are busy
 
-    replaced_settings: ClassVar[dict[str, str]] = {  # names of nanoGPT's and older names
+    replaced_settings: ClassVar[dict[str, str]] = {  # names in nanoGPT, and older names in Folio
         "lr_decay_iters": "the learning rate decays until max_iters",
         "eval_iters": "evaluation covers fixed windows; --eval_tokens limits them",
         "always_save_checkpoint": "resume.pt is always the latest, model.safetensors the best",

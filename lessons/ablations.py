@@ -50,8 +50,8 @@ MODELS = {  # each model, and what happens without the part
     "without layer norm": "At the start, the numbers in x are about 0.03: sums of two "
     "embeddings of size 0.02. Sublayers with such small inputs have small gradients: 0.001 times "
     "the gradients with layer norm. The model starts slowly.",
-    "without warmup": "The first steps are large, and they follow noise: see optimizers.py, part "
-    "1. The model starts from a worse place.",
+    "without warmup": "The first steps are large, and they follow noise: see the next lesson, "
+    "optimizers.py, part 1. The model starts from a worse place.",
     "one head instead of four": "One head of 64 channels replaces four of 16. At this size it "
     'makes no difference. In "Attention Is All You Need", translation has a BLEU of 24.9 with one '
     "head and 25.8 with eight. (BLEU: agreement with translations by people, at most 100.)",

@@ -33,7 +33,7 @@ class Node:
     value: Tensor  # what it passes on
 
     def scores(self, senders: list[Node]) -> list[float]:
-        """How well each sender's key fits this node's query: a dot product, divided."""
+        """How well each sender's key fits this node's query: dot product / sqrt(length)."""
         return [float(self.query @ s.key) / math.sqrt(len(self.query)) for s in senders]
 
     def receive(self, senders: list[Node]) -> tuple[Tensor, list[float]]:
@@ -212,7 +212,8 @@ def cross_attention() -> Tensor:
     print("A translator has read 6 German words and has written 4 English words. The German")
     print("words give the 6 keys and values. The English words give the 4 queries.")
     print("Each English word (row) looks for German words (columns) of its own kind.")
-    # The words themselves are queries, keys and values: 5 numbers each. 8: so that scores differ.
+    # The words themselves are queries, keys and values: 5 numbers each. Times 8: large scores, so
+    # that the weights differ clearly.
     _, weights = attend(8 * X, X_GERMAN, X_GERMAN)  # (4, 5), (6, 5), (6, 5) -> (4, 6)
     print_table(weights.tolist(), GERMAN)
     print('"sat" finds both parts of the German verb: "hat" and "gesetzt". There is no')

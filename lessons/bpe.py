@@ -14,8 +14,9 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-# The 256 bytes in GPT-2's order: first those that are visible characters in Latin-1. The id of a
-# byte is its position in this order, not its value: "e" is byte 101 and token 68. Any order works.
+# The 256 bytes in GPT-2's order: first the bytes that can be printed (33 to 126, 161 to 172, 174 to
+# 255). The id of a byte is its position in this order, not its value: "e" is byte 101 and token 68.
+# Any order works.
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES = [bytes([b]) for b in [*VISIBLE, *(b for b in range(256) if b not in VISIBLE)]]
 
@@ -73,7 +74,7 @@ def learn_merges(words: dict[Word, int], num_merges: int, num_shown: int = 0) ->
 
 
 def encode(text: str, merges: Merges) -> list[int]:
-    """Text -> token ids. In each word, merge as long as possible, the earliest merge first."""
+    """Text -> token ids. In each word, apply the earliest merge, until no pair has a merge."""
     ids = []
     for word in WORD.findall(text):
         word = bytes_to_ids(word.encode())

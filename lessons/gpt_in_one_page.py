@@ -54,6 +54,7 @@ class Block(nn.Module):
         # vector mean 0 and variance 1, so that all inputs have the same size, however large x is.
         x = x + self.attention_out(self.attention(self.norm_1(x)))
         # GELU, a smooth max(0, x), is not linear. Without it, the two layers would be equal to one.
+        # "tanh": GPT-2's approximation of GELU.
         return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_2(x)), approximate="tanh"))
 
     def attention(self, x: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ def main(steps: int = 400, folder: str = "") -> None:
         trained_model(Path(folder) if folder else newest_run())
     except FolioError as error:
         print(f"\nThe second part shows a trained model on real text.\n{wrap(str(error))}")
-    print("\nThe strong form: evaluate() in train.py, the mean over all positions.")
+    print("\nevaluate() in train.py takes the mean over all positions.")
 
 
 if __name__ == "__main__":

@@ -152,7 +152,8 @@ def main() -> None:
     equal = torch.allclose(loss, model(windows[:, :-1], windows[:, 1:]))
     print(f"Equal to model(inputs, targets) in model.py: {equal}")
     show_parameters()
-    print("\nThe strong form: model.py. A real batch: python -m data.show shakespeare_char")
+    print("\nThe strong form: model.py. A real batch, after python prepare_shakespeare.py:")
+    print("python -m data.show shakespeare_char")
 
 
 if __name__ == "__main__":

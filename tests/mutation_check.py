@@ -148,7 +148,7 @@ MUTATIONS = [
     ),
     Mutation(
         "with a shared prompt that only the first sample has", "engine/inference.py",
-        ".copy_(qkv[1:])  # the places", "[:, : qkv.size(1)].copy_(qkv[1:])  # the places",
+        ".copy_(qkv[1:])\n", "[:, : qkv.size(1)].copy_(qkv[1:])\n",
         "test_inference.py::test_generates_the_tokens_of_model_generate_for_rows_with_one_prompt",
         "All samples except the first continue a prompt that was never computed for them.",
     ),

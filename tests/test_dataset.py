@@ -301,9 +301,19 @@ def test_name_that_no_folder_can_have_is_refused(name):
         open_dataset(name, 8)
 
 
-def test_missing_dataset_that_can_be_downloaded_is_refused_with_the_command(data_folder):
-    with pytest.raises(FolioError, match=r"download it with python -m data\.prepare_fineweb"):
-        open_dataset("fineweb", 8)
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("fineweb", r"python -m data\.prepare_fineweb --shards=100"),
+        ("shakespeare_char", r"python prepare_shakespeare\.py"),
+        ("shakespeare_bpe", r"python prepare_shakespeare\.py --tokenizer=bpe"),
+    ],
+)
+def test_missing_dataset_that_folio_can_prepare_is_refused_with_the_command(
+    data_folder, name, command
+):
+    with pytest.raises(FolioError, match=rf"not found .*; prepare it with {command}$"):
+        open_dataset(name, 8)
 
 
 def test_nanogpt_folder_without_meta_json_is_read_as_uint16(tiny_dataset):
