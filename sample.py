@@ -46,7 +46,9 @@ SEPARATOR = "---------------"  # a line between two texts
 @dataclass
 class SampleConfig:
     # --- Model ---
-    out_dir: str = ""  # run folder, from Folio's folder on; empty: the newest in out/
+    out_dir: str = (
+        ""  # run folder; relative paths start at Folio's folder; empty: the newest in out/
+    )
     init_from: str = ""  # model instead of a run: gpt2, ..., gpt2-xl, or a folder
     # --- Text ---
     start: str = ""  # prompt (\n: newline), or FILE:path to read it from; empty: start of a text
@@ -77,6 +79,8 @@ class SampleConfig:
         self.stop = self.stop.replace("\\n", "\n")  # a shell passes "\n" on as two characters
         if self.forever and (self.num_samples > 1 or self.interactive):
             raise FolioError("--forever works with one sample only, and not with --interactive")
+        if self.interactive and self.start:
+            raise FolioError("--start: not with --interactive, which reads prompts")
 
 
 def main() -> None:
@@ -110,7 +114,7 @@ def sample(config: SampleConfig) -> None:
     else:
         prompts = [encode_prompt(config.start, tokenizer)]
     print(wrap(describe_run(folder)), file=sys.stderr)
-    threads = ThreadAdapter(device)
+    threads = ThreadAdapter(device)  # without a report: it would interrupt the text
     with explain_out_of_memory("fewer --num_samples, or --device=cpu"):
         for i, (prompt, ids) in enumerate(prompts):
             if i > 0 and not sys.stdin.isatty():  # in a terminal, "prompt: " stands between texts
@@ -125,7 +129,8 @@ def read_prompts(tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
         raise FolioError("--interactive: standard input is closed")
     is_terminal = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
-        # Bytes that are not UTF-8 become characters without a token: encode() names them.
+        # A byte that is not UTF-8 becomes a character that is in no vocabulary, so encode() raises
+        # an error that names it.
         encoding = None if is_terminal else "utf-8"  # a file or a pipe
         sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
     if is_terminal:
@@ -162,8 +167,9 @@ def generate_texts(
         stop_tokens=() if eos is None else (eos,),
         generator=generator,
     )
-    # read_ids() gives a tuple for each step: (id of sample 0, id of sample 1, ...). Sample i takes
-    # number i of each tuple. tee() keeps the ids of later samples while sample 0 is printed.
+    # read_ids() gives a list for each step: [id of sample 0, id of sample 1, ...]. Sample i takes
+    # number i of each list, up to the end-of-text token: map(), then takewhile(). tee() keeps the
+    # ids of later samples while sample 0 is printed.
     copies = itertools.tee(read_ids(steps), config.num_samples)
     for i, copy in enumerate(copies):
         sample_ids = itertools.takewhile(lambda token: token != eos, map(itemgetter(i), copy))
@@ -203,7 +209,7 @@ def print_samples(
             for piece in pieces:
                 print(piece, end="", flush=True)
                 if threads:
-                    threads.after_step()  # its message would interrupt the text
+                    threads.after_step()
         print()
     except BrokenPipeError:  # its reader has seen enough: python sample.py | head
         raise
