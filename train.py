@@ -32,7 +32,7 @@ from engine.cpu_threads import ThreadAdapter
 from engine.device import (
     ComputeDevice, check_same_device, choose_device, explain_out_of_memory, start_reading,
 )  # fmt: skip
-from engine.distributed import Distributed, GracefulShutdown, is_restarted
+from engine.distributed import Distributed, is_restarted
 from engine.inference import InferenceModel, read_ids
 from engine.metrics import MetricsLogger, StepMetrics, banner, check_trackers
 from engine.metrics import indented, peak_tokens_per_second, show_evaluation, summary
@@ -94,11 +94,11 @@ def main() -> None:
         # Train
         if config.eval_only:
             evaluate_only(config, state, dataset, model, device, dist)
-            return
-        dist.broadcast_from_main(lambda: start_run_folder(folder, config, dataset))
-        with GracefulShutdown(dist) as shutdown:
-            train(config, state, dataset, model, optimizer, scaler, device, dist, shutdown)
-        sys.exit(shutdown.exit_status)
+        else:
+            dist.broadcast_from_main(lambda: start_run_folder(folder, config, dataset))
+            with dist.shutdown:  # signals, such as Ctrl-C, finish the step
+                train(config, state, dataset, model, optimizer, scaler, device, dist)
+        sys.exit(dist.shutdown.exit_status)
 
 
 def train(
@@ -110,7 +110,6 @@ def train(
     scaler: torch.amp.GradScaler,
     device: ComputeDevice,
     dist: Distributed,
-    shutdown: GracefulShutdown,
 ) -> None:
     """Train until max_iters, until patience is exhausted, or until a signal asks to stop."""
     folder = resolve_out_dir(config.out_dir)
@@ -121,13 +120,11 @@ def train(
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         threads = ThreadAdapter(device, config.num_threads, dist.world_size, logger.print)
         logger.print(banner(config, state, dataset, model, device, folder))
-        find_best(config, state, dataset, device, dist, shutdown, threads, logger)
+        find_best(config, state, dataset, device, dist, threads, logger)
         while True:
             evaluation = None  # validation loss and bits per byte, if evaluated at this step
             if should_evaluate(state, config):
-                evaluation = evaluate(
-                    wrapped_model, dataset, config, device, dist, shutdown, threads
-                )
+                evaluation = evaluate(wrapped_model, dataset, config, device, dist, threads)
                 if evaluation is None:  # a signal interrupted it; resuming repeats it
                     logger.log_row()
                 else:
@@ -136,16 +133,15 @@ def train(
                 save_state(config, state, dataset, model, optimizer, scaler, dist, logger)
             if evaluation is not None:
                 show_sample(config, state, dataset, model, device, dist, logger, threads)
-            if is_finished(state, config) or shutdown.should_stop:
+            if is_finished(state, config) or dist.shutdown.should_stop:
                 break
             start_time = time.perf_counter()
             unread.append(train_step(
-                wrapped_model, optimizer, scaler, batches, config, state.step, device, dist,
-                shutdown,
+                wrapped_model, optimizer, scaler, batches, config, state.step, device, dist
             ))  # fmt: skip
             state.step += 1
             state.tokens += config.tokens_per_step
-            metrics = read_metrics(unread, config, state, scaler, device, dist, shutdown)
+            metrics = read_metrics(unread, config, state, scaler, device, dist)
             state.seconds += time.perf_counter() - start_time
             logger.log_steps(metrics)
             threads.after_step()  # fewer threads while other programs need the CPU
@@ -199,13 +195,11 @@ def train_step(
     step: int,
     device: ComputeDevice,
     dist: Distributed,
-    shutdown: GracefulShutdown,
 ) -> Callable[[], list[float]]:
     """Update the weights once, with the mean gradient of all micro-batches.
 
     The four numbered lines are what every training step does. `dist` has an effect with several
-    processes only, `scaler` in float16 only, and autocast has no effect in float32. `shutdown`
-    knows whether this process has received a signal, such as Ctrl-C.
+    processes only, `scaler` in float16 only, and autocast has no effect in float32.
 
     Returns a function that waits until the step is done and returns three numbers: the training
     loss before the step (nats per token), the norm of the gradient before clipping, and how many
@@ -234,7 +228,7 @@ def train_step(
     max_norm = config.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # 3. clip
     # Loss and signals of all processes, in one all-reduce.
-    stop_flag = torch.full_like(mean_loss, shutdown.local_exit_status() > 0)
+    stop_flag = torch.full_like(mean_loss, dist.shutdown.local_exit_status() > 0)
     mean_loss, n_stopped = dist.all_reduce_sum(torch.stack((mean_loss, stop_flag)))
     is_finite = torch.isfinite(mean_loss) & torch.isfinite(grad_norm)
     step_if_finite(optimizer, scaler, is_finite)  # 4. step
@@ -250,7 +244,6 @@ def read_metrics(
     scaler: torch.amp.GradScaler,
     device: ComputeDevice,
     dist: Distributed,
-    shutdown: GracefulShutdown,
 ) -> list[StepMetrics]:
     """Read the results of train_step() in `unread`, remove them from it, and return the metrics.
 
@@ -261,7 +254,7 @@ def read_metrics(
     """
     metrics = []
     n_kept = 0 if needs_metrics(state, config) else device.max_unread_steps
-    while len(unread) > n_kept or (unread and shutdown.should_stop):
+    while len(unread) > n_kept or (unread and dist.shutdown.should_stop):
         step = state.step - len(unread)
         mean_loss, grad_norm, n_stopped = unread.pop(0)()
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
@@ -269,7 +262,7 @@ def read_metrics(
                 read()
         check_finite(mean_loss, grad_norm, step, config, scaler, dist)
         if n_stopped > 0:  # equal in all processes: all of them stop
-            shutdown.sync()
+            dist.shutdown.sync()
         learning_rate = get_lr_multiplier(step, config) * config.learning_rate
         metrics.append(StepMetrics(mean_loss, grad_norm, learning_rate))
     return metrics
@@ -344,7 +337,6 @@ def evaluate(
     config: TrainConfig,
     device: ComputeDevice,
     dist: Distributed,
-    shutdown: GracefulShutdown | None = None,
     threads: ThreadAdapter | None = None,
 ) -> tuple[float, float] | None:
     """Validation loss in nats per token, and in bits per byte; None if a signal interrupts it.
@@ -360,7 +352,7 @@ def evaluate(
     )  # fmt: skip
     losses, token_counts, n_bytes = [], [], 0  # one loss and one count for each batch
     for inputs, targets in show_evaluation(prefetch(batches), dataset, config, dist):
-        if shutdown is not None and shutdown.local_exit_status():
+        if dist.shutdown.local_exit_status():
             break
         valid_targets = targets[targets != IGNORE_INDEX]
         token_counts.append(len(valid_targets))
@@ -370,7 +362,7 @@ def evaluate(
         if threads is not None:
             threads.after_step()
     model.train()
-    if shutdown is not None and shutdown.sync():
+    if dist.shutdown.sync():
         return None
     # Only here does the CPU wait for the device. A loss is a mean: times its tokens, it is a sum.
     batch_losses = torch.stack(losses).tolist() if losses else []
@@ -422,7 +414,6 @@ def find_best(
     dataset: Dataset,
     device: ComputeDevice,
     dist: Distributed,
-    shutdown: GracefulShutdown,
     threads: ThreadAdapter,
     logger: MetricsLogger,
 ) -> None:
@@ -447,7 +438,7 @@ def find_best(
     if "val_loss" not in saved or state.best_eval_tokens != config.eval_tokens:
         best_model = load_model(folder, vocab_size=dataset.tokenizer.vocab_size)
         best_model.to(device.torch_device, device.param_dtype)
-        evaluation = evaluate(best_model, dataset, config, device, dist, shutdown, threads)
+        evaluation = evaluate(best_model, dataset, config, device, dist, threads)
         if evaluation is not None:
             state.best_val_loss, state.best_eval_tokens = evaluation[0], config.eval_tokens
             if are_windows_new:
@@ -468,10 +459,9 @@ def evaluate_only(
     if dist.is_main:
         print(banner(config, state, dataset, model, device, folder), flush=True)
     threads = ThreadAdapter(device, config.num_threads, dist.world_size, tqdm.write)
-    val_loss, bits_per_byte = evaluate(
-        wrapped_model, dataset, config, device, dist, threads=threads
-    )
-    if dist.is_main:
+    evaluation = evaluate(wrapped_model, dataset, config, device, dist, threads)
+    if evaluation is not None and dist.is_main:  # None: torchrun has died
+        val_loss, bits_per_byte = evaluation
         # Perplexity 10: as unsure as a choice between 10 equally likely tokens.
         perplexity = torch.tensor(val_loss).exp()
         print(

@@ -43,12 +43,14 @@ class Distributed:
     """The process group of the job, as a context manager.
 
     rank: number of this process, from 0 to world_size - 1. local_rank: its number on this node.
+    shutdown: which signals the processes have received, such as Ctrl-C.
     Raises FolioError if the processes cannot connect, or when another process has died. (NCCL
     notices a lost process after its timeout only; torchrun sends signals before that.)
     """
 
     def __init__(self):
         self.rank, self.world_size, self.local_rank = 0, 1, 0
+        self.shutdown = GracefulShutdown(self)
         self._launcher_pid: int | None = None  # torchrun, the parent of this process
         self._tensor_groups: dict[torch.device, torch_dist.ProcessGroup] = {}
 
@@ -350,9 +352,9 @@ def is_restarted() -> bool:
 class GracefulShutdown:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a request that the training loop can see.
 
-    with GracefulShutdown(dist) as shutdown:
-        while not shutdown.sync(): ...
-    sys.exit(shutdown.exit_status)
+    with dist.shutdown:
+        while not dist.shutdown.sync(): ...
+    sys.exit(dist.shutdown.exit_status)
 
     exit_status: 130, 143 or 129 (128 + the signal's number, as in a shell); 0 without a signal.
     A second SIGINT or SIGTERM raises KeyboardInterrupt at once, except under torchrun. Signals that

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from configurator import parse_overrides
 from engine.device import ComputeDevice
-from engine.distributed import Distributed, GracefulShutdown
+from engine.distributed import Distributed
 from engine.inference import InferenceModel
 from engine.optimizer import make_optimizer
 from engine.run import TrainState, build_model, load_dataset, resolve_config
@@ -77,7 +77,6 @@ def run(tiny_flags, monkeypatch):
         config = resolve_config(parse_overrides(TrainConfig, tiny_flags))
         device = ComputeDevice(GPU, torch.float32, False, "")
         dist = Distributed()
-        shutdown = GracefulShutdown(dist)
         dataset = load_dataset(config)
         model = build_model(config, dataset.tokenizer, device)
         optimizer = make_optimizer(model, config, device.dtype)
@@ -108,11 +107,10 @@ def test_a_training_step_reads_nothing_and_its_numbers_are_read_at_once(run):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with FakeGPU() as gpu:
         result = train.train_step(
-            run.model, run.optimizer, scaler, batches, run.config, 0, run.device, run.dist,
-            run.shutdown,
-        )  # fmt: skip
+            run.model, run.optimizer, scaler, batches, run.config, 0, run.device, run.dist
+        )
         assert gpu.reads == []  # the CPU does not wait for the step
-        parts = (scaler, run.device, run.dist, run.shutdown)
+        parts = (scaler, run.device, run.dist)
         (metrics,) = train.read_metrics([result], run.config, TrainState(10), *parts)
     assert (metrics.loss, metrics.grad_norm) == (1, 1)
     assert gpu.reads == ["to cpu"]  # loss and norm together

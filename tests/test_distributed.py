@@ -363,7 +363,7 @@ def print_exchanges() -> None:
         )
         for step in range(2):
             batches = iter([(idx, idx + 1)] * 2)
-            parts = (batches, config, step, device, dist, GracefulShutdown(dist))
+            parts = (batches, config, step, device, dist)
             train.train_step(ddp_model, optimizer, device.grad_scaler(), *parts)
         print(f"{len(calls)} exchanges, {sum(sent)} of them of gradients", flush=True)
 
@@ -467,7 +467,7 @@ def run_train_with_faults(faults: dict[int, tuple[int, int]], *flags: str) -> No
             os.kill(os.getpid(), signum)
 
     def train_step_with_fault(*args):
-        *_, step, _, dist, _ = args
+        *_, step, _, dist = args
         raise_signal(dist.rank, step)
         return train_step(*args)
 

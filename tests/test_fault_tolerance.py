@@ -158,12 +158,12 @@ def train_with_phases(phase: Phase, flags: tuple[str, ...]) -> None:
 
         return wrapped
 
-    def train_step(model, optimizer, scaler, batches, config, step, device, dist, shutdown):
+    def train_step(model, optimizer, scaler, batches, config, step, device, dist):
         phase.begin("training")
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(step + 1)
-        return lambda: [1.0, 1.0, shutdown.local_exit_status() > 0]
+        return lambda: [1.0, 1.0, dist.shutdown.local_exit_status() > 0]
 
     def evaluate(model, *args):
         step = round(next(model.parameters()).flatten()[0].item())

@@ -29,7 +29,7 @@ from engine.checkpoint import (
     CHECKPOINT_FILE, WEIGHTS_FILE, load_checkpoint, load_model, save_checkpoint, save_model,
 )  # fmt: skip
 from engine.device import ComputeDevice, choose_device
-from engine.distributed import Distributed, GracefulShutdown
+from engine.distributed import Distributed
 from engine.metrics import StepMetrics
 from engine.optimizer import make_optimizer
 from engine.run import TrainState, build_model, check_divisible, load_dataset, resolve_config
@@ -62,7 +62,7 @@ def start_training(*flags: str) -> SimpleNamespace:
     run.dataset = load_dataset(run.config)
     run.model = build_model(run.config, run.dataset.tokenizer, run.device)
     run.optimizer = make_optimizer(run.model, run.config, run.device.dtype)
-    run.scaler, run.shutdown = run.device.grad_scaler(), GracefulShutdown(run.dist)
+    run.scaler = run.device.grad_scaler()
     return run
 
 
@@ -73,12 +73,11 @@ def batches_of(run: SimpleNamespace) -> train.Batches:
 def train_step(run: SimpleNamespace, batches: train.Batches, step: int = 0) -> StepMetrics:
     """One step, and its metrics."""
     result = train.train_step(
-        run.model, run.optimizer, run.scaler, batches, run.config, step, run.device, run.dist,
-        run.shutdown,
-    )  # fmt: skip
-    run.shutdown.should_stop = True  # on a GPU, too, read the numbers of the newest step
+        run.model, run.optimizer, run.scaler, batches, run.config, step, run.device, run.dist
+    )
+    run.dist.shutdown.should_stop = True  # on a GPU, too, read the numbers of the newest step
     (metrics,) = train.read_metrics(
-        [result], run.config, TrainState(step + 1), run.scaler, run.device, run.dist, run.shutdown
+        [result], run.config, TrainState(step + 1), run.scaler, run.device, run.dist
     )
     return metrics
 

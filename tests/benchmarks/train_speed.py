@@ -21,7 +21,7 @@ import torch
 from configurator import NonNegativeFloat, PositiveInt, configure, run_main
 from data.dataset import ShardedTokens, prefetch
 from engine.device import ComputeDevice, choose_device
-from engine.distributed import Distributed, GracefulShutdown
+from engine.distributed import Distributed
 from engine.metrics import flops_per_token
 from engine.optimizer import make_optimizer
 from engine.run import wrap_model
@@ -124,7 +124,6 @@ def make_step(
 ) -> Callable[[], None]:
     """A function that makes one training step as train.py does, with a new model."""
     dist = Distributed()  # one process
-    shutdown = GracefulShutdown(dist)
     unread: list[Callable[[], list[float]]] = []
     torch.manual_seed(0)
     shape.float32_attention = device.use_float32_attention(shape.block_size)
@@ -135,7 +134,7 @@ def make_step(
 
     def step() -> None:
         unread.append(
-            train_step(wrapped_model, optimizer, scaler, batches, config, 0, device, dist, shutdown)
+            train_step(wrapped_model, optimizer, scaler, batches, config, 0, device, dist)
         )
         if len(unread) > device.max_unread_steps:  # waits for the GPU, as train.py does
             unread.pop(0)()
