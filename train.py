@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import data  # noqa: F401 - first: it says what to do if torch is missing
 import torch
@@ -116,24 +117,23 @@ def train(
     wrapped_model = wrap_model(model, config, device, dist)
     batches = prefetch(training_batches(dataset.train, config, state.step, device, dist))
     peak = peak_tokens_per_second(model.config, device, dist.world_size)
-    unread: list[Callable[[], list[float]]] = []  # results of started steps, not read yet
+    unread: list[Callable[[], StepMetrics]] = []  # results of started steps, not read yet
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         threads = ThreadAdapter(device, config.num_threads, dist.world_size, logger.print)
         logger.print(banner(config, state, dataset, model, device, folder))
         find_best(config, state, dataset, device, dist, threads, logger)
+        due = what_is_due(state, config)
         while True:
             evaluation = None  # validation loss and bits per byte, if evaluated at this step
-            if should_evaluate(state, config):
+            if due.evaluation:
                 evaluation = evaluate(wrapped_model, dataset, config, device, dist, threads)
-                if evaluation is None:  # a signal interrupted it; resuming repeats it
-                    logger.log_row()
-                else:
-                    record_evaluation(*evaluation, config, state, dataset, model, dist, logger)
-            if should_save(state, config):  # a run that is killed earlier repeats the evaluation
+                record_evaluation(evaluation, config, state, dataset, model, dist, logger)
+            if due.checkpoint:  # a run that is killed earlier repeats the evaluation
                 save_state(config, state, dataset, model, optimizer, scaler, dist, logger)
             if evaluation is not None:
                 show_sample(config, state, dataset, model, device, dist, logger, threads)
-            if is_finished(state, config) or dist.shutdown.should_stop:
+            is_finished = state.step >= config.max_iters or is_patience_exhausted(state, config)
+            if is_finished or dist.shutdown.should_stop:
                 break
             start_time = time.perf_counter()
             unread.append(train_step(
@@ -141,11 +141,17 @@ def train(
             ))  # fmt: skip
             state.step += 1
             state.tokens += config.tokens_per_step
-            metrics = read_metrics(unread, config, state, scaler, device, dist)
+            due = what_is_due(state, config)
+            # Reading waits for the device. So on a GPU, the newest step is read when the next one
+            # has been started, unless its metrics are needed now.
+            n_kept = 0 if any(due) else device.max_unread_steps
+            metrics = []
+            while len(unread) > n_kept or (unread and dist.shutdown.should_stop):
+                metrics.append(unread.pop(0)())
             state.seconds += time.perf_counter() - start_time
             logger.log_steps(metrics)
             threads.after_step()  # fewer threads while other programs need the CPU
-            if state.step % config.log_interval == 0 and not should_evaluate(state, config):
+            if due.row and not due.evaluation:
                 logger.log_row()
             if config.snapshot_interval and state.step % config.snapshot_interval == 0:
                 save_snapshot(folder / f"step_{state.step:06}", config, state, dataset, model, dist)
@@ -158,29 +164,25 @@ def train(
         logger.print(summary(config, state, folder))
 
 
-def is_finished(state: TrainState, config: TrainConfig) -> bool:
-    """At max_iters, and after an evaluation that exhausts the patience."""
-    is_evaluated = state.last_eval_step == state.step
-    return state.step >= config.max_iters or (is_evaluated and is_patience_exhausted(state, config))
+class Due(NamedTuple):
+    """What comes before the next training step. Each needs the metrics of all earlier steps."""
+
+    row: bool  # of log.csv: every log_interval steps
+    evaluation: bool  # at step 0, every eval_interval steps, and at max_iters
+    checkpoint: bool  # at step 0, every checkpoint_interval or eval_interval steps, at max_iters
 
 
-def should_evaluate(state: TrainState, config: TrainConfig) -> bool:
-    """At step 0, every eval_interval steps, and at max_iters; once at each of these steps."""
-    is_due = state.step % config.eval_interval == 0 or state.step >= config.max_iters
-    return is_due and state.last_eval_step != state.step
-
-
-def should_save(state: TrainState, config: TrainConfig) -> bool:
-    """At step 0, every checkpoint_interval or eval_interval steps, and at max_iters; once each."""
-    interval = config.checkpoint_interval or config.eval_interval
-    is_due = state.step % interval == 0 or state.step >= config.max_iters
-    return is_due and state.last_checkpoint_step != state.step
-
-
-def needs_metrics(state: TrainState, config: TrainConfig) -> bool:
-    """Whether a row of log.csv, an evaluation or a checkpoint comes next: they need all metrics."""
-    is_row_due = state.step % config.log_interval == 0
-    return is_row_due or should_evaluate(state, config) or should_save(state, config)
+def what_is_due(state: TrainState, config: TrainConfig) -> Due:
+    """A resumed run does not repeat an evaluation or a checkpoint of its first step."""
+    step, is_last = state.step, state.step >= config.max_iters
+    is_row = step % config.log_interval == 0
+    is_evaluation = step % config.eval_interval == 0 or is_last
+    is_checkpoint = step % (config.checkpoint_interval or config.eval_interval) == 0 or is_last
+    return Due(
+        is_row,
+        is_evaluation and step != state.last_eval_step,
+        is_checkpoint and step != state.last_checkpoint_step,
+    )
 
 
 # --- The training step ---
@@ -195,18 +197,18 @@ def train_step(
     step: int,
     device: ComputeDevice,
     dist: Distributed,
-) -> Callable[[], list[float]]:
+) -> Callable[[], StepMetrics]:
     """Update the weights once, with the mean gradient of all micro-batches.
 
     The four numbered lines are what every training step does. `dist` has an effect with several
     processes only, `scaler` in float16 only, and autocast has no effect in float32.
 
-    Returns a function that waits until the step is done and returns three numbers: the training
-    loss before the step (nats per token), the norm of the gradient before clipping, and how many
-    processes have received a signal. Each process gets equal numbers. If loss or norm is NaN or
-    infinite, the weights do not change.
+    If the loss or a gradient is NaN or infinite, the weights do not change.
+    Returns a function that waits until the device has computed the step. It returns the metrics,
+    equal in all processes; it raises FolioError if one of them is NaN or infinite.
     """
-    set_lr_multiplier(optimizer, get_lr_multiplier(step, config))
+    lr_multiplier = get_lr_multiplier(step, config)
+    set_lr_multiplier(optimizer, lr_multiplier)
     grad_accum_steps = config.gradient_accumulation_steps
     mean_loss = 0.0
     # With 4 processes, process 1 takes micro-batches 1, 5, 9, ..., as in training_batches().
@@ -234,38 +236,16 @@ def train_step(
     step_if_finite(optimizer, scaler, is_finite)  # 4. step
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return start_reading(torch.stack((mean_loss, grad_norm, n_stopped)))
+    read_numbers = start_reading(torch.stack((mean_loss, grad_norm, n_stopped)))
 
-
-def read_metrics(
-    unread: list[Callable[[], list[float]]],
-    config: TrainConfig,
-    state: TrainState,
-    scaler: torch.amp.GradScaler,
-    device: ComputeDevice,
-    dist: Distributed,
-) -> list[StepMetrics]:
-    """Read the results of train_step() in `unread`, remove them from it, and return the metrics.
-
-    unread: the results of the last steps; state.step steps have been started.
-    Reading waits until the device has computed the step. So on a GPU the result of the newest step
-    stays in `unread` until the next step has been started, unless it is needed now.
-    Raises FolioError if a loss or a gradient is NaN or infinite.
-    """
-    metrics = []
-    n_kept = 0 if needs_metrics(state, config) else device.max_unread_steps
-    while len(unread) > n_kept or (unread and dist.shutdown.should_stop):
-        step = state.step - len(unread)
-        mean_loss, grad_norm, n_stopped = unread.pop(0)()
-        if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-            for read in unread:  # complete started steps: other processes wait for their all-reduce
-                read()
-        check_finite(mean_loss, grad_norm, step, config, scaler, dist)
-        if n_stopped > 0:  # equal in all processes: all of them stop
+    def read_metrics() -> StepMetrics:
+        loss, norm, n_stopped = read_numbers()
+        check_finite(loss, norm, step, config, scaler, dist)
+        if n_stopped > 0:  # of the processes have received a signal: all of them stop
             dist.shutdown.sync()
-        learning_rate = get_lr_multiplier(step, config) * config.learning_rate
-        metrics.append(StepMetrics(mean_loss, grad_norm, learning_rate))
-    return metrics
+        return StepMetrics(loss, norm, lr_multiplier * config.learning_rate)
+
+    return read_metrics
 
 
 def get_lr_multiplier(step: int, config: TrainConfig) -> float:
@@ -308,6 +288,8 @@ def check_finite(
             "--out_dir=NEW)"
         )
 
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # a step that is started already: other processes need its sums
     dist.broadcast_from_main(raise_error)  # all processes stop, and one of them prints the error
 
 
@@ -373,8 +355,7 @@ def evaluate(
 
 
 def record_evaluation(
-    val_loss: float,
-    bits_per_byte: float,
+    evaluation: tuple[float, float] | None,
     config: TrainConfig,
     state: TrainState,
     dataset: Dataset,
@@ -387,6 +368,10 @@ def record_evaluation(
     The weights of step 0 are never the best. So if finetuning only makes the loss worse, the folder
     has the best of the finetuned weights.
     """
+    if evaluation is None:  # a signal interrupted it; resuming repeats it
+        logger.log_row()
+        return
+    val_loss, bits_per_byte = evaluation
     state.last_eval_step, state.val_loss = state.step, val_loss
     is_best = state.step > 0 and val_loss < state.best_val_loss  # NaN < x is False
     if is_best:

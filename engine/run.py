@@ -62,10 +62,11 @@ class TrainState:
 
 
 def is_patience_exhausted(state: TrainState, config: TrainConfig) -> bool:
-    """Whether the last `patience` evaluations have not improved the best validation loss."""
+    """At an evaluation: whether the last `patience` ones have not improved the best loss."""
+    is_evaluated = state.last_eval_step == state.step
     steps_without_improvement = state.step - max(state.best_step, 0)
     # With patience 0 the answer is always False: 0 < 0.
-    return 0 < config.patience * config.eval_interval <= steps_without_improvement
+    return is_evaluated and 0 < config.patience * config.eval_interval <= steps_without_improvement
 
 
 # --- Settings ---

@@ -15,7 +15,7 @@ from engine.device import ComputeDevice
 from engine.distributed import Distributed
 from engine.inference import InferenceModel
 from engine.optimizer import make_optimizer
-from engine.run import TrainState, build_model, load_dataset, resolve_config
+from engine.run import build_model, load_dataset, resolve_config
 from engine.train_config import TrainConfig
 
 GPU = torch.device("meta")
@@ -106,12 +106,11 @@ def test_a_training_step_reads_nothing_and_its_numbers_are_read_at_once(run):
     batches = train.training_batches(run.dataset.train, run.config, 0, run.device, run.dist)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with FakeGPU() as gpu:
-        result = train.train_step(
+        read_metrics = train.train_step(
             run.model, run.optimizer, scaler, batches, run.config, 0, run.device, run.dist
         )
         assert gpu.reads == []  # the CPU does not wait for the step
-        parts = (scaler, run.device, run.dist)
-        (metrics,) = train.read_metrics([result], run.config, TrainState(10), *parts)
+        metrics = read_metrics()
     assert (metrics.loss, metrics.grad_norm) == (1, 1)
     assert gpu.reads == ["to cpu"]  # loss and norm together
 

@@ -163,7 +163,8 @@ def train_with_phases(phase: Phase, flags: tuple[str, ...]) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(step + 1)
-        return lambda: [1.0, 1.0, dist.shutdown.local_exit_status() > 0]
+        dist.shutdown.sync()
+        return lambda: metrics.StepMetrics(1.0, 1.0, 1.0)
 
     def evaluate(model, *args):
         step = round(next(model.parameters()).flatten()[0].item())

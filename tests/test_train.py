@@ -72,14 +72,10 @@ def batches_of(run: SimpleNamespace) -> train.Batches:
 
 def train_step(run: SimpleNamespace, batches: train.Batches, step: int = 0) -> StepMetrics:
     """One step, and its metrics."""
-    result = train.train_step(
+    read_metrics = train.train_step(
         run.model, run.optimizer, run.scaler, batches, run.config, step, run.device, run.dist
     )
-    run.dist.shutdown.should_stop = True  # on a GPU, too, read the numbers of the newest step
-    (metrics,) = train.read_metrics(
-        [result], run.config, TrainState(step + 1), run.scaler, run.device, run.dist
-    )
-    return metrics
+    return read_metrics()
 
 
 def evaluate(run: SimpleNamespace) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from configurator import NonNegativeFloat, PositiveInt, configure, run_main
 from data.dataset import ShardedTokens, prefetch
 from engine.device import ComputeDevice, choose_device
 from engine.distributed import Distributed
-from engine.metrics import flops_per_token
+from engine.metrics import StepMetrics, flops_per_token
 from engine.optimizer import make_optimizer
 from engine.run import wrap_model
 from engine.train_config import TrainConfig
@@ -124,7 +124,7 @@ def make_step(
 ) -> Callable[[], None]:
     """A function that makes one training step as train.py does, with a new model."""
     dist = Distributed()  # one process
-    unread: list[Callable[[], list[float]]] = []
+    unread: list[Callable[[], StepMetrics]] = []
     torch.manual_seed(0)
     shape.float32_attention = device.use_float32_attention(shape.block_size)
     model = GPT(shape).to(device.torch_device, device.param_dtype)
