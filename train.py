@@ -16,7 +16,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import data  # noqa: F401 - first: it says what to do if torch is missing
@@ -26,9 +25,7 @@ from tqdm import tqdm
 from configurator import FolioError, parse_overrides, run_main
 from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
 from data.dataset import derive_seed, evaluation_batches, prefetch, training_batch
-from engine.checkpoint import (
-    WEIGHTS_FILE, load_checkpoint, load_model, save_model, save_model_card,
-)  # fmt: skip
+from engine.checkpoint import WEIGHTS_FILE, load_checkpoint, load_model
 from engine.cpu_threads import ThreadAdapter
 from engine.device import (
     ComputeDevice, check_same_device, choose_device, explain_out_of_memory, start_reading,
@@ -40,8 +37,8 @@ from engine.metrics import indented, peak_tokens_per_second, show_evaluation, su
 from engine.optimizer import make_optimizer, set_lr_multiplier, step_if_finite
 from engine.run import (
     OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, check_same_dataset,
-    is_patience_exhausted, load_dataset, make_room, resolve_config, restore, save_run,
-    save_run_tokenizer, share_state, start_run_folder, wrap_model,
+    is_patience_exhausted, load_dataset, make_room, resolve_config, restore, save_best, save_run,
+    save_snapshot, share_state, start_run_folder, wrap_model,
 )  # fmt: skip
 from engine.run_folder import lock_run_folder, resolve_out_dir, weights_metadata
 from engine.train_config import TrainConfig
@@ -127,11 +124,11 @@ def train(
             evaluation = None  # validation loss and bits per byte, if evaluated at this step
             if due.evaluation:
                 evaluation = evaluate(wrapped_model, dataset, config, device, dist, threads)
-                record_evaluation(evaluation, config, state, dataset, model, dist, logger)
+                record_evaluation(evaluation, config, state, dataset, model, logger)
             if due.checkpoint:  # a run that is killed earlier repeats the evaluation
-                save_state(config, state, dataset, model, optimizer, scaler, dist, logger)
-            if evaluation is not None:
-                show_sample(config, state, dataset, model, device, dist, logger, threads)
+                save_state(config, state, dataset, model, optimizer, scaler, logger)
+            if evaluation is not None and due.sample and dist.is_main:
+                show_sample(config, dataset, model, device, logger, threads)
             is_finished = state.step >= config.max_iters or is_patience_exhausted(state, config)
             if is_finished or dist.shutdown.should_stop:
                 break
@@ -153,13 +150,13 @@ def train(
             threads.after_step()  # fewer threads while other programs need the CPU
             if due.row and not due.evaluation:
                 logger.log_row()
-            if config.snapshot_interval and state.step % config.snapshot_interval == 0:
-                save_snapshot(folder / f"step_{state.step:06}", config, state, dataset, model, dist)
+            if due.snapshot and dist.is_main:
+                save_snapshot(folder / f"step_{state.step:06}", config, state, dataset, model)
         # best_step is -1 if no trained weights were evaluated: then keep the last weights.
-        if state.best_step < 0 or not (folder / WEIGHTS_FILE).exists():
-            save_snapshot(folder, config, state, dataset, model, dist)
+        if dist.is_main and (state.best_step < 0 or not (folder / WEIGHTS_FILE).exists()):
+            save_snapshot(folder, config, state, dataset, model)
         if state.last_checkpoint_step != state.step:
-            save_state(config, state, dataset, model, optimizer, scaler, dist, logger)
+            save_state(config, state, dataset, model, optimizer, scaler, logger)
         logger.plot()
         logger.print(summary(config, state, folder))
 
@@ -167,21 +164,26 @@ def train(
 class Due(NamedTuple):
     """What comes before the next training step. Each needs the metrics of all earlier steps."""
 
-    row: bool  # of log.csv: every log_interval steps
-    evaluation: bool  # at step 0, every eval_interval steps, and at max_iters
-    checkpoint: bool  # at step 0, every checkpoint_interval or eval_interval steps, at max_iters
+    row: bool  # of log.csv
+    evaluation: bool
+    checkpoint: bool  # resume.pt
+    sample: bool  # printed after an evaluation
+    snapshot: bool  # weights in a folder step_*
 
 
 def what_is_due(state: TrainState, config: TrainConfig) -> Due:
     """A resumed run does not repeat an evaluation or a checkpoint of its first step."""
-    step, is_last = state.step, state.step >= config.max_iters
-    is_row = step % config.log_interval == 0
-    is_evaluation = step % config.eval_interval == 0 or is_last
-    is_checkpoint = step % (config.checkpoint_interval or config.eval_interval) == 0 or is_last
+
+    def is_due(interval: int) -> bool:
+        return state.step % interval == 0 or state.step >= config.max_iters
+
+    checkpoint_interval = config.checkpoint_interval or config.eval_interval
     return Due(
-        is_row,
-        is_evaluation and step != state.last_eval_step,
-        is_checkpoint and step != state.last_checkpoint_step,
+        row=state.step % config.log_interval == 0,
+        evaluation=is_due(config.eval_interval) and state.last_eval_step != state.step,
+        checkpoint=is_due(checkpoint_interval) and state.last_checkpoint_step != state.step,
+        sample=config.sample_tokens > 0 and is_due(config.eval_interval * config.sample_interval),
+        snapshot=config.snapshot_interval > 0 and state.step % config.snapshot_interval == 0,
     )
 
 
@@ -360,7 +362,6 @@ def record_evaluation(
     state: TrainState,
     dataset: Dataset,
     model: GPT,
-    dist: Distributed,
     logger: MetricsLogger,
 ) -> None:
     """Save the weights if they are the best so far; log and print the losses.
@@ -373,21 +374,15 @@ def record_evaluation(
         return
     val_loss, bits_per_byte = evaluation
     state.last_eval_step, state.val_loss = state.step, val_loss
-    is_best = state.step > 0 and val_loss < state.best_val_loss  # NaN < x is False
-    if is_best:
+    if state.step > 0 and val_loss < state.best_val_loss:  # NaN < x is False
         state.best_val_loss, state.best_step = val_loss, state.step
         state.best_eval_tokens = config.eval_tokens
-    if not dist.is_main:
+    if not logger.enabled:
         return
     logger.check_folder()
-    folder, step = resolve_out_dir(config.out_dir), state.step
-    if is_best:
-        numbers = {"step": step, "val_loss": val_loss, "eval_tokens": config.eval_tokens}
-        save_model(model, folder, dataset.tokenizer, **numbers)
-    if state.step == state.best_step and val_loss == state.best_val_loss:
-        # Not only if is_best: the run may have been killed between saving weights and model card.
-        losses = {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
-        save_model_card(folder, config, dataset.meta, step=step, **losses)
+    if (state.best_step, state.best_val_loss) == (state.step, val_loss):
+        # Again after resuming, if the run was killed between saving weights and model card.
+        save_best(logger.folder, config, state, dataset, model, bits_per_byte)
     logger.log_row(val_loss, bits_per_byte)
     logger.print(f"\n{logger.evaluation_line()}")
     logger.maybe_plot()
@@ -409,7 +404,7 @@ def find_best(
     cannot be compared. So are weights that another program saved without their loss. If a signal
     interrupts this evaluation, the next resuming repeats it.
     """
-    folder = resolve_out_dir(config.out_dir)
+    folder = logger.folder
     has_weights = dist.broadcast_from_main(lambda: (folder / WEIGHTS_FILE).exists())
     saved = dist.broadcast_from_main(lambda: weights_metadata(folder))
     if not has_weights or ("val_loss" not in saved and state.best_step < 0):
@@ -455,7 +450,7 @@ def evaluate_only(
         )
 
 
-# --- Checkpoints, snapshots and samples ---
+# --- Checkpoints and samples ---
 
 
 def save_state(
@@ -465,35 +460,28 @@ def save_state(
     model: GPT,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
-    dist: Distributed,
     logger: MetricsLogger,
 ) -> None:
     """Write resume.pt. If the latest validation loss is not finite, keep the old resume.pt."""
     state.last_checkpoint_step = state.step
     if not math.isfinite(state.val_loss):
         logger.warn_once(f"the validation loss is {state.val_loss}: resume.pt is not overwritten")
-    elif dist.is_main:
+    elif logger.enabled:
         logger.check_folder()
         start_time = time.perf_counter()
-        save_run(resolve_out_dir(config.out_dir), config, state, model, optimizer, scaler, dataset)
+        save_run(logger.folder, config, state, model, optimizer, scaler, dataset)
         logger.log_checkpoint(time.perf_counter() - start_time)
 
 
 def show_sample(
     config: TrainConfig,
-    state: TrainState,
     dataset: Dataset,
     model: GPT,
     device: ComputeDevice,
-    dist: Distributed,
     logger: MetricsLogger,
     threads: ThreadAdapter,
 ) -> None:
-    """After every sample_interval-th evaluation, print sample_tokens tokens from the model."""
-    is_due = state.step // config.eval_interval % config.sample_interval == 0
-    is_due = is_due or state.step >= config.max_iters
-    if not is_due or config.sample_tokens == 0 or not dist.is_main:
-        return
+    """Print sample_tokens tokens from the model."""
     start = torch.tensor([[dataset.tokenizer.start_token_id]], device=device.torch_device)
     ids = InferenceModel(model, device.torch_device).generate(
         start, config.sample_tokens, temperature=0.8, generator=device.generator(config.seed)
@@ -503,20 +491,6 @@ def show_sample(
         text += piece
         threads.after_step()
     logger.print(indented(text.strip()))
-
-
-def save_snapshot(
-    folder: Path,
-    config: TrainConfig,
-    state: TrainState,
-    dataset: Dataset,
-    model: GPT,
-    dist: Distributed,
-) -> None:
-    """Save weights and tokenizer as they are now, to sample from: --out_dir=out/.../step_000500."""
-    if dist.is_main:
-        save_model(model, folder, dataset.tokenizer, step=state.step)
-        save_run_tokenizer(folder, config, dataset)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
 )  # fmt: skip
 from engine.checkpoint import (
-    CHECKPOINT_FILE, find_checkpoint, load_model, rarest_token, save_checkpoint,
+    CHECKPOINT_FILE, find_checkpoint, load_model, rarest_token, save_checkpoint, save_model,
+    save_model_card,
 )  # fmt: skip
 from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
@@ -285,7 +286,29 @@ def save_run_tokenizer(folder: Path, config: TrainConfig, dataset: Dataset) -> N
     save_tokenizer(tokenizer, folder, **settings)
 
 
-# --- Checkpoints ---
+# --- Weights and checkpoints ---
+
+
+def save_best(
+    folder: Path,
+    config: TrainConfig,
+    state: TrainState,
+    dataset: Dataset,
+    model: GPT,
+    bits_per_byte: float,
+) -> None:
+    """Save the weights that have the best validation loss so far, and the model card."""
+    numbers = {"step": state.best_step, "val_loss": state.best_val_loss}
+    save_model(model, folder, dataset.tokenizer, **numbers, eval_tokens=state.best_eval_tokens)
+    save_model_card(folder, config, dataset.meta, **numbers, bits_per_byte=bits_per_byte)
+
+
+def save_snapshot(
+    folder: Path, config: TrainConfig, state: TrainState, dataset: Dataset, model: GPT
+) -> None:
+    """Save weights and tokenizer as they are now, to sample from: --out_dir=out/.../step_000500."""
+    save_model(model, folder, dataset.tokenizer, step=state.step)
+    save_run_tokenizer(folder, config, dataset)
 
 
 def save_run(

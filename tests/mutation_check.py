@@ -204,7 +204,7 @@ MUTATIONS = [
     ),
     Mutation(
         "with the latest weights kept, not the best", "train.py",
-        "    if is_best:\n        numbers", "    if True:\n        numbers",
+        "    if (state.best_step, state.best_val_loss) == (state.step, val_loss):", "    if True:",
         "test_train.py::test_the_folder_keeps_the_weights_of_the_lowest_validation_loss",
         "A model that overfits at the end replaces better weights.",
     ),

@@ -25,6 +25,7 @@ from data.dataset import training_batch
 from data.prepare import split_text, write_dataset
 from data.tokenizer import BPETokenizer, CharTokenizer
 from engine import checkpoint
+from engine import run as run_module
 from engine.checkpoint import (
     CHECKPOINT_FILE, WEIGHTS_FILE, load_checkpoint, load_model, save_checkpoint, save_model,
 )  # fmt: skip
@@ -557,7 +558,7 @@ def test_a_kill_between_weights_and_model_card_leaves_no_old_card(
         checkpoint.save_model_card(*args, step=step, **numbers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_model_card", killed_at_the_end)
+        patch.setattr(run_module, "save_model_card", killed_at_the_end)
         call(train, *tiny_flags)
     card = tmp_path / "run" / "README.md"
     assert "8 of 8 steps" not in card.read_text()
@@ -905,8 +906,8 @@ def test_the_checkpoint_is_written_after_weights_and_log(tiny_flags, run_train, 
     def recorded(name, function):
         return lambda *args, **kwargs: (written.append(name), function(*args, **kwargs))[1]
 
-    for name in ("save_model", "save_run"):
-        monkeypatch.setattr(train, name, recorded(name, getattr(train, name)))
+    for module, name in ((run_module, "save_model"), (train, "save_run")):
+        monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
     log_row = train.MetricsLogger.log_row
     monkeypatch.setattr(train.MetricsLogger, "log_row", recorded("log_row", log_row))
     run_train(*tiny_flags, "--max_iters=2", "--log_interval=99")
