@@ -117,22 +117,14 @@ class Distributed:
             raise SystemExit(0)  # the job's exit status is the main process's
         return result
 
-    def run_on_main(self, fn: Callable[[], T]) -> T | None:
-        """fn() in the main process, None in all others, which wait for it. One process: just fn().
-
-        If fn raises, or exits, in the main process, the other processes exit silently.
-        """
-        results = []
-        self.broadcast_from_main(lambda: results.append(fn()))  # fn's result is not sent
-        return results[0] if self.is_main else None
-
     def main_process_first(self, fn: Callable[[], T]) -> T:
         """fn(), run by the main process, then by all others. One process: just fn().
 
         So data is downloaded once, and an error is printed once.
         """
-        result = self.run_on_main(fn)
-        return result if self.is_main else fn()
+        results = []
+        self.broadcast_from_main(lambda: results.append(fn()))  # fn's result is not sent
+        return results[0] if self.is_main else fn()
 
     def check_same(self, value: T, message: Callable[[T], str]) -> None:
         """Raises FolioError if this process's value is not the main process's; all processes exit.
@@ -167,11 +159,6 @@ class Distributed:
 
         return map_tensors(nested if self.is_main else received, send)
 
-    def barrier(self) -> None:
-        """Wait until all processes are here."""
-        if self.world_size > 1:
-            torch_dist.barrier()
-
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replace `tensor`, in place, by the sum of all processes' tensors; returns it."""
         if self.world_size > 1:
@@ -196,7 +183,7 @@ class Distributed:
         Created when first needed, because only then it is known which device computes.
         """
         if device not in self._tensor_groups:
-            self.barrier()  # waits up to SETUP_TIMEOUT: other processes may still load data
+            torch_dist.barrier()  # waits up to SETUP_TIMEOUT: other processes may still load data
             is_cuda = device.type == "cuda"
             if is_cuda:
                 gpus: list[str] = [""] * self.world_size

@@ -177,10 +177,11 @@ def build_model(
     Raises FolioError if the model to start from has another tokenizer.
     """
     dist = dist or Distributed()
-    model = dist.run_on_main(lambda: initial_model(config, tokenizer, device))
+    model = dist.main_process_first(
+        lambda: initial_model(config, tokenizer, device) if dist.is_main else None
+    )
     model_config = dist.broadcast_from_main(lambda: model.config)
-    if model is None:
-        model = empty_model(model_config, device)
+    model = model or empty_model(model_config, device)
     return model.to(device.torch_device, device.param_dtype).train()
 
 

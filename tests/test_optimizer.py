@@ -222,7 +222,7 @@ def train_and_save(folder: Path, steps: range, dtype: torch.dtype) -> None:
         weights, state, _ = torch.load(folder / "process_0", weights_only=True)
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
-        dist.barrier()  # all have read the file
+        torch.distributed.barrier()  # all have read the file
         train(model, optimizer, steps)
         torch.save(
             [model.state_dict(), optimizer.state_dict(), n_matrices],
