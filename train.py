@@ -25,7 +25,7 @@ from tqdm import tqdm
 from configurator import FolioError, parse_overrides, run_main
 from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
 from data.dataset import derive_seed, evaluation_batches, prefetch, training_batch
-from engine.checkpoint import WEIGHTS_FILE, load_checkpoint, load_model
+from engine.checkpoint import WEIGHTS_FILE, load_model
 from engine.cpu_threads import ThreadAdapter
 from engine.device import (
     ComputeDevice, check_same_device, choose_device, explain_out_of_memory, start_reading,
@@ -37,8 +37,8 @@ from engine.metrics import indented, peak_tokens_per_second, show_evaluation, su
 from engine.optimizer import make_optimizer, set_lr_multiplier, step_if_finite
 from engine.run import (
     OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, check_same_dataset,
-    is_patience_exhausted, load_dataset, make_room, resolve_config, restore, save_best, save_run,
-    save_snapshot, share_state, start_run_folder, wrap_model,
+    is_patience_exhausted, load_dataset, make_room, resolve_config, resume, save_best, save_run,
+    save_snapshot, start_run_folder, wrap_model,
 )  # fmt: skip
 from engine.run_folder import lock_run_folder, resolve_out_dir, weights_metadata
 from engine.train_config import TrainConfig
@@ -80,16 +80,10 @@ def main() -> None:
         optimizer = make_optimizer(model, config, device.dtype, dist)
         scaler = device.grad_scaler()  # keeps small float16 gradients above 0; else does nothing
 
-        # Resume
+        # Resume, train
         state = TrainState()
         if config.init_from == "resume":
-            # The main process reads resume.pt. share_state() sends the state of optimizer and
-            # scaler to all processes, and wrap_model() sends the weights.
-            parts = (config, model, optimizer, scaler, dataset)
-            state = dist.broadcast_from_main(lambda: restore(load_checkpoint(folder), *parts))
-            share_state(optimizer, scaler, device, dist)
-
-        # Train
+            state = resume(config, model, optimizer, scaler, dataset, device, dist)
         if config.eval_only:
             evaluate_only(config, state, dataset, model, device, dist)
         else:

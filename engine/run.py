@@ -1,8 +1,12 @@
-"""How a run starts: from scratch, from the weights of a model, or resumed.
+"""How a run starts (from scratch, from the weights of a model, or resumed), and what it saves.
 
-config = resolve_config(overrides)                      # which settings, and where to start from
-model = build_model(config, tokenizer, device)          # new weights, or weights of a model
-state = restore(load_checkpoint(folder), ...)           # if resuming: continue where it stopped
+config = resolve_config(overrides)                # which settings, and where to start from
+dataset = load_dataset(config)
+make_room(folder, config)                         # an older run in this folder is moved aside
+model = build_model(config, tokenizer, device)    # new weights, or weights of a model
+state = resume(config, model, optimizer, ...)     # if resuming: continue where it stopped
+start_run_folder(folder, config, dataset)         # settings.json and the tokenizer
+save_best(...), save_run(...), save_snapshot(...) # the best weights, resume.pt, step_*
 """
 
 import dataclasses
@@ -23,8 +27,8 @@ from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
 )  # fmt: skip
 from engine.checkpoint import (
-    CHECKPOINT_FILE, find_checkpoint, load_model, rarest_token, save_checkpoint, save_model,
-    save_model_card,
+    CHECKPOINT_FILE, find_checkpoint, load_checkpoint, load_model, rarest_token, save_checkpoint,
+    save_model, save_model_card,
 )  # fmt: skip
 from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
@@ -172,7 +176,7 @@ def build_model(
     """The model on its device: with new weights, or with the weights of the model to finetune.
 
     Only the main process makes or reads weights; wrap_model() sends them to the other processes,
-    whose parameters are uninitialized until then. When resuming, restore() loads the saved weights.
+    whose parameters are uninitialized until then. When resuming, resume() loads the saved weights.
     dist: None means one process.
     Raises FolioError if the model to start from has another tokenizer.
     """
@@ -336,9 +340,39 @@ def save_run(
         "scaler": scaler.state_dict(),
         "train_state": dataclasses.asdict(state),
         "dataset": fingerprint(dataset),
-        "architecture": architecture_of(model),
+        # What the weights mean depends on these settings. (n_head changes no shape.)
+        "architecture": {
+            name: getattr(model.config, name) for name in (*ARCHITECTURE, "block_size")
+        },
     }
     save_checkpoint(folder, parts)
+
+
+def resume(
+    config: TrainConfig,
+    model: GPT,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    dataset: Dataset,
+    device: ComputeDevice,
+    dist: Distributed,
+) -> TrainState:
+    """Continue from resume.pt in the run folder, as restore() describes.
+
+    Only the main process reads the file. It sends the state of optimizer and scaler to the other
+    processes; wrap_model() sends the weights.
+    """
+    folder = resolve_out_dir(config.out_dir)
+    state = dist.broadcast_from_main(
+        lambda: restore(load_checkpoint(folder), config, model, optimizer, scaler, dataset)
+    )
+    parts = (optimizer, scaler)
+    states = [part.state_dict() for part in parts] if dist.is_main else None
+    states = dist.broadcast_tensors(states, device.torch_device)
+    if not dist.is_main:
+        for part, state_dict in zip(parts, states, strict=True):
+            part.load_state_dict(state_dict)
+    return state
 
 
 def restore(
@@ -351,7 +385,6 @@ def restore(
 ) -> TrainState:
     """Load a checkpoint into model, optimizer and scaler; return the state of the run.
 
-    With several processes, the main process does this, and share_state() follows.
     Learning rates and weight decay come from the settings, which may have changed.
     Raises FolioError if the dataset or the checkpoint is not that of this run.
     """
@@ -393,28 +426,6 @@ def restore(
             f"{folder / CHECKPOINT_FILE}: does not fit this run ({reason}); to start from its "
             f"weights instead: --init_from={folder} and another --out_dir"
         ) from None
-
-
-def share_state(
-    optimizer: Optimizer, scaler: torch.amp.GradScaler, device: ComputeDevice, dist: Distributed
-) -> None:
-    """After restore(): send the main process's optimizer and scaler state to all processes.
-
-    wrap_model() sends the weights.
-    """
-    if dist.world_size == 1:
-        return
-    parts = (optimizer, scaler)
-    states = [part.state_dict() for part in parts] if dist.is_main else None
-    states = dist.broadcast_tensors(states, device.torch_device)
-    if not dist.is_main:
-        for part, state in zip(parts, states, strict=True):
-            part.load_state_dict(state)
-
-
-def architecture_of(model: GPT) -> dict[str, Any]:
-    """The settings that decide what the weights mean. (n_head changes no shape.)"""
-    return {name: getattr(model.config, name) for name in (*ARCHITECTURE, "block_size")}
 
 
 def check_optimizer_state(optimizer: Optimizer) -> None:

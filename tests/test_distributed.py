@@ -477,7 +477,7 @@ def run_train_with_faults(faults: dict[int, tuple[int, int]], *flags: str) -> No
 def run_train_reading_on_main(*flags: str) -> None:
     """`python train.py FLAGS`, in which only the main process may read or make weights."""
     if os.environ["RANK"] != "0":
-        train.load_checkpoint = run_module.initial_model = None  # calling it would be an error
+        run_module.load_checkpoint = run_module.initial_model = None  # calling it would be an error
     run_train(*flags)
 
 
