@@ -35,7 +35,7 @@ from engine.distributed import Distributed, map_tensors
 from engine.hf_format import read_config
 from engine.optimizer import CombinedOptimizer
 from engine.run_folder import (
-    SETTINGS_FILE, make_folder, move_old_run_aside, prepare_out_dir, resolve_model_dir,
+    SETTINGS_FILE, make_folder, move_old_run_aside, remove_temporary_files, resolve_model_dir,
     resolve_out_dir,
 )  # fmt: skip
 from engine.train_config import TrainConfig
@@ -276,10 +276,11 @@ def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> Non
     When resuming, settings that have changed are saved with the first checkpoint: until then,
     nothing has been trained with them.
     """
-    resume = config.init_from == "resume"
-    prepare_out_dir(folder, resume)
-    if not resume:
+    if config.init_from != "resume":
+        move_old_run_aside(folder)
+        make_folder(folder)
         write_text(folder / SETTINGS_FILE, to_json(config))
+    remove_temporary_files(folder)
     save_run_tokenizer(folder, config, dataset)
 
 

@@ -2,7 +2,7 @@
 
     folder = resolve_out_dir("out/shakespeare_char")  # relative to the repository
     with lock_run_folder(folder):                     # no other process trains here
-        prepare_out_dir(folder, resume=False)         # an old run is moved aside
+        move_old_run_aside(folder)                    # unless it is resumed
 
 engine/checkpoint.py reads and writes the files in it.
 """
@@ -181,15 +181,9 @@ def lock_id(folder: Path) -> tuple[int, int] | None:
     return file_id(lock_path(folder))
 
 
-def prepare_out_dir(folder: str | Path, resume: bool) -> None:
-    """Make the folder ready for a run. If resume is False, an old run in it is moved aside.
-
-    Raises FolioError if the folder holds files that are not a run.
-    """
+def remove_temporary_files(folder: str | Path) -> None:
+    """Remove the temporary files that a killed process has left in a run folder."""
     folder = Path(folder)
-    if not resume:
-        move_old_run_aside(folder)
-    make_folder(folder)
     with explain_os_error(folder, "cannot be made ready for a run"):
         for path in (*folder.iterdir(), *folder.glob("step_*/*")):
             if is_temporary(path.name):

@@ -22,7 +22,7 @@ from engine.checkpoint import (
     save_model_card,
 )  # fmt: skip
 from engine.run import restore, save_run, save_run_tokenizer
-from engine.run_folder import SETTINGS_FILE, prepare_out_dir
+from engine.run_folder import SETTINGS_FILE, move_old_run_aside
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 from tests.fuzzing import Count, fuzz_settings, mutations
@@ -576,6 +576,6 @@ def test_missing_checkpoint_is_reported_with_the_way_to_go_on(tmp_path):
     with pytest.raises(FolioError, match=f"--init_from={tmp_path} --out_dir={tmp_path}-2"):
         find_checkpoint(tmp_path)
     (tmp_path / "ckpt.pt").touch()
-    for function in (find_checkpoint, lambda folder: prepare_out_dir(folder, resume=False)):
+    for function in (find_checkpoint, move_old_run_aside):
         with pytest.raises(FolioError, match=r"ckpt\.pt: a checkpoint of nanoGPT"):
             function(tmp_path)

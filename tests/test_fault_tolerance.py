@@ -35,7 +35,7 @@ from data.files import atomic_write
 from engine import checkpoint, metrics
 from engine.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, load_checkpoint, load_model
 from engine.log_file import parse_log
-from engine.run_folder import SETTINGS_FILE, prepare_out_dir
+from engine.run_folder import SETTINGS_FILE, remove_temporary_files
 from tests.conftest import assert_one_line_error, make_tiny_flags, prepare_tiny_dataset
 from tests.processes import Job, redirect, run_train, start
 from tests.test_train import assert_same_state, read_log, without_times
@@ -188,7 +188,7 @@ def contents_of(folder: Path) -> dict:
     if state["train_state"]["best_step"] >= 0 or (folder / WEIGHTS_FILE).exists():
         weights = [p.unique().tolist() for p in load_model(folder).parameters()]
     resumed = [tensor.unique().tolist() for tensor in state["model"].values()]
-    prepare_out_dir(folder, resume=True)
+    remove_temporary_files(folder)
     return {
         **state["train_state"], "weights": weights, "resumed": resumed,
         "temporary": [path.name for path in folder.glob(".*")],

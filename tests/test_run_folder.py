@@ -11,8 +11,8 @@ from engine import run_folder
 from engine.checkpoint import WEIGHTS_FILE, save_model
 from engine.log_file import COLUMNS, LOG_FILE
 from engine.run_folder import (
-    SETTINGS_FILE, describe_run, lock_run_folder, newest_run, prepare_out_dir, resolve_model_dir,
-    resolve_out_dir,
+    SETTINGS_FILE, describe_run, lock_run_folder, make_folder, move_old_run_aside, newest_run,
+    remove_temporary_files, resolve_model_dir, resolve_out_dir,
 )  # fmt: skip
 from tests.test_checkpoint import random_model
 
@@ -113,15 +113,22 @@ def test_describe_run_gives_step_and_loss_and_whether_training_was_finished(tmp_
 # --- Preparing the folder for a run ---
 
 
+def prepare(folder):
+    """As start_run_folder() does."""
+    move_old_run_aside(str(folder))
+    make_folder(folder)
+    remove_temporary_files(str(folder))
+
+
 def test_a_run_folder_is_locked_by_one_process_at_a_time(tmp_path):
     folder = tmp_path / "new" / "run"
     refused = pytest.raises(FolioError, match="another process")
     with lock_run_folder(str(folder)):
-        prepare_out_dir(folder, resume=False)
+        prepare(folder)
         (folder / SETTINGS_FILE).write_text(json.dumps(RUN_SETTINGS))
         with refused, lock_run_folder(folder):
             pass
-        prepare_out_dir(folder, resume=False)  # the old run is moved aside, the lock stays
+        prepare(folder)  # the old run is moved aside, the lock stays
         with refused, lock_run_folder(folder):
             pass
     with lock_run_folder(folder):
@@ -151,7 +158,7 @@ def test_symbolic_links_lead_to_the_lock_and_the_backup_of_the_real_folder(tmp_p
         lock_run_folder(resolve_out_dir(link)),
     ):
         pass
-    prepare_out_dir(resolve_out_dir(link), resume=False)
+    prepare(resolve_out_dir(link))
     assert link.is_symlink() and list(link.iterdir()) == []
     assert (tmp_path / "real.1" / SETTINGS_FILE).exists()
 
@@ -168,7 +175,7 @@ def test_the_lock_of_a_mount_point_is_inside(tmp_path, monkeypatch):
         lock_run_folder(tmp_path / "elsewhere"),
     ):
         pass
-    prepare_out_dir(tmp_path / "volume", resume=False)  # empty, but for the lock
+    prepare(tmp_path / "volume")  # empty, but for the lock
     assert not list(tmp_path.glob("volume.*"))
 
 
@@ -177,7 +184,7 @@ def test_an_old_run_is_moved_aside_and_other_files_are_never_moved(tmp_path, cap
     for n in (1, 2):
         folder.mkdir(exist_ok=True)
         (folder / SETTINGS_FILE).write_text(json.dumps({**RUN_SETTINGS, "max_iters": n}))
-        prepare_out_dir(str(folder), resume=False)
+        prepare(folder)
         assert not (folder / SETTINGS_FILE).exists()
         backup = json.loads((tmp_path / f"run.{n}" / SETTINGS_FILE).read_text())
         assert backup["max_iters"] == n
@@ -185,7 +192,7 @@ def test_an_old_run_is_moved_aside_and_other_files_are_never_moved(tmp_path, cap
     for name, contents in (("diary.txt", "dear diary"), (SETTINGS_FILE, '{"editor.tabSize": 4}')):
         (folder / name).write_text(contents)
         with pytest.raises(FolioError, match=rf"not a run of Folio's \({name}\)"):
-            prepare_out_dir(folder, resume=False)
+            prepare(folder)
         assert (folder / name).read_text() == contents
         (folder / name).unlink()
 
@@ -196,18 +203,18 @@ def test_a_folder_that_holds_another_run_is_not_moved_aside(tmp_path):
         folder.mkdir()
         (folder / SETTINGS_FILE).write_text(json.dumps(RUN_SETTINGS))
     with pytest.raises(FolioError, match="holds the run inside"):
-        prepare_out_dir(tmp_path / "run", resume=False)
+        prepare(tmp_path / "run")
     assert not (tmp_path / "run.1").exists()
 
 
 def test_temporary_files_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
-    prepare_out_dir(tmp_path / "run", resume=False)
+    prepare(tmp_path / "run")
     snapshot = tmp_path / "run" / "step_000500"
     snapshot.mkdir()
     for folder in (tmp_path / "run", snapshot):
         for name in (".tmpAbCdEf", f".{WEIGHTS_FILE}.tmp", WEIGHTS_FILE, SETTINGS_FILE, ".notes"):
             (folder / name).write_text("half")
-    prepare_out_dir(tmp_path / "run", resume=True)
+    remove_temporary_files(tmp_path / "run")
     kept = sorted([WEIGHTS_FILE, SETTINGS_FILE, ".notes"])
     assert sorted(path.name for path in snapshot.iterdir()) == kept
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted([*kept, "step_000500"])
@@ -215,7 +222,7 @@ def test_temporary_files_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
 
 def test_a_run_killed_before_it_saved_its_settings_does_not_block_the_folder(tmp_path):
     (tmp_path / f".{SETTINGS_FILE}.tmp").write_text("{")
-    prepare_out_dir(tmp_path, resume=False)
+    prepare(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
