@@ -51,14 +51,15 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # inputs and targets, (B,
 
 def main() -> None:
     # With one process, dist.broadcast_from_main(f) and dist.main_process_first(f) are just f().
+    # exit_stack: what enters it (the lock, the explanation of errors) ends when this block ends.
     with Distributed() as dist, contextlib.ExitStack() as exit_stack:
         # Settings, and the folder of the run
         overrides = dist.broadcast_from_main(lambda: parse_overrides(TrainConfig))
         folder = resolve_out_dir(overrides.get("out_dir", TrainConfig.out_dir))
         if not overrides.get("eval_only"):  # lock before reading: another job may write there
-            lock = lock_run_folder(folder)  # of the main process; exit_stack releases it at the end
+            lock = lock_run_folder(folder)  # of the main process
             dist.broadcast_from_main(lambda: exit_stack.enter_context(lock))
-        # A restarted node sees it in its environment; the other nodes learn it from that node.
+        # Only the restarted node sees the restart in its environment variables.
         restarted = bool(dist.all_reduce_max(int(is_restarted())))
         config = dist.broadcast_from_main(
             lambda: resolve_config(overrides, restarted, dist.world_size)
@@ -119,7 +120,7 @@ def train(
             if due.evaluation:
                 evaluation = evaluate(wrapped_model, dataset, config, device, dist, threads)
                 record_evaluation(evaluation, config, state, dataset, model, logger)
-            if due.checkpoint:  # a run that is killed earlier repeats the evaluation
+            if due.checkpoint:  # if killed before, the resumed run repeats the evaluation
                 save_state(config, state, dataset, model, optimizer, scaler, logger)
             if evaluation is not None and due.sample and dist.is_main:
                 show_sample(config, dataset, model, device, logger, threads)
@@ -211,7 +212,7 @@ def train_step(
     for micro_batch in dist.shard(range(grad_accum_steps)):
         inputs, targets = next(batches)  # (B, T) each
         # Processes exchange gradients once per step, in the backward pass of the last micro-batch.
-        is_last = micro_batch + dist.world_size >= grad_accum_steps
+        is_last = micro_batch + dist.world_size >= grad_accum_steps  # of 8: 5 + 4 >= 8
         dist.set_grad_sync(model, is_last)
         if config.dropout:  # depends on these three numbers alone, so that resuming is exact
             torch.manual_seed(derive_seed(config.seed, step, micro_batch))
@@ -265,7 +266,7 @@ def check_finite(
     scaler: torch.amp.GradScaler,
     dist: Distributed,
 ) -> None:
-    """Raise FolioError if a loss or gradient is NaN or infinite. It has changed no weights.
+    """Raise FolioError if a loss or gradient is NaN or infinite. The step has changed no weights.
 
     In float16 a gradient may overflow: the scaler then skips the step and lowers its scale. If the
     scale is already tiny, lowering it does not help, so this is an error.
@@ -393,6 +394,7 @@ def find_best(
 ) -> None:
     """After resuming: let the state describe the best weights that are in the run folder.
 
+    In a new run there is nothing to find.
     If the run was killed between saving these weights and its checkpoint, they are newer than the
     checkpoint. If eval_tokens has changed, they are evaluated again: losses on different windows
     cannot be compared. So are weights that another program saved without their loss. If a signal

@@ -140,15 +140,18 @@ def load_model_and_tokenizer(folder: str | Path) -> tuple[GPT, Tokenizer]:
     return load_model(folder, vocab_size=tokenizer.vocab_size), tokenizer
 
 
-def rarest_token(tokens: ShardedTokens) -> int:
-    """The token that is rarest in (the first million tokens of) a dataset.
+def padding_token(tokens: ShardedTokens) -> int | None:
+    """The token that is rarest in (the first million tokens of) a dataset; None: all are frequent.
 
-    transformers needs a padding token, and leaves it out when it decodes generated text. A
-    vocabulary of characters has none to spare, so the rarest one does the least damage.
+    transformers fills up a batch of unequal texts with a padding token, and leaves this token out
+    of all text that it decodes. A vocabulary of characters has none to spare, so a character that
+    is rarer than 1 in 10,000 does the least damage. Without one, transformers pads no batch.
     """
     ids = tokens.shards[0][: 2**20]
     tokens.check_ids(ids)
-    return int(np.bincount(ids, minlength=tokens.vocab_size).argmin())
+    counts = np.bincount(ids, minlength=tokens.vocab_size)
+    rarest = int(counts.argmin())
+    return rarest if counts[rarest] * 10_000 <= len(ids) else None
 
 
 def save_model_card(

@@ -27,7 +27,7 @@ from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
 )  # fmt: skip
 from engine.checkpoint import (
-    CHECKPOINT_FILE, find_checkpoint, load_checkpoint, load_model, rarest_token, save_checkpoint,
+    CHECKPOINT_FILE, find_checkpoint, load_checkpoint, load_model, padding_token, save_checkpoint,
     save_model, save_model_card,
 )  # fmt: skip
 from engine.device import ComputeDevice
@@ -288,7 +288,9 @@ def save_run_tokenizer(folder: Path, config: TrainConfig, dataset: Dataset) -> N
     """Save the dataset's tokenizer in a run folder, or in one of its step_* folders."""
     tokenizer, settings = dataset.tokenizer, {"model_max_length": config.block_size}
     if isinstance(tokenizer, CharTokenizer) and tokenizer.eos_token_id is None:
-        settings["pad_token"] = tokenizer.decode([rarest_token(dataset.train)])
+        token = padding_token(dataset.train)
+        if token is not None:
+            settings["pad_token"] = tokenizer.decode([token])
     save_tokenizer(tokenizer, folder, **settings)
 
 

@@ -18,7 +18,7 @@ from data.dataset import Dataset, ShardedTokens
 from data.tokenizer import CharTokenizer, save_tokenizer
 from engine.checkpoint import (
     CHECKPOINT_FILE, WEIGHTS_FILE, find_checkpoint, load_checkpoint, load_model,
-    load_model_and_tokenizer, rarest_token, read_config, save_checkpoint, save_model,
+    load_model_and_tokenizer, padding_token, read_config, save_checkpoint, save_model,
     save_model_card,
 )  # fmt: skip
 from engine.run import restore, save_run, save_run_tokenizer
@@ -196,28 +196,42 @@ def test_padded_batches_work_in_transformers(tmp_path, tokenizer):
     assert torch.equal(generated[0, -2:], model.generate(short, 2, top_k=1)[0, -2:])
 
 
-def test_rarest_token_is_the_one_that_occurs_least(tmp_path):
-    np.array([0, 1, 1, 3, 3, 3, 2, 2, 0], dtype="<u2").tofile(tmp_path / "train.bin")
-    assert rarest_token(ShardedTokens(tmp_path, "train", {}, vocab_size=4)) == 0
-    assert rarest_token(ShardedTokens(tmp_path, "train", {}, vocab_size=5)) == 4
+def test_padding_token_is_the_rarest_one_if_it_is_rare(tmp_path):
+    ids = np.zeros(20_000, dtype="<u2")
+    ids[:4] = 1, 1, 2, 2
+    ids.tofile(tmp_path / "train.bin")
+    assert padding_token(ShardedTokens(tmp_path, "train", {}, vocab_size=3)) == 1
+    assert padding_token(ShardedTokens(tmp_path, "train", {}, vocab_size=4)) == 3
+    ids[4:6] = 1, 2  # each 3 in 20,000
+    ids.tofile(tmp_path / "train.bin")
+    assert padding_token(ShardedTokens(tmp_path, "train", {}, vocab_size=3)) is None
 
 
-def test_rarest_token_refuses_ids_outside_the_vocabulary(tmp_path):
+def test_padding_token_refuses_ids_outside_the_vocabulary(tmp_path):
     ids = np.zeros(70_000, "<u2")
     ids[-1] = 9
     ids.tofile(tmp_path / "train.bin")
     tokens = ShardedTokens(tmp_path, "train", {}, vocab_size=4)
     with pytest.raises(FolioError, match="token id 9 is out of range"):
-        rarest_token(tokens)
+        padding_token(tokens)
 
 
-def test_transformers_fills_up_batches_of_characters_with_the_rarest_one(tmp_path):
-    np.array([0, 0, 1, 2, 2], dtype="<u2").tofile(tmp_path / "train.bin")
+@pytest.mark.parametrize(("counts", "pad"), [((20_000, 1, 2), "b"), ((7, 5, 8), None)])
+def test_transformers_fills_up_batches_with_a_rare_character_only(tmp_path, counts, pad):
+    """transformers leaves the padding token out of all text that it decodes."""
+    np.repeat(np.arange(3, dtype="<u2"), counts).tofile(tmp_path / "train.bin")
     train = ShardedTokens(tmp_path, "train", {}, vocab_size=3)
     dataset = Dataset(tmp_path, CharTokenizer.from_text("abc"), {}, train=train, val=train)
     save_run_tokenizer(tmp_path, TrainConfig(block_size=8), dataset)
+    save_model(GPT(GPTConfig(8, 3, 1, 1, 8)), tmp_path, dataset.tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert (theirs.pad_token, theirs.model_max_length) == ("b", 8)
+    assert (theirs.pad_token, theirs.model_max_length) == (pad, 8)
+    gpt = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    generate = transformers.pipeline("text-generation", model=gpt, tokenizer=theirs, device="cpu")
+    text = generate("abcab", max_new_tokens=2, do_sample=False)[0]["generated_text"]
+    assert len(text) == 7 or pad
+    ids = theirs("abcab")["input_ids"]
+    assert theirs.decode(ids, skip_special_tokens=True) == ("aca" if pad else "abcab")
 
 
 def test_model_card_names_data_settings_loss_and_how_to_load(tmp_path):
