@@ -173,7 +173,7 @@ def generate_texts(
     copies = itertools.tee(read_ids(steps), config.num_samples)
     for i, copy in enumerate(copies):
         sample_ids = itertools.takewhile(lambda token: token != eos, map(itemgetter(i), copy))
-        yield until_stop(tokenizer.decode_stream(sample_ids), config.stop)
+        yield until_stop(tokenizer.decode_stream(sample_ids, ids), config.stop)
 
 
 def until_stop(pieces: Iterable[str], stop: str) -> Iterator[str]:

@@ -138,9 +138,10 @@ def derive_seed(*numbers: int) -> int:
 
 # --- The files of token ids ---
 #
-# train*.bin and val*.bin hold token ids as little-endian uint16, or uint32 if the vocabulary is
-# larger than 65,536. A split may have several files, called shards. GPT-2-tokenized FineWeb (web
-# pages) has shards with a header of 256 int32; no other dataset has it.
+# train.bin and val.bin hold token ids as little-endian uint16, or uint32 if the vocabulary is
+# larger than 65,536. A split may have several files, called shards: train_000001.bin,
+# train_000002.bin, and so on. GPT-2-tokenized FineWeb (web pages) has shards with a header of 256
+# int32; no other dataset has it.
 #
 # The files are memory-mapped: do not change or shorten them while a program reads them. If a mapped
 # file becomes shorter, the system kills the program (bus error). A new file may replace an old one.
@@ -158,12 +159,14 @@ class ShardedTokens:
 
     def __init__(self, folder: str | Path, split: str, meta: dict[str, Any], vocab_size: int):
         folder = Path(folder)
-        self.name = f"{folder / split}*.bin"
+        self.name = f"{folder / split}*.bin"  # train.bin, or train_000001.bin, ...
         self.vocab_size = vocab_size
         default_dtype = "uint16" if vocab_size <= 2**16 else "uint32"
         dtype = np.dtype(meta.get("dtype", default_dtype)).newbyteorder("<")
-        whole = folder / f"{split}.bin"  # then train_backup.bin, for example, is no shard
-        paths = [whole] if whole.exists() else sorted(folder.glob(f"{split}*.bin"))
+        whole = folder / f"{split}.bin"
+        shards = folder.glob(f"{split}_*.bin")
+        numbered = [path for path in shards if path.stem.removeprefix(f"{split}_").isdecimal()]
+        paths = [whole] if whole.exists() else sorted(numbered)
         if not paths:
             raise FolioError(f"{self.name}: not found; prepare the dataset again")
         self.shards = [memmap_shard(path, dtype) for path in paths]

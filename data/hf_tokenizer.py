@@ -16,7 +16,7 @@ other, the versions of transformers do not agree on the ids, and the folder is r
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -157,10 +157,11 @@ class HFTokenizer(Tokenizer):
         with tokenizers_errors_as(FolioError, "tokenizer.json has a damaged decoder: "):
             return self._backend.decode(ids, skip_special_tokens=False)
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+    def decode_stream(self, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
         # The text of a token depends on its neighbors: "##ing" follows without a space. So the
         # last tokens are decoded together, and what is new is yielded.
-        window, shown = [], ""
+        window = list(prompt[-20:])
+        shown = self.decode(window)
         for i in ids:
             window.append(i)
             text = self.decode(window)

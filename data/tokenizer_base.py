@@ -3,7 +3,7 @@
 import codecs
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -61,9 +61,11 @@ class Tokenizer(ABC):
         """
         return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", errors="replace")
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+    def decode_stream(self, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
         """Yield the text of each token as the token arrives.
 
+        prompt: the tokens before. With some tokenizers of other models, they decide whether the
+        first text begins with a space.
         A character may be spread over several tokens: until its last token arrives, yields ''. If
         the last character stays incomplete, yields U+FFFD (�) after the last token.
         """

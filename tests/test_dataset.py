@@ -242,6 +242,8 @@ def make_folder(path):
 def test_shards_may_hold_more_tokens_than_meta_json_states(tiny_dataset):
     """A preparation adds shards while another program reads the dataset."""
     (tiny_dataset / "train.bin").rename(tiny_dataset / "train_000001.bin")
+    for name in ("train_holdout", "train_000001 (copy)", "train_000001_old", "train2"):
+        shutil.copy(tiny_dataset / "val.bin", tiny_dataset / f"{name}.bin")  # these are no shards
     set_meta(tiny_dataset, train_tokens=3000)
     assert len(open_dataset(tiny_dataset, 8).train) == 3085
 

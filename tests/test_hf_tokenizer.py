@@ -249,6 +249,11 @@ def test_ids_equal_transformers(folder):
         assert ids.tolist() == theirs(text, add_special_tokens=False)["input_ids"], text
         assert tokenizer.decode(ids) == theirs.decode(ids)
         assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)
+        for n in range(1, len(ids)):  # the tokens of a prompt, and of its continuation
+            prompt, whole = tokenizer.decode(ids[:n]), tokenizer.decode(ids)
+            if whole.startswith(prompt):  # else a character is cut into two
+                continuation = "".join(tokenizer.decode_stream(ids[n:], ids[:n]))
+                assert prompt + continuation == whole
 
 
 def test_saved_tokenizer_is_equal_here_and_in_transformers(folder, tmp_path):
