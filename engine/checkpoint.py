@@ -30,8 +30,8 @@ from data.dataset import ShardedTokens
 from data.files import atomic_write, shell_command, write_json, write_text
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine.hf_format import (
-    BIASES, SHA256_KEY, WEIGHTS_FILE, from_hf_state_dict, load_torch_file, read_config,
-    read_weights, sha256_of, to_hf_config, to_hf_state_dict,
+    BIASES, SHA256_KEY, WEIGHTS_FILE, from_hf_state_dict, load_torch_file, model_without_memory,
+    read_config, read_weights, sha256_of, to_hf_config, to_hf_state_dict,
 )  # fmt: skip
 from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, shown_path
 from engine.train_config import TrainConfig
@@ -126,8 +126,7 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
     positions, rows = "transformer.wpe.weight", "transformer.wte.weight"
     state_dict[positions] = state_dict[positions][: config.block_size]
     state_dict[rows] = state_dict[rows][: config.vocab_size]
-    with torch.device("meta"):  # shapes only, no memory: the state_dict has the weights
-        model = GPT(config)
+    model = model_without_memory(config)  # the state_dict has the weights
     n_padding = model.transformer.wte.weight.size(0) - config.vocab_size
     state_dict[rows] = torch.nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
     model.load_state_dict(state_dict, assign=True)  # assign: parameters on "meta" have no memory

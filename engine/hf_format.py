@@ -21,6 +21,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from torch.overrides import TorchFunctionMode
 
 from configurator import FolioError, first_line
 from data.files import shell_command
@@ -220,13 +221,30 @@ def check_names_and_shapes(
 
 def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
     """The names and shapes of the parameters of GPT(config). All blocks have the same ones."""
-    with torch.device("meta"):  # no memory
-        model = GPT(dataclasses.replace(config, n_layer=1))
+    model = model_without_memory(dataclasses.replace(config, n_layer=1))
     return {
         name.replace(".h.0.", f".h.{layer}."): parameter.shape
         for layer in range(config.n_layer)
         for name, parameter in model.named_parameters()
     }
+
+
+class NoInitialization(TorchFunctionMode):
+    """Inside, the functions of torch.nn.init do nothing.
+
+    For tensors on "meta", they would import torch's compiler, which takes two seconds.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def model_without_memory(config: GPTConfig) -> GPT:
+    """A GPT on the device "meta": its parameters have shapes, but no numbers."""
+    with torch.device("meta"), NoInitialization():
+        return GPT(config)
 
 
 # --- Files of weights ---

@@ -32,7 +32,7 @@ from engine.checkpoint import (
 )  # fmt: skip
 from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
-from engine.hf_format import read_config
+from engine.hf_format import model_without_memory, read_config
 from engine.optimizer import CombinedOptimizer
 from engine.run_folder import (
     SETTINGS_FILE, make_folder, move_old_run_aside, remove_temporary_files, resolve_model_dir,
@@ -191,8 +191,7 @@ def build_model(
 
 def empty_model(model_config: GPTConfig, device: ComputeDevice) -> GPT:
     """A model with uninitialized parameters. Fast; allocates memory on the device only."""
-    with torch.device("meta"):  # shapes without memory
-        model = GPT(model_config)
+    model = model_without_memory(model_config)
     return model.to_empty(device=device.torch_device)  # memory, into which nothing is written
 
 

@@ -12,6 +12,7 @@ import transformers
 from hypothesis import given
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configurator import FolioError
 from data.dataset import Dataset, ShardedTokens
@@ -21,6 +22,7 @@ from engine.checkpoint import (
     load_model_and_tokenizer, padding_token, read_config, save_checkpoint, save_model,
     save_model_card,
 )  # fmt: skip
+from engine.hf_format import model_without_memory
 from engine.run import restore, save_run, save_run_tokenizer
 from engine.run_folder import SETTINGS_FILE, move_old_run_aside
 from engine.train_config import TrainConfig
@@ -345,6 +347,24 @@ def test_malformed_index_is_refused_by_name(tmp_path, contents):
     (tmp_path / f"{WEIGHTS_FILE}.index.json").write_text(contents, encoding="latin-1")
     with pytest.raises(FolioError, match=r"model\.safetensors\.index\.json"):
         load_model(tmp_path)
+
+
+def test_a_model_without_memory_has_the_shapes_and_draws_no_numbers():
+    """Drawing numbers on "meta" would import torch's compiler, which takes two seconds."""
+    operations = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operations.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    config = GPTConfig(8, 13, 2, 2, 16)
+    with Recorder():
+        model = model_without_memory(config)
+    assert operations and not any("normal_" in name or "uniform_" in name for name in operations)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert shapes == {name: p.shape for name, p in GPT(config).named_parameters()}
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
