@@ -344,6 +344,8 @@ def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenize
             f"{folder / 'meta.pkl'}: nanoGPT's vocabulary of characters; it is a pickle, which can "
             f"run any code, so Folio does not open it; prepare the text again: {command}"
         )
+    if given is None and not any(file.endswith(".bin") for file in files):
+        raise FolioError(f"{folder}: not a dataset{dataset_hint(name)}")
     if given is None:
         raise FolioError(
             f"{folder}: tokenizer.json not found; prepare the dataset again, or use "

@@ -271,4 +271,8 @@ def advice_without_checkpoint(path: Path) -> str:
         where = shown_path(folder)
         flags = shell_command(f"--init_from={where}", f"--out_dir={where}-2")
         return f"to continue from the best weights: {flags}"
+    beside = sorted(found.parent for found in folder.parent.glob(f"*/{CHECKPOINT_FILE}"))
+    if beside:
+        names = [shell_command(f"--out_dir={shown_path(run)}") for run in beside[:3]]
+        return f"name the run: {' or '.join(names)}"
     return "--init_from=scratch starts a new run"

@@ -473,7 +473,9 @@ def banner(
         lines.append(labeled("note", note))
     if not config.eval_only:
         lines.append(f"folder   {relative_path(folder)}")
-    return "\n".join([*lines, *filter(None, [replacement_warning(dataset.meta)])])
+    if config.init_from != "resume":  # once for each run
+        lines += filter(None, [replacement_warning(dataset.meta)])
+    return "\n".join(lines)
 
 
 # In training, for a rough estimate. Measured: 2e10 for shakespeare_char on an AMD EPYC; larger

@@ -52,6 +52,8 @@ def main() -> None:
         names = [str(folder) for folder in folders]
     runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
     print(comparison_table(runs, shutil.get_terminal_size().columns))
+    if len({run.settings.get("vocabulary") for run in runs.values()} - {None}) > 1:
+        print("\nlosses of different vocabularies cannot be compared; compare bits per byte")
     picture = user_path(config.picture)
     picture.parent.mkdir(parents=True, exist_ok=True)
     title = "validation loss (training loss: pale)" if len(runs) > 1 else names[0]
@@ -89,7 +91,8 @@ def comparison_table(runs: dict[str, LoggedRun], width: int) -> str:
     settings = [run.settings for run in runs.values()]
     for name in dict.fromkeys(itertools.chain.from_iterable(settings)):
         values = [str(values.get(name, "")) for values in settings]
-        if name != "out_dir" and len(set(values)) > 1:
+        is_restart = name == "init_from" and {*values} <= {"scratch", "auto", "resume"}
+        if name != "out_dir" and not is_restart and len(set(values)) > 1:
             lines.append([name, *values])
     results = [run_results(run.rows) for run in runs.values()]
     lines += [[name, *(result[name] for result in results)] for name in results[0]]
@@ -185,12 +188,14 @@ def plot_run(axes: Any, name: str, rows: list[LogRow], x: XAxis, color: str) -> 
 
 def loss_range(logs: list[list[LogRow]]) -> tuple[float, float]:
     """The range of the vertical axis: all losses after the first fifth of each run, or after its
-    first evaluation if that is earlier. All losses of a run that was evaluated at step 0 only.
+    first evaluation if that is earlier. Runs that were evaluated at step 0 only count if there are
+    no others.
 
     Earlier losses fall so fast that later losses would have a narrow strip of the picture.
     """
     losses = []
-    for rows in logs:
+    trained = [rows for rows in logs if any(row["step"] for row in evaluations(rows))]
+    for rows in trained or logs:
         evaluated = [row["step"] for row in evaluations(rows) if row["step"] > 0]
         start = min(rows[-1]["step"] / 5, evaluated[0]) if evaluated else 0
         late = [row for row in rows if row["step"] >= start]

@@ -303,6 +303,13 @@ def test_name_that_no_folder_can_have_is_refused(name):
         open_dataset(name, 8)
 
 
+def test_a_folder_without_tokens_is_no_dataset(data_folder):
+    (data_folder / "shakespeare").mkdir()
+    (data_folder / "shakespeare" / "input.txt").write_text("a text, as it was downloaded")
+    with pytest.raises(FolioError, match=r"shakespeare: not a dataset; .*data\.prepare_text"):
+        open_dataset("shakespeare", 8)
+
+
 @pytest.mark.parametrize(
     ("name", "command"),
     [

@@ -81,6 +81,10 @@ def test_the_loss_range_of_short_runs(rows, expected):
     assert high - low < 1.5
 
 
+def test_a_run_stopped_at_step_0_does_not_set_the_scale_of_others():
+    assert loss_range([ROWS, ROWS[:1]]) == loss_range([ROWS])
+
+
 def test_the_number_of_a_run_stopped_at_step_0_does_not_touch_the_axis(axes, tmp_path):
     plot_losses({"run": ROWS[:1]}, tmp_path / "loss.png", x_max=2000)
     number = axes[0].texts[0].get_window_extent()

@@ -782,7 +782,11 @@ def test_resolve_config_decides_where_the_weights_come_from(tiny_flags, tmp_path
         return resolve_config(parse_overrides(TrainConfig, [*tiny_flags, flag])).init_from
 
     assert init_from("--init_from=auto") == "scratch"
-    with pytest.raises(FolioError, match=r"resume.pt: no checkpoint to resume from"):
+    with pytest.raises(FolioError, match=r"resume.pt: no checkpoint to resume from; .*scratch"):
+        init_from("--init_from=resume")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "resume.pt").touch()
+    with pytest.raises(FolioError, match=rf"name the run: --out_dir={tmp_path / 'other'}$"):
         init_from("--init_from=resume")
     with pytest.raises(FolioError, match=r"config.json"):
         init_from(f"--init_from={tmp_path}")
