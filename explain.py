@@ -202,6 +202,8 @@ def explain(model: GPT, ids: torch.Tensor) -> dict[str, Any]:
         x = block(x)
         streams.append(x)
     logits = model(idx)[0].float()  # (T, V)
+    if not logits.isfinite().all():
+        raise FolioError("the logits of this model are not finite: its training has diverged")
     targets = torch.cat((ids[1:], ids.new_full((1,), -1)))
     losses = cross_entropy(logits[:-1], ids[1:], reduction="none").tolist()
     lower = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()

@@ -91,18 +91,17 @@ def show_samples(n: int = 10_000) -> list[int]:
 
 def show_model() -> None:
     """One prompt, continued at several temperatures by the newest trained model."""
-    from configurator import FolioError
+    from configurator import FolioError, wrap
     from engine.checkpoint import load_model_and_tokenizer
     from engine.run_folder import newest_run
 
     try:
         folder = newest_run()
-    except FolioError:
-        print("\nThere is no trained model yet. Train one, then start this lesson again:")
-        print("    python train.py config/shakespeare_char.py")
+        model, tokenizer = load_model_and_tokenizer(folder)
+        idx = torch.from_numpy(tokenizer.encode("\nROMEO:\n"))[None]  # (1, 8)
+    except FolioError as error:
+        print(f"\nThe last part continues a play with a trained model.\n{wrap(str(error))}")
         return
-    model, tokenizer = load_model_and_tokenizer(folder)
-    idx = torch.from_numpy(tokenizer.encode("\nROMEO:\n"))[None]  # (1, 8)
     print(f"\nNow with the model in {folder}:")
     for temperature in (0.2, 0.5, 1.0, 1.5):
         title = f"temperature {temperature}"

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import explain
+from configurator import FolioError
 from data.prepare import split_text, write_dataset
 from data.tokenizer import BPETokenizer, CharTokenizer, save_tokenizer
 from engine.checkpoint import load_model, save_model
@@ -104,6 +105,15 @@ def test_the_numbers_of_the_page_are_those_of_the_model(tmp_path, call):
     embedding = checkpoint["layers"][0]
     assert embedding["mean_loss"] == pytest.approx(-probs.log().mean().item(), rel=1e-5)
     assert data["token"] == "one character"
+
+
+def test_a_model_whose_logits_overflow_is_refused():
+    """JSON has no NaN: the page would be empty."""
+    model = GPT(GPTConfig(8, 5, 1, 1, 8)).eval()
+    model.transformer.ln_f.weight.data.fill_(1e38)
+    model.transformer.wte.weight.data.mul_(1e10)
+    with pytest.raises(FolioError, match="logits of this model are not finite"):
+        explain.explain(model, torch.arange(4))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import data.bpe
+import engine.checkpoint
 import engine.run_folder
 import train
 from configurator import FolioError
@@ -532,12 +533,24 @@ def test_sampling_continues_a_prompt_with_the_newest_run(run_folder, capsys):
     assert "temperature 1.5" in output
 
 
-def test_lessons_name_the_command_if_there_is_no_run(monkeypatch, capsys):
+def test_lessons_say_so_if_there_is_no_run(monkeypatch, capsys):
     def no_run() -> Path:
         raise FolioError("no trained model")
 
     monkeypatch.setattr(engine.run_folder, "newest_run", no_run)
     sampling.show_model()
-    assert "python train.py config/shakespeare_char.py" in capsys.readouterr().out
+    assert "no trained model" in capsys.readouterr().out
     in_context.main(steps=1)
     assert "no trained model" in capsys.readouterr().out
+
+
+def test_sampling_says_that_a_model_of_other_characters_cannot_continue_a_play(
+    run_folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        engine.checkpoint, "load_model_and_tokenizer", lambda _: (None, CharTokenizer("0123=+\n"))
+    )
+    sampling.show_model()
+    assert "the character 'R' at position 1 is not in the vocabulary" in " ".join(
+        capsys.readouterr().out.split()
+    )
