@@ -113,6 +113,15 @@ def wrap(text: str, indent: int = 0) -> str:
     return lines.replace(NO_BREAK, " ")
 
 
+# Control characters, which could clear or lock a terminal, without tab and newline.
+CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\ufffd")
+
+
+def for_terminal(text: str) -> str:
+    """The text with U+FFFD (�) for control characters: a model may generate any byte."""
+    return text.translate(CONTROL_CHARACTERS)
+
+
 # --- What a setting may be ---
 
 

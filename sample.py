@@ -29,6 +29,7 @@ from configurator import (
     Probability,
     Range,
     configure,
+    for_terminal,
     run_main,
     wrap,
 )
@@ -207,7 +208,7 @@ def print_samples(
         for i, pieces in enumerate(samples):
             print(f"\n{SEPARATOR}\n" if i else "", prompt, sep="", end="", flush=True)
             for piece in pieces:
-                print(piece, end="", flush=True)
+                print(for_terminal(piece) if sys.stdout.isatty() else piece, end="", flush=True)
                 if threads:
                     threads.after_step()
         print()

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from configurator import ROOT, FolioError, first_line, flush_output, wrap
+from configurator import ROOT, FolioError, first_line, flush_output, for_terminal, wrap
 from data.dataset import Dataset
 from data.files import rename_to_backup, shell_command, write_text
 from data.prepare import plural
@@ -486,15 +486,15 @@ FLOPS_OF_A_CPU_THREAD = 3e10
 def long_run_note(
     config: TrainConfig, state: TrainState, model_config: GPTConfig, device: ComputeDevice
 ) -> str:
-    """How long a recipe that was made for GPUs will take on this CPU; "" if less than six hours."""
+    """How long a recipe that was made for GPUs will take on this CPU; "" if less than an hour."""
     if device.torch_device.type != "cpu":
         return ""
     tokens = (config.max_iters - state.step) * config.tokens_per_step
     flops = FLOPS_OF_A_CPU_THREAD * torch.get_num_threads()
     hours = tokens * flops_per_token(model_config) / flops / 3600
-    if hours < 6:
+    if hours < 1:
         return ""
-    duration = f"{hours:,.0f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
+    duration = plural(round(hours), "hour") if hours < 48 else f"{hours / 24:,.0f} days"
     return f"this is work for a GPU: on this CPU it takes roughly {duration}"
 
 
@@ -592,7 +592,7 @@ def labeled(label: str, text: str) -> str:
 def indented(text: str) -> str:
     """The lines of a text, indented by 4 columns and wrapped at the width of the terminal."""
     width = max(shutil.get_terminal_size().columns - 4, 10)  # 0 or less would be an error
-    lines = [textwrap.wrap(line, width) or [""] for line in text.splitlines()]
+    lines = [textwrap.wrap(line, width) or [""] for line in for_terminal(text).splitlines()]
     return textwrap.indent("\n".join(itertools.chain(*lines)), "    ")
 
 

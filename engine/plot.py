@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 import shutil
+import textwrap
 import sys
 import warnings
 from dataclasses import dataclass
@@ -157,7 +158,8 @@ def plot_losses(
         axes.set_xlim(-0.04 * end, 1.1 * end)  # a number at step 0 does not touch the axis
         axes.set_ylim(*loss_range(list(runs.values())))
         axes.set(xlabel=x, ylabel="loss (nats per token)")
-        axes.set_title(printable(title), fontsize=10, parse_math=False)
+        title = textwrap.fill(printable(title), 85)  # as much as fits into a line
+        axes.set_title(title, fontsize=10, parse_math=False)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         for text in axes.legend(frameon=False).get_texts():

@@ -378,6 +378,10 @@ def test_lines_of_a_sample_fit_the_terminal_and_empty_lines_stay(monkeypatch):
     )
 
 
+def test_a_sample_with_control_characters_does_not_reach_the_terminal():
+    assert indented("a\x1bc\x08\x9bd\te\nf") == "    a�c��d  e\n    f"
+
+
 @pytest.mark.parametrize("columns", ["1", "4"])
 def test_a_sample_is_shown_on_the_narrowest_terminal(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
@@ -486,11 +490,21 @@ def test_the_banner_says_what_will_be_trained():
 def test_the_banner_says_how_long_a_recipe_for_a_gpu_takes_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     # 768 tokens per step, 6 (786,432 + 8,320) + 393,216 FLOPs per token, 3e10 FLOPS per thread
-    for max_iters, duration in ((1_000_000, "18 hours"), (10_000_000, "8 days")):
+    for max_iters, duration in (
+        (60_000, "1 hour"), (1_000_000, "18 hours"), (10_000_000, "8 days"),
+    ):  # fmt: skip
         lines = make_banner(TrainState(), max_iters=max_iters)
         expected = f"note     this is work for a GPU: on this CPU it takes roughly {duration}"
         assert expected in lines
     assert not any(line.startswith("note") for line in make_banner(TrainState(), max_iters=2000))
+
+
+def test_the_banner_names_the_replacement_text_once_for_each_run():
+    meta = {"replacement_for": "shakespeare"}
+    text = " ".join(make_banner(TrainState(), notice=meta))
+    assert "WARNING  Shakespeare could not be downloaded" in text
+    resumed = make_banner(TrainState(step=2), notice=meta, init_from="resume")
+    assert "WARNING" not in " ".join(resumed)
 
 
 def test_the_banner_of_a_resumed_run_counts_the_steps_left():

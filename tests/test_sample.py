@@ -318,6 +318,15 @@ def test_nanogpts_name_for_the_weights_in_out_dir_is_accepted(run_sample, folder
 # --- In a terminal ---
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_control_characters_are_not_sent_to_a_terminal(monkeypatch, is_terminal):
+    output = io.StringIO()
+    output.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stdout", output)
+    sample.print_samples("a\n", [["b\x1b", "c"]])
+    assert output.getvalue() == ("a\nb�c\n" if is_terminal else "a\nb\x1bc\n")
+
+
 def sample_forever(folder) -> None:
     sys.argv = ["sample.py", f"--out_dir={folder}", "--forever"]
     run_main(sample.main)
