@@ -204,11 +204,12 @@ def print_samples(
     threads: adapted after each piece.
     Raises FolioError if standard output cannot be written, for example because a disk is full.
     """
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
     try:
         for i, pieces in enumerate(samples):
             print(f"\n{SEPARATOR}\n" if i else "", prompt, sep="", end="", flush=True)
             for piece in pieces:
-                print(for_terminal(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+                print(for_terminal(piece) if is_terminal else piece, end="", flush=True)
                 if threads:
                     threads.after_step()
         print()

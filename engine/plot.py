@@ -193,13 +193,17 @@ def loss_range(logs: list[list[LogRow]]) -> tuple[float, float]:
     first evaluation if that is earlier. Runs that were evaluated at step 0 only count if there are
     no others.
 
-    Earlier losses fall so fast that later losses would have a narrow strip of the picture.
+    Earlier losses fall so fast that later losses would have a narrow strip of the picture. All
+    losses of a run count that started near its best loss: its weights were finetuned.
     """
     losses = []
     trained = [rows for rows in logs if any(row["step"] for row in evaluations(rows))]
     for rows in trained or logs:
         evaluated = [row["step"] for row in evaluations(rows) if row["step"] > 0]
         start = min(rows[-1]["step"] / 5, evaluated[0]) if evaluated else 0
+        val_losses = [row["val_loss"] for row in evaluations(rows)]
+        if val_losses and val_losses[0] < 1.5 * min(val_losses):
+            start = 0
         late = [row for row in rows if row["step"] >= start]
         losses += [row[name] for row in late for name in ("train_loss", "val_loss")]
     losses = [loss for loss in losses if loss is not None and math.isfinite(loss)] or [0.0]

@@ -81,6 +81,12 @@ def test_the_loss_range_of_short_runs(rows, expected):
     assert high - low < 1.5
 
 
+def test_the_range_of_finetuning_has_its_first_loss():
+    rows = [make_row(step, None, loss) for step, loss in ((0, 2.5), (50, 2.1), (100, 2.0))]
+    low, high = loss_range([rows])
+    assert low < 2.0 and 2.5 < high < 2.6
+
+
 def test_a_run_stopped_at_step_0_does_not_set_the_scale_of_others():
     assert loss_range([ROWS, ROWS[:1]]) == loss_range([ROWS])
 
