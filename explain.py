@@ -151,8 +151,7 @@ def choose_checkpoints(folder: Path, max_snapshots: int) -> list[Path]:
 
 def saved_step(folder: Path) -> int:
     """The step after which these weights of a run were saved; -1 if the file does not say it."""
-    step = weights_metadata(folder).get("step", "")
-    return int(step) if step.isdecimal() else -1
+    return weights_metadata(folder).get("step", -1)
 
 
 def checkpoint_label(folder: Path) -> str:
@@ -168,7 +167,7 @@ def checkpoint_label(folder: Path) -> str:
     if loss is None:
         return f"{label}, not evaluated"
     best = " (best weights)" if folder == run else ""
-    return f"{label}, validation loss {float(loss):.4f}{best}"
+    return f"{label}, validation loss {loss:.4f}{best}"
 
 
 def output_path(config: ExplainConfig, folder: Path) -> Path:

@@ -407,10 +407,10 @@ def find_best(
         state.best_val_loss, state.best_step = math.inf, -1  # no weights that were evaluated
         return
     are_windows_new = state.best_step >= 0 and state.best_eval_tokens != config.eval_tokens
-    state.best_step = int(saved.get("step", state.best_step))
-    state.best_eval_tokens = int(saved.get("eval_tokens", state.best_eval_tokens))
+    state.best_step = saved.get("step", state.best_step)
+    state.best_eval_tokens = saved.get("eval_tokens", state.best_eval_tokens)
     if "val_loss" in saved:
-        state.best_val_loss = float(saved["val_loss"])
+        state.best_val_loss = saved["val_loss"]
     if "val_loss" not in saved or state.best_eval_tokens != config.eval_tokens:
         best_model = load_model(folder, vocab_size=dataset.tokenizer.vocab_size)
         best_model.to(device.torch_device, device.param_dtype)

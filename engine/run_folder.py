@@ -8,6 +8,7 @@ engine/checkpoint.py reads and writes the files in it.
 """
 
 import contextlib
+import math
 import os
 import re
 from contextlib import AbstractContextManager
@@ -113,9 +114,9 @@ def describe_run(folder: str | Path) -> str:
     """
     folder = Path(folder)
     description, settings = shown_path(folder), read_run_settings(folder)
-    with contextlib.suppress(ValueError, KeyError):
+    with contextlib.suppress(KeyError):
         metadata = weights_metadata(folder)
-        step, val_loss = int(metadata["step"]), metadata.get("val_loss")
+        step, val_loss = metadata["step"], metadata.get("val_loss")
         description += f", step {step:,}"
         if settings is not None:
             description += f" of {settings['max_iters']:,}"
@@ -123,25 +124,34 @@ def describe_run(folder: str | Path) -> str:
             if last_step < settings["max_iters"]:
                 description += " (training is not finished)"
         not_evaluated = ", not evaluated" if step else ", not trained yet: its text is noise"
-        description += f", validation loss {float(val_loss):.4f}" if val_loss else not_evaluated
+        is_evaluated = val_loss is not None
+        description += f", validation loss {val_loss:.4f}" if is_evaluated else not_evaluated
     return description
 
 
-def weights_metadata(folder: str | Path) -> dict[str, str]:
-    """The numbers that save_model() kept with the weights; {} if there are no weights.
+def weights_metadata(folder: str | Path) -> dict[str, int | float]:
+    """The numbers that train.py keeps with the weights: step, val_loss and eval_tokens.
 
-    Raises FolioError if the file cannot be read.
+    A number that is missing or invalid (another program may have written it) is left out. {} if
+    there are no weights. Raises FolioError if the file cannot be read.
     """
     path = Path(folder) / WEIGHTS_FILE
+    metadata, numbers = {}, {}
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return file.metadata() or {}
+            metadata = file.metadata() or {}
     except FileNotFoundError:
-        return {}
+        pass
     except (OSError, safetensors.SafetensorError) as error:
         raise FolioError(
             f"{path}: cannot be read ({first_line(error)}); repair it, or move it away"
         ) from None
+    for name, number_type in (("step", int), ("val_loss", float), ("eval_tokens", int)):
+        with contextlib.suppress(KeyError, ValueError):
+            number = number_type(metadata[name])
+            if 0 <= number < math.inf:  # NaN is not
+                numbers[name] = number
+    return numbers
 
 
 def shown_path(folder: Path) -> str:

@@ -34,7 +34,7 @@ from engine.distributed import Distributed
 from engine.metrics import StepMetrics
 from engine.optimizer import make_optimizer
 from engine.run import TrainState, build_model, check_divisible, load_dataset, resolve_config
-from engine.run_folder import SETTINGS_FILE, lock_run_folder
+from engine.run_folder import SETTINGS_FILE, lock_run_folder, weights_metadata
 from engine.train_config import TrainConfig
 from model import GPT
 from tests import processes
@@ -637,6 +637,16 @@ def test_best_weights_without_their_loss_are_evaluated_when_the_run_resumes(
     run.model = load_model(folder)
     assert (state["best_val_loss"], state["best_step"]) == (evaluate(run)[0], 4)
     assert (folder / WEIGHTS_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("numbers", [{"step": "abc", "val_loss": "low"}, {"val_loss": "nan"}])
+def test_numbers_of_another_program_in_the_best_weights_are_ignored(
+    tiny_flags, tmp_path, run_train, numbers
+):
+    run_train(*tiny_flags, "--max_iters=4")
+    save_model(load_model(tmp_path / "run"), tmp_path / "run", **numbers)
+    run_train(*tiny_flags, "--init_from=resume")
+    assert weights_metadata(tmp_path / "run")["step"] == 8  # better weights are saved
 
 
 def test_best_weights_that_cannot_be_read_are_not_overwritten_when_the_run_resumes(
