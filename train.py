@@ -153,7 +153,7 @@ def train(
         if state.last_checkpoint_step != state.step:
             save_state(config, state, dataset, model, optimizer, scaler, logger)
         logger.plot()
-        logger.print(summary(config, state, folder))
+        logger.print(summary(config, state, folder, len(dataset.val)))
 
 
 class Due(NamedTuple):

@@ -161,8 +161,12 @@ def save_model_card(
     step: int,
     val_loss: float,
     bits_per_byte: float,
+    n_val_tokens: int = 0,
 ) -> None:
-    """Write README.md: where the model in this folder comes from, and how to load it."""
+    """Write README.md: where the model in this folder comes from, and how to load it.
+
+    n_val_tokens: of the dataset; 0 if unknown.
+    """
     folder = Path(folder)
     tokens = dataset_meta.get("train_tokens")
     source = str(dataset_meta.get("source", "")).replace("\n", " ")
@@ -174,8 +178,15 @@ def save_model_card(
         MODEL_CARD.format(
             name=folder.name, folder=shown_path(folder), data=data, step=step, val_loss=val_loss,
             bits_per_byte=bits_per_byte, tokens_per_step=config.tokens_per_step, c=config,
+            measured=measured_on(config.eval_tokens, n_val_tokens),
         ),
     )  # fmt: skip
+
+
+def measured_on(eval_tokens: int, n_val_tokens: int) -> str:
+    """(2000, 35000) -> ' on the first 2,000 validation tokens'; '' if all have been used."""
+    is_limited = 0 < eval_tokens < n_val_tokens
+    return f" on the first {eval_tokens:,} validation tokens" if is_limited else ""
 
 
 MODEL_CARD = """\
@@ -196,7 +207,7 @@ A GPT-2, trained with Folio.
 context of {c.block_size} tokens |
 | training | {step:,} of {c.max_iters:,} steps of {tokens_per_step:,} tokens, {c.optimizer}, \
 learning rate {c.learning_rate} |
-| validation loss | {val_loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte |
+| validation loss | {val_loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte{measured} |
 
 Every setting is in `settings.json`, the training log in `log.csv`.
 

@@ -23,7 +23,7 @@ from data.dataset import Dataset
 from data.files import rename_to_backup, shell_command, write_text
 from data.prepare import plural
 from data.shakespeare import replacement_warning
-from engine.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE
+from engine.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, measured_on
 from engine.device import ComputeDevice
 from engine.distributed import Distributed
 from engine.log_file import (
@@ -516,8 +516,13 @@ def describe_steps(config: TrainConfig, state: TrainState, train_tokens: int) ->
     )
 
 
-def summary(config: TrainConfig, state: TrainState, folder: str | Path) -> str:
-    """What train.py did, and the command to continue with."""
+def summary(
+    config: TrainConfig, state: TrainState, folder: str | Path, n_val_tokens: int = 0
+) -> str:
+    """What train.py did, and the command to continue with.
+
+    n_val_tokens: of the dataset; 0 if unknown.
+    """
     folder = Path(folder)
     total = max(config.max_iters, state.step)
     status = "done" if state.step == total else "stopped"
@@ -527,7 +532,7 @@ def summary(config: TrainConfig, state: TrainState, folder: str | Path) -> str:
     reached = f"{state.step:,} of {plural(total, 'step')}, {format_duration(state.seconds)}"
     lines = [
         "\n" + labeled(status, f"{reached} of training{saved}"),
-        labeled("best", describe_best(read_log(folder / LOG_FILE), state)),
+        labeled("best", describe_best(read_log(folder / LOG_FILE), state, n_val_tokens)),
     ]
     if (folder / PLOT_FILE).exists():
         lines.append(f"curve    {relative_path(folder / PLOT_FILE)}")
@@ -541,7 +546,7 @@ def summary(config: TrainConfig, state: TrainState, folder: str | Path) -> str:
     return "\n".join(lines)
 
 
-def describe_best(rows: list[LogRow], state: TrainState) -> str:
+def describe_best(rows: list[LogRow], state: TrainState, n_val_tokens: int = 0) -> str:
     """The best evaluation, and whether the model overfitted after it."""
     if state.best_step < 0:
         return "no evaluation of trained weights yet"
@@ -552,7 +557,7 @@ def describe_best(rows: list[LogRow], state: TrainState) -> str:
         best = None  # log.csv was replaced, or this step was repeated with other settings
     if best and best["bits_per_byte"]:
         text += f" ({best['bits_per_byte']:.3f} bits per byte)"
-    text += f" at step {state.best_step:,}"
+    text += f"{measured_on(state.best_eval_tokens, n_val_tokens)} at step {state.best_step:,}"
     if 0 in val_losses and val_losses[0]["val_loss"] < state.best_val_loss:
         text += f", worse than before training ({val_losses[0]['val_loss']:.4f})"
     last = val_losses[max(val_losses)] if val_losses else None

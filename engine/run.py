@@ -307,7 +307,8 @@ def save_best(
     """Save the weights that have the best validation loss so far, and the model card."""
     numbers = {"step": state.best_step, "val_loss": state.best_val_loss}
     save_model(model, folder, dataset.tokenizer, **numbers, eval_tokens=state.best_eval_tokens)
-    save_model_card(folder, config, dataset.meta, **numbers, bits_per_byte=bits_per_byte)
+    numbers |= {"bits_per_byte": bits_per_byte, "n_val_tokens": len(dataset.val)}
+    save_model_card(folder, config, dataset.meta, **numbers)
 
 
 def save_snapshot(

@@ -250,6 +250,14 @@ def test_model_card_names_data_settings_loss_and_how_to_load(tmp_path):
         f'load_model_and_tokenizer("{(tmp_path / "my_run").as_posix()}")', "from transformers",
     ):  # fmt: skip
         assert words in card
+    assert "validation tokens" not in card
+
+
+def test_model_card_says_that_not_all_validation_tokens_were_used(tmp_path):
+    numbers = {"step": 1, "val_loss": 2, "bits_per_byte": 3, "n_val_tokens": 2001}
+    save_model_card(tmp_path, TrainConfig(eval_tokens=2000), {}, **numbers)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "3.000 bits per byte on the first 2,000 validation tokens |" in card
 
 
 def test_model_card_names_a_text_whose_file_name_is_not_utf8(tmp_path):

@@ -601,6 +601,15 @@ def test_the_summary_names_the_step_of_the_best_weights(make_logger):
     assert text.endswith("(2.164 bits per byte) at step 10")  # 1.5 / ln 2
 
 
+def test_the_summary_says_that_not_all_validation_tokens_were_used():
+    state = TrainState(best_step=5, best_val_loss=1.5, best_eval_tokens=2000)
+    text = "validation loss 1.5000{} at step 5"
+    assert describe_best([], state, 2001) == text.format(" on the first 2,000 validation tokens")
+    assert describe_best([], state, 2000) == text.format("")
+    state.best_eval_tokens = 0  # all
+    assert describe_best([], state, 2001) == text.format("")
+
+
 def test_finetuning_that_makes_the_loss_worse_is_named(make_logger):
     with make_logger() as logger:
         logger.log_row(1.2, 1.7)
