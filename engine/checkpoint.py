@@ -8,6 +8,7 @@
     settings.json           every setting of the run
     resume.pt               everything that resuming needs, from the latest checkpoint
     log.csv, loss.png       the metrics and their plot
+    start_id.txt            which start of train.py writes here
 
 So `AutoModelForCausalLM.from_pretrained(folder)` opens a run of Folio's, and load_model() opens a
 folder of GPT-2's weights by any other program.

@@ -37,6 +37,7 @@ from model import GPT, GPTConfig
 
 PLOT_FILE = "loss.png"
 WANDB_ID_FILE = "wandb_id.txt"
+START_ID_FILE = "start_id.txt"
 MIN_SECONDS = 5  # between two lines of progress where there is no bar
 PLOT_SECONDS = 30  # between two plots: the first takes about a second (it imports matplotlib)
 
@@ -85,7 +86,8 @@ class MetricsLogger:
 
     def __enter__(self) -> "MetricsLogger":
         if self.enabled:
-            self.lock_id = lock_id(self.folder)
+            self.lock_id, self.start_id = lock_id(self.folder), uuid.uuid4().hex
+            write_text(self.folder / START_ID_FILE, self.start_id)
             path = self.folder / LOG_FILE
             rows, all_valid = parse_log(path)
             if not all_valid:
@@ -114,21 +116,30 @@ class MetricsLogger:
         """Raise FolioError if another process has started a run in this folder.
 
         The lock prevents this, unless the lock file, or the folder around it, was deleted, moved or
-        replaced, for example by a program that synchronizes folders. If no process holds the new
-        lock file, and log.csv has no rows of another run, this process locks it and goes on.
+        replaced, for example by a program that synchronizes folders; or unless the other process
+        is on another node, and each node has its own locks (as some network file systems do). If no
+        process holds the new lock file, and log.csv has no rows of another run, this process goes
+        on. So of two processes, the first one that writes a row goes on.
         """
-        new_id = lock_id(self.folder) if self.enabled else None
-        if new_id is None or new_id == self.lock_id:
+        if not self.enabled:
+            return
+        new_id, start_id = lock_id(self.folder), self.start_id
+        with contextlib.suppress(OSError):  # the folder was deleted or moved
+            start_id = (self.folder / START_ID_FILE).read_text(encoding="utf-8", errors="replace")
+        has_lock = new_id in (None, self.lock_id)
+        if has_lock and start_id == self.start_id:
             return
         message = (
             f"{self.folder}: was deleted or moved during this run, and another process has started "
             "a run here; this run ends without saving"
         )
-        self.exit_stack.enter_context(lock_run_folder(self.folder, message))
+        if not has_lock:
+            self.exit_stack.enter_context(lock_run_folder(self.folder, message))
         rows = read_log(self.folder / LOG_FILE)
         if not (is_prefix(rows, self.rows) or is_prefix(rows, self.rows_at_start)):
             raise FolioError(message)  # the run of another process, which has ended
         self.lock_id = new_id
+        write_text(self.folder / START_ID_FILE, self.start_id)
 
     def print(self, text: str) -> None:
         """Print above the progress bars. Output to a closed stream is discarded."""

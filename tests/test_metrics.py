@@ -19,8 +19,8 @@ from configurator import FolioError
 from engine import metrics
 from engine.log_file import COLUMNS, parse_log
 from engine.metrics import (
-    MetricsLogger, StepMetrics, banner, describe_best, flops_per_token, format_duration, indented,
-    peak_flops, read_log, relative_path, show_evaluation, summary,
+    START_ID_FILE, MetricsLogger, StepMetrics, banner, describe_best, flops_per_token,
+    format_duration, indented, peak_flops, read_log, relative_path, show_evaluation, summary,
 )  # fmt: skip
 from engine.run import TrainState
 from engine.run_folder import lock_path, lock_run_folder
@@ -113,7 +113,8 @@ def test_resuming_drops_rows_after_the_checkpoint(make_logger, tmp_path):
     rows = read_log(tmp_path / "log.csv")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[2]["val_loss"] == 1.0
-    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]  # nothing was damaged
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["log.csv", START_ID_FILE]  # nothing was damaged
 
 
 def test_a_resume_that_fails_before_its_first_row_leaves_the_log_as_it_is(make_logger, tmp_path):
@@ -190,13 +191,30 @@ def test_the_log_of_another_process_is_left_alone(make_logger, tmp_path, has_end
     assert (tmp_path / "log.csv").read_text() == f"{HEADER}\n{ROW}\n"
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_processes_that_see_no_lock_the_first_one_to_write_goes_on(
+    make_logger, tmp_path, first
+):
+    """On a network disk whose locks each node has for itself: both lock the same file."""
+    with make_logger() as logger:
+        make_step(logger, 1)
+    with contextlib.ExitStack() as stack:
+        loggers = [stack.enter_context(make_logger(step=1)) for _ in range(2)]
+        loggers.insert(0, loggers.pop(first))
+        make_step(loggers[0], 2)
+        with pytest.raises(FolioError, match="another process has started a run here"):
+            make_step(loggers[1], 2)
+        make_step(loggers[0], 3)
+    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_a_log_saved_by_a_spreadsheet_with_commas_is_read(make_logger, tmp_path, newline):
     text = f"\ufeff{HEADER}{newline}{ROW}{newline}"  # a byte order mark in front
     (tmp_path / "log.csv").write_bytes(text.encode())
     with make_logger(step=2) as logger:
         assert logger.rows[0]["train_loss"] == 1.5
-    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", START_ID_FILE]
 
 
 @pytest.mark.parametrize(

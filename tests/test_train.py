@@ -135,6 +135,7 @@ def test_a_run_takes_max_iters_steps_and_writes_its_folder(tiny_flags, tmp_path,
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "generation_config.json", "settings.json", "resume.pt", "log.csv", "loss.png",
+        "start_id.txt",
     }  # fmt: skip
     rows = read_log(folder)
     assert list(rows[0]) == [
