@@ -5,7 +5,7 @@
     tokenizer.json          the tokenizer; tokenizer_config.json says how to open it
     generation_config.json  defaults for generating text with transformers
     README.md               a model card: data, settings, loss, how to load the model
-    settings.json           every setting of the run
+    settings.json           every setting of the run, for readers
     resume.pt               everything that resuming needs, from the latest checkpoint
     log.csv, loss.png       the metrics and their plot
     start_id.txt            which start of train.py writes here

@@ -80,6 +80,7 @@ ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias")  # settings that the weig
 FROM_WEIGHTS = (*ARCHITECTURE, "block_size", "dropout")  # taken from a model that is finetuned
 # Changing one of these would make the weights unusable, or the losses incomparable.
 FIXED_ON_RESUME = (*ARCHITECTURE, "block_size", "pad_vocab_to", "optimizer", "dataset")
+SET_AT_EACH_START = ("init_from", "out_dir", "eval_only")  # no settings of the run itself
 
 
 def resolve_config(
@@ -116,11 +117,10 @@ def resolve_config(
 
 def resume_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
     """The saved settings of a run, with the given changes, which are printed."""
-    find_checkpoint(folder)
-    saved = read_settings(folder / SETTINGS_FILE)
+    saved = saved_settings(folder)
     for name, new in overrides.items():
         old = saved.get(name, new)
-        if new == old or name in ("init_from", "out_dir", "eval_only"):
+        if new == old or name in SET_AT_EACH_START:
             continue
         if name in FIXED_ON_RESUME:
             raise FolioError(
@@ -131,6 +131,28 @@ def resume_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
     moved = {"out_dir": overrides.get("out_dir", TrainConfig.out_dir)}  # the folder may have moved
     # []: no flags, because they are in overrides already. The saved settings are validated here.
     return configure(TrainConfig, [], defaults=saved | overrides | moved)
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings with which the state in resume.pt was trained.
+
+    They are in resume.pt itself: so a process that is killed while it saves leaves a state and its
+    settings, not those of another process. settings.json is a copy for readers. If it differs,
+    because it was edited or not written any more, the differences are printed.
+    """
+    checkpoint, shown = load_checkpoint(folder), read_settings(folder / SETTINGS_FILE)
+    # Older checkpoints have the settings of the architecture alone.
+    saved = checkpoint.get("settings", checkpoint.get("architecture", {}))
+    if not isinstance(saved, dict):
+        path = folder / CHECKPOINT_FILE
+        raise FolioError(f"{path}: damaged (its settings are {format_value(saved)})")
+    for name, value in saved.items():
+        if shown.get(name, value) != value and name not in SET_AT_EACH_START:
+            print(
+                f"{SETTINGS_FILE} has {name} = {shown[name]}, but {CHECKPOINT_FILE} {value}, which "
+                "is used (flags change settings)"
+            )
+    return shown | saved
 
 
 def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
@@ -272,8 +294,8 @@ def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> Non
     """Create the run folder; save settings and tokenizer.
 
     make_room() has left an older run here only if its weights are the start: it is moved aside now.
-    When resuming, settings that have changed are saved with the first checkpoint: until then,
-    nothing has been trained with them.
+    When resuming, changed settings are saved with the first checkpoint: until then, nothing has
+    been trained with them.
     """
     if config.init_from != "resume":
         move_old_run_aside(folder)
@@ -328,27 +350,25 @@ def save_run(
     scaler: torch.amp.GradScaler,
     dataset: Dataset,
 ) -> None:
-    """Write settings.json and resume.pt: everything that restore() needs, in plain containers."""
+    """Write resume.pt: all that saved_settings() and restore() need. Then write settings.json."""
     if not (folder / SETTINGS_FILE).exists():
         warning = (
             "was moved or deleted, with the best weights; the run continues in a new folder there"
         )
         print(wrap(f"WARNING  {folder} {warning}", indent=9))
         make_folder(folder)
+        write_text(folder / SETTINGS_FILE, to_json(config))
         save_run_tokenizer(folder, config, dataset)
-    write_text(folder / SETTINGS_FILE, to_json(config))
     parts = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "train_state": dataclasses.asdict(state),
         "dataset": fingerprint(dataset),
-        # What the weights mean depends on these settings. (n_head changes no shape.)
-        "architecture": {
-            name: getattr(model.config, name) for name in (*ARCHITECTURE, "block_size")
-        },
+        "settings": dataclasses.asdict(config),
     }
     save_checkpoint(folder, parts)
+    write_text(folder / SETTINGS_FILE, to_json(config))
 
 
 def resume(
@@ -400,12 +420,6 @@ def restore(
                 f"(SHA-256, tokens of both splits, checksums: {before} before, {now} now); "
                 "restore it (shards that were added can be moved away), or use --init_from=scratch"
             )
-        for name, value in saved.get("architecture", {}).items():  # older checkpoints lack it
-            if getattr(model.config, name) != value:
-                raise FolioError(
-                    f"{folder}: {SETTINGS_FILE} has {name}={getattr(model.config, name)}, "
-                    f"{CHECKPOINT_FILE} {format_value(value)}; put the old value back"
-                )
         model.load_state_dict(saved["model"])
         current_groups = [dict(group) for group in optimizer.param_groups]
         # Copies: `saved` is memory-mapped, and Windows cannot replace a file that is mapped.

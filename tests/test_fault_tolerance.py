@@ -35,6 +35,7 @@ from data.files import atomic_write
 from engine import checkpoint, metrics
 from engine.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, load_checkpoint, load_model
 from engine.log_file import parse_log
+from engine.run import ARCHITECTURE
 from engine.run_folder import SETTINGS_FILE, remove_temporary_files
 from tests.conftest import assert_one_line_error, make_tiny_flags, prepare_tiny_dataset
 from tests.processes import Job, redirect, run_train, start
@@ -648,14 +649,25 @@ def test_running_means_of_another_shape_are_a_one_line_error(trained, flags, cal
         assert_one_line_error(result, CHECKPOINT_FILE, f"{name} is [1, 1] instead of")
 
 
-@pytest.mark.parametrize("config", ["config.json", "no config.json"])
-def test_an_edited_n_head_is_a_one_line_error(trained, flags, call, config):
-    if config == "no config.json":  # as before the first evaluation of trained weights
-        (trained / "config.json").unlink()
+@pytest.mark.parametrize("is_old", [False, True])
+def test_an_edited_n_head_is_not_used(trained, call, is_old):
     path = trained / SETTINGS_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "n_head": 4}))
-    flags = [flag for flag in flags if not flag.startswith("--n_head")]
-    assert_one_line_error(call(train, *flags, "--init_from=resume"), "n_head=4", SETTINGS_FILE)
+    state = load_checkpoint(trained)
+    if is_old:  # checkpoints have had all settings since a later version
+        settings = state.pop("settings")
+        state["architecture"] = {name: settings[name] for name in ARCHITECTURE}
+        checkpoint.save_checkpoint(trained, state)
+    result = call(train, f"--out_dir={trained}", "--init_from=resume", "--max_iters=9")
+    assert "settings.json has n_head = 4, but resume.pt 2, which is used" in result.stdout
+    assert result.returncode == 0 and load_model(trained).config.n_head == 2
+    assert json.loads(path.read_text())["n_head"] == 2
+
+
+@pytest.mark.parametrize("settings", [None, 3, [[]], {"step": "x"}, {"n_head": "x"}], ids=str)
+def test_malformed_settings_in_a_checkpoint_are_a_one_line_error(trained, call, settings):
+    checkpoint.save_checkpoint(trained, {**load_checkpoint(trained), "settings": settings})
+    assert_one_line_error(call(train, f"--out_dir={trained}", "--init_from=resume"), "settings")
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def without_times(rows) -> list[dict[str, str]]:
 
 def assert_same_state(left: dict, right: dict) -> None:
     assert left.keys() == right.keys()
-    for key in left.keys() - {"seconds"}:
+    for key in left.keys() - {"seconds", "settings"}:
         if isinstance(left[key], dict):
             assert_same_state(left[key], right[key])
         elif isinstance(left[key], torch.Tensor):
@@ -413,6 +413,28 @@ def test_a_resume_that_fails_before_its_first_step_leaves_the_settings_unchanged
     assert (tmp_path / "run" / SETTINGS_FILE).read_text() == settings
 
 
+@pytest.mark.parametrize(("fails", "used"), [("save_checkpoint", 0.1), ("write_text", 5.0)])
+def test_the_settings_of_a_resumed_run_are_those_of_its_checkpoint(
+    tiny_flags, tmp_path, run_train, call, monkeypatch, fails, used
+):
+    """Also if a resume with other settings was killed, or the disk full, while it saved."""
+    run_train(*tiny_flags, "--max_iters=4", "--weight_decay=0.1")
+
+    def disk_full(*_):
+        raise FolioError("the disk is full")
+
+    flags = (f"--out_dir={tmp_path / 'run'}", "--init_from=resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, fails, disk_full)
+        result = call(train, *flags, "--max_iters=8", "--weight_decay=5")
+        assert_one_line_error(result, "the disk is full")
+    output = run_train(*flags, "--max_iters=12")
+    notice = "settings.json has weight_decay = 0.1, but resume.pt 5.0, which is used"
+    assert (notice in output) == (used == 5)
+    assert json.loads((tmp_path / "run" / SETTINGS_FILE).read_text())["weight_decay"] == used
+    assert load_checkpoint(tmp_path / "run")["settings"]["weight_decay"] == used
+
+
 def test_resuming_refuses_another_architecture_or_dataset(tiny_flags, run_train, call):
     run_train(*tiny_flags)
     for flag in ("--n_layer=3", "--block_size=16", "--bias", "--dataset=other"):
@@ -499,7 +521,8 @@ def test_resuming_refuses_other_tokens_of_the_same_number(
 def test_a_checkpoint_of_an_older_version_can_be_resumed(tiny_flags, tmp_path, run_train):
     run_train(*tiny_flags, "--max_iters=4")
     saved = load_checkpoint(tmp_path / "run")
-    del saved["architecture"], saved["dataset"][3:]
+    del saved["settings"], saved["dataset"][3:]
+    saved["train_state"]["val_loss"] = 2.0
     save_checkpoint(tmp_path / "run", saved)
     assert "8 of 8 steps" in run_train(*tiny_flags, "--init_from=resume")
 
