@@ -37,8 +37,8 @@ from engine.metrics import indented, peak_tokens_per_second, show_evaluation, su
 from engine.optimizer import make_optimizer, set_lr_multiplier, step_if_finite
 from engine.run import (
     OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, check_same_dataset,
-    is_patience_exhausted, load_dataset, make_room, resolve_config, resume, save_best, save_run,
-    save_snapshot, start_run_folder, wrap_model,
+    check_source, is_patience_exhausted, load_dataset, make_room, resolve_config, resume, save_best,
+    save_run, save_snapshot, start_run_folder, wrap_model,
 )  # fmt: skip
 from engine.run_folder import lock_run_folder, resolve_out_dir, weights_metadata
 from engine.train_config import TrainConfig
@@ -75,6 +75,7 @@ def main() -> None:
         check_same_device(device, dist)
         dataset = dist.main_process_first(lambda: load_dataset(config))
         check_same_dataset(dataset, dist)
+        dist.broadcast_from_main(lambda: check_source(config, dataset.tokenizer))
         dist.broadcast_from_main(lambda: make_room(folder, config))  # moves an older run aside
         model = build_model(config, dataset.tokenizer, device, dist)
         config = dataclasses.replace(config, bias=model.config.bias)  # may come from loaded weights

@@ -36,7 +36,7 @@ from engine.hf_format import (
 )  # fmt: skip
 from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, shown_path
 from engine.train_config import TrainConfig
-from model import GPT
+from model import GPT, GPTConfig
 
 CHECKPOINT_FILE = "resume.pt"
 MAX_UNUSED_ROWS = 1023  # of a table of embeddings: some round its rows up to a multiple of 1024
@@ -109,16 +109,7 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         # transformers has trained it, they are not zero any more, and the model needs them.
         saved_config = dataclasses.replace(saved_config, bias=True)
     config = dataclasses.replace(saved_config, **overrides)
-    if config.block_size > saved_config.block_size:
-        raise FolioError(
-            f"block_size={config.block_size} exceeds that of the model in {folder}: "
-            f"{saved_config.block_size}"
-        )
-    if not 0 <= saved_config.vocab_size - config.vocab_size <= MAX_UNUSED_ROWS:
-        raise FolioError(
-            f"{folder}: the tokenizer has {config.vocab_size:,} tokens, the model embeddings for "
-            f"{saved_config.vocab_size:,}; they do not belong together"
-        )
+    check_sizes(folder, saved_config, config.vocab_size, config.block_size)
     state_dict = from_hf_state_dict(tensors, saved_config, folder)
     if not all(tensor.isfinite().all() for tensor in state_dict.values()):
         raise FolioError(
@@ -132,6 +123,19 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
     state_dict[rows] = torch.nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
     model.load_state_dict(state_dict, assign=True)  # assign: parameters on "meta" have no memory
     return model.eval()
+
+
+def check_sizes(folder: str | Path, saved: GPTConfig, vocab_size: int, block_size: int) -> None:
+    """Raise FolioError if the model in `folder` cannot have these sizes."""
+    if block_size > saved.block_size:
+        raise FolioError(
+            f"block_size={block_size} exceeds that of the model in {folder}: {saved.block_size}"
+        )
+    if not 0 <= saved.vocab_size - vocab_size <= MAX_UNUSED_ROWS:
+        raise FolioError(
+            f"{folder}: the tokenizer has {vocab_size:,} tokens, the model embeddings for "
+            f"{saved.vocab_size:,}; they do not belong together"
+        )
 
 
 def load_model_and_tokenizer(folder: str | Path) -> tuple[GPT, Tokenizer]:

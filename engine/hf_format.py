@@ -255,16 +255,22 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
     Nothing in a file is executed. Raises FolioError with the cause if the weights cannot be read.
     """
+    tensors = {}
+    for path in find_weights(folder):
+        is_torch = path.suffix == Path(TORCH_WEIGHTS_FILE).suffix
+        tensors |= load_torch_weights(path) if is_torch else load_safetensors(path)
+    return tensors
+
+
+def find_weights(folder: str | Path) -> list[Path]:
+    """The files that read_weights() reads. Raises FolioError if there are none."""
     folder = Path(folder)
-    for name, load in ((WEIGHTS_FILE, load_safetensors), (TORCH_WEIGHTS_FILE, load_torch_weights)):
+    for name in (WEIGHTS_FILE, TORCH_WEIGHTS_FILE):
         if (folder / name).exists():
-            return load(folder / name)
+            return [folder / name]
         index = folder / f"{name}.index.json"
         if index.exists():
-            tensors = {}
-            for shard in shards_of(index):
-                tensors |= load(shard)
-            return tensors
+            return shards_of(index)
     others = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".h5", ".msgpack")]
     others += [path.name for path in folder.glob("*.safetensors")]
     found = f"; it holds {', '.join(sorted(others))}" if others else ""

@@ -366,16 +366,13 @@ def open_trackers(folder: Path, config: TrainConfig, first_step: int) -> Iterato
             id_file = folder / WANDB_ID_FILE  # so that a resumed run continues its run on wandb
             if not id_file.exists():
                 write_text(id_file, uuid.uuid4().hex)
-            try:
+            with explain_wandb_error():
                 run = wandb.init(
                     project=config.wandb_project, name=config.wandb_run_name or folder.name,
                     id=id_file.read_text(encoding="utf-8").strip(), resume="allow",
                     config=dataclasses.asdict(config), dir=folder,
                     settings=wandb.Settings(console="off"),  # leave stdout alone
                 )  # fmt: skip
-            except wandb.Error as error:  # no account or no network
-                reason = first_line(error).rstrip(".")
-                raise FolioError(f"--wandb_log: {reason}; or set WANDB_MODE=offline") from None
             stack.enter_context(run)
             trackers.append(run.log)
         if config.tensorboard:
@@ -394,11 +391,28 @@ def open_trackers(folder: Path, config: TrainConfig, first_step: int) -> Iterato
         yield trackers
 
 
+@contextlib.contextmanager
+def explain_wandb_error() -> Iterator[None]:
+    """Turn wandb's errors inside the block (no account, no network) into a FolioError."""
+    import wandb
+
+    try:
+        yield
+    except wandb.Error as error:
+        reason = first_line(error).rstrip(".")
+        raise FolioError(f"--wandb_log: {reason}; or set WANDB_MODE=offline") from None
+
+
 def check_trackers(config: TrainConfig) -> None:
-    """Raise FolioError if a package that the settings need is not installed."""
+    """Raise FolioError if a package that the settings need is not installed, or without account."""
     for setting, package in (("wandb_log", "wandb"), ("tensorboard", "tensorboard")):
         if getattr(config, setting) and importlib.util.find_spec(package) is None:
             raise FolioError(f"--{setting}: {package} is not installed; run: pip install {package}")
+    if config.wandb_log and not config.eval_only:
+        import wandb
+
+        with explain_wandb_error():
+            wandb.login()
 
 
 # --- FLOPs and MFU ---

@@ -2,6 +2,7 @@
 
 config = resolve_config(overrides)                # which settings, and where to start from
 dataset = load_dataset(config)
+check_source(config, tokenizer)                   # do the weights to start from fit the data?
 make_room(folder, config)                         # an older run in this folder is moved aside
 model = build_model(config, tokenizer, device)    # new weights, or weights of a model
 state = resume(config, model, optimizer, ...)     # if resuming: continue where it stopped
@@ -27,12 +28,12 @@ from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
 )  # fmt: skip
 from engine.checkpoint import (
-    CHECKPOINT_FILE, find_checkpoint, load_checkpoint, load_model, padding_token, save_checkpoint,
+    CHECKPOINT_FILE, check_sizes, load_checkpoint, load_model, padding_token, save_checkpoint,
     save_model, save_model_card,
 )  # fmt: skip
 from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
-from engine.hf_format import model_without_memory, read_config
+from engine.hf_format import find_weights, model_without_memory, read_config
 from engine.optimizer import CombinedOptimizer
 from engine.run_folder import (
     SETTINGS_FILE, make_folder, move_old_run_aside, remove_temporary_files, resolve_model_dir,
@@ -189,6 +190,29 @@ def load_dataset(config: TrainConfig) -> Dataset:
     return open_dataset(config.dataset, config.block_size, tokenizer)
 
 
+def check_source(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raise FolioError if the model to start from cannot be trained with these settings and data.
+
+    This comes before make_room(): a run that cannot start moves nothing. Whether the weights
+    themselves are damaged is known when they are loaded.
+    """
+    if config.init_from == "scratch":
+        return
+    resumed = config.init_from == "resume"
+    folder = resolve_out_dir(config.out_dir) if resumed else resolve_model_dir(config.init_from)
+    source_tokenizer = load_tokenizer(folder)
+    if not resumed:
+        check_sizes(folder, read_config(folder), source_tokenizer.vocab_size, config.block_size)
+        find_weights(folder)
+    if source_tokenizer != tokenizer:
+        reason = f"its tokenizer is not the tokenizer of the model in {folder}; "
+        advice = f"prepare the text with --tokenizer={folder}, or use --init_from=scratch"
+        if resumed:
+            reason = f"its vocabulary has changed since {folder} was started; "
+            advice = "use --init_from=scratch, or prepare the old text again"
+        raise FolioError(f"--dataset={config.dataset}: {reason}{advice}")
+
+
 def build_model(
     config: TrainConfig,
     tokenizer: Tokenizer,
@@ -200,7 +224,6 @@ def build_model(
     Only the main process makes or reads weights; wrap_model() sends them to the other processes,
     whose parameters are uninitialized until then. When resuming, resume() loads the saved weights.
     dist: None means one process.
-    Raises FolioError if the model to start from has another tokenizer.
     """
     dist = dist or Distributed()
     model = dist.main_process_first(
@@ -232,23 +255,12 @@ def initial_model(config: TrainConfig, tokenizer: Tokenizer, device: ComputeDevi
     if config.init_from in ("scratch", "resume"):
         architecture = {name: getattr(config, name) for name in ARCHITECTURE}
         model_config = GPTConfig(vocab_size=tokenizer.vocab_size, **architecture, **options)
-        folder = resolve_out_dir(config.out_dir)
         if config.init_from == "resume":
-            model = empty_model(model_config, device)
-        else:
-            torch.manual_seed(config.seed)
-            model = GPT(model_config)
-    else:
-        folder = resolve_model_dir(config.init_from)
-        model = load_model(folder, vocab_size=load_tokenizer(folder).vocab_size, **options)
-    if config.init_from != "scratch" and load_tokenizer(folder) != tokenizer:
-        reason = f"its tokenizer is not the tokenizer of the model in {folder}; "
-        advice = f"prepare the text with --tokenizer={folder}, or use --init_from=scratch"
-        if config.init_from == "resume":
-            reason = f"its vocabulary has changed since {folder} was started; "
-            advice = "use --init_from=scratch, or prepare the old text again"
-        raise FolioError(f"--dataset={config.dataset}: {reason}{advice}")
-    return model
+            return empty_model(model_config, device)
+        torch.manual_seed(config.seed)
+        return GPT(model_config)
+    folder = resolve_model_dir(config.init_from)
+    return load_model(folder, vocab_size=tokenizer.vocab_size, **options)
 
 
 def wrap_model(

@@ -748,6 +748,17 @@ def test_wandb_without_an_account_is_a_one_line_error(make_logger, tmp_path, mon
         log_two_steps(logger)
 
 
+def test_wandb_without_an_account_is_refused_before_the_run_starts(monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def fail():
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "login", fail)
+    with pytest.raises(FolioError, match=r"--wandb_log: No API key configured; .*WANDB_MODE"):
+        metrics.check_trackers(TrainConfig(wandb_log=True))
+
+
 def test_tensorboard_gets_every_row_and_hides_repeated_steps(make_logger, tmp_path):
     module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for step in (0, 1):  # the second process resumes at step 1

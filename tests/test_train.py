@@ -792,6 +792,25 @@ def test_finetuning_refuses_a_dataset_with_another_tokenizer(tiny_flags, tmp_pat
     assert not (tmp_path / "tuned").exists()
 
 
+def test_finetuning_that_is_refused_leaves_the_older_run_in_its_place(
+    tiny_flags, tmp_path, run_train, call
+):
+    run_train(*tiny_flags)
+    for name in ("a", "no_weights"):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+    (tmp_path / "no_weights" / WEIGHTS_FILE).unlink()
+    text = "".join(map(chr, range(40, 64))) * 20
+    write_dataset(tmp_path / "b", CharTokenizer.from_text(text), split_text(text), {"source": "b"})
+    for source, flag, message in (
+        ("a", f"--dataset={tmp_path / 'b'}", "its tokenizer is not"),
+        ("a", "--block_size=16", "block_size=16 exceeds that of the model"),
+        ("no_weights", "--max_iters=4", "there are no weights"),
+    ):
+        result = call(train, *tiny_flags, f"--init_from={tmp_path / source}", flag)
+        assert_one_line_error(result, message)
+        assert (tmp_path / "run" / CHECKPOINT_FILE).exists() and not (tmp_path / "run.1").exists()
+
+
 def test_eval_only_prints_the_loss_and_writes_nothing(tiny_flags, tmp_path, run_train):
     run_train(*tiny_flags)
     folder = tmp_path / "run"
