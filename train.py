@@ -122,7 +122,7 @@ def train(
                 evaluation = evaluate(wrapped_model, dataset, config, device, dist, threads)
                 record_evaluation(evaluation, config, state, dataset, model, logger)
             if due.checkpoint:  # if killed before, the resumed run repeats the evaluation
-                save_state(config, state, dataset, model, optimizer, scaler, logger)
+                save_state(config, state, dataset, model, optimizer, scaler, device, dist, logger)
             if evaluation is not None and due.sample and dist.is_main:
                 show_sample(config, dataset, model, device, logger, threads)
             is_finished = state.step >= config.max_iters or is_patience_exhausted(state, config)
@@ -152,7 +152,7 @@ def train(
         if dist.is_main and (state.best_step < 0 or not (folder / WEIGHTS_FILE).exists()):
             save_snapshot(folder, config, state, dataset, model)
         if state.last_checkpoint_step != state.step:
-            save_state(config, state, dataset, model, optimizer, scaler, logger)
+            save_state(config, state, dataset, model, optimizer, scaler, device, dist, logger)
         logger.plot()
         logger.print(summary(config, state, folder, len(dataset.val)))
 
@@ -369,7 +369,7 @@ def record_evaluation(
         logger.log_row()
         return
     val_loss, bits_per_byte = evaluation
-    state.last_eval_step, state.val_loss = state.step, val_loss
+    state.last_eval_step = state.step
     if state.step > 0 and val_loss < state.best_val_loss:  # NaN < x is False
         state.best_val_loss, state.best_step = val_loss, state.step
         state.best_eval_tokens = config.eval_tokens
@@ -457,17 +457,35 @@ def save_state(
     model: GPT,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
+    device: ComputeDevice,
+    dist: Distributed,
     logger: MetricsLogger,
 ) -> None:
-    """Write resume.pt. If the latest validation loss is not finite, keep the old resume.pt."""
+    """Write resume.pt. If the last step has destroyed the weights, keep the old resume.pt."""
+    if dist.broadcast_from_main(lambda: has_diverged(config, state, dataset, model, device)):
+        logger.warn_once("the training loss is not finite any more: resume.pt is not overwritten")
+        return
     state.last_checkpoint_step = state.step
-    if not math.isfinite(state.val_loss):
-        logger.warn_once(f"the validation loss is {state.val_loss}: resume.pt is not overwritten")
-    elif logger.enabled:
+    if logger.enabled:
         logger.check_folder()
         start_time = time.perf_counter()
         save_run(logger.folder, config, state, model, optimizer, scaler, dataset)
         logger.log_checkpoint(time.perf_counter() - start_time)
+
+
+@torch.no_grad()
+def has_diverged(
+    config: TrainConfig, state: TrainState, dataset: Dataset, model: GPT, device: ComputeDevice
+) -> bool:
+    """Whether the loss of a window of the next training step is NaN or infinite.
+
+    The training losses so far do not tell: each was computed before its step changed the weights.
+    Nor does a validation loss: in float16, one of its windows may overflow with good weights.
+    """
+    batch = training_batch(dataset.train, 1, config.block_size, config.seed, state.step, 0)
+    with device.autocast():
+        loss = model(*device.to_device(*batch))
+    return not math.isfinite(loss.item())
 
 
 def show_sample(

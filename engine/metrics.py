@@ -552,6 +552,8 @@ def summary(
     total = max(config.max_iters, state.step)
     status = "done" if state.step == total else "stopped"
     saved = "" if status == "done" else "; saved"
+    if state.last_checkpoint_step != state.step:  # save_state() has refused
+        saved = f"; not saved: {CHECKPOINT_FILE} is of step {state.last_checkpoint_step:,}"
     if is_patience_exhausted(state, config):
         saved += f"; {plural(config.patience, 'evaluation')} without improvement (patience)"
     reached = f"{state.step:,} of {plural(total, 'step')}, {format_duration(state.seconds)}"

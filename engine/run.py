@@ -61,7 +61,6 @@ class TrainState:
     best_step: int = -1  # the step of best_val_loss
     best_eval_tokens: int = 0  # the eval_tokens with which best_val_loss was measured
     last_eval_step: int = -1  # the step of the latest evaluation
-    val_loss: float = 0.0  # of the latest evaluation; 0 before the first one
     last_checkpoint_step: int = -1  # the step of the latest checkpoint
     unlogged_losses: float = 0.0  # sum of training losses since the last row of log.csv
     unlogged_steps: int = 0  # steps since that row
@@ -443,6 +442,7 @@ def restore(
             group.update({key: value for key, value in current.items() if key != "params"})
         if saved["scaler"]:  # empty unless the run was saved in float16
             scaler.load_state_dict(saved["scaler"])
+        saved["train_state"].pop("val_loss", None)  # older checkpoints have it
         state = TrainState(**saved["train_state"])
         for field in dataclasses.fields(state):
             value = getattr(state, field.name)

@@ -598,7 +598,8 @@ def test_the_next_command_is_quoted_and_works_from_any_folder(run_folders, tmp_p
 
 def test_the_summary_of_a_stopped_run_says_how_to_continue(tmp_path):
     config = TrainConfig(max_iters=10)
-    assert summary(config, TrainState(step=4, seconds=75.2), tmp_path).splitlines() == [
+    state = TrainState(step=4, seconds=75.2, last_checkpoint_step=4)
+    assert summary(config, state, tmp_path).splitlines() == [
         "",
         "stopped  4 of 10 steps, 1:15 of training; saved",
         "best     no evaluation of trained weights yet",
@@ -610,6 +611,7 @@ def summary_after(logger: MetricsLogger, evaluations: list[tuple[int, float, flo
     with logger:
         for step, val_loss, train_loss in evaluations:
             make_step(logger, step, val_loss, train_loss)
+    logger.state.last_checkpoint_step = logger.state.step
     return " ".join(summary(logger.config, logger.state, logger.folder).split())
 
 
