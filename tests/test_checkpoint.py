@@ -612,12 +612,14 @@ def test_unreadable_file_is_called_neither_missing_nor_damaged(tmp_path, name):
 
 
 def test_missing_checkpoint_is_reported_with_the_way_to_go_on(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
     with pytest.raises(FolioError, match="--init_from=scratch starts a new run"):
-        find_checkpoint(str(tmp_path))
-    save_model(random_model(), tmp_path)
-    with pytest.raises(FolioError, match=f"--init_from={tmp_path} --out_dir={tmp_path}-2"):
-        find_checkpoint(tmp_path)
-    (tmp_path / "ckpt.pt").touch()
+        find_checkpoint(str(folder))
+    save_model(random_model(), folder)
+    with pytest.raises(FolioError, match=f"--init_from={folder} --out_dir={folder}-2"):
+        find_checkpoint(folder)
+    (folder / "ckpt.pt").touch()
     for function in (find_checkpoint, move_old_run_aside):
         with pytest.raises(FolioError, match=r"ckpt\.pt: a checkpoint of nanoGPT"):
-            function(tmp_path)
+            function(folder)
