@@ -111,7 +111,8 @@ class CausalSelfAttention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = self.qkv(x)  # each (B, n_head, T, head_dim)
-        # The same as attention_weights(q, k) @ v, without storing the (T, T) table of each head.
+        # The same as F.dropout(attention_weights(q, k), dropout) @ v, without storing the (T, T)
+        # table of each head.
         dropout = self.dropout if self.training else 0.0
         if self.float32_attention:  # a question of speed: see engine/device.py
             with torch.autocast(x.device.type, enabled=False):
@@ -256,7 +257,8 @@ class GPT(nn.Module):
         | biases                                      | 0                               | GPT    |
         | gains of layer norms                        | 1                               | GPT    |
 
-        (OpenAI's code starts position embeddings with std 0.01; 0.02 is that of transformers.)
+        (OpenAI's code starts position embeddings with std 0.01, the library transformers with
+        0.02.)
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:

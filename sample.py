@@ -1,8 +1,8 @@
-"""Generate text with a trained GPT, token by token.
+r"""Generate text with a trained GPT, token by token.
 
     python sample.py                                     # from the newest run in out/
     python sample.py --start="JULIET:" --num_samples=3
-    python sample.py --start="JULIET:" --stop="\\n\\n"     # one speech: ends at an empty line
+    python sample.py --start="JULIET:" --stop="\n\n"       # one speech: ends at an empty line
     python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt
     python sample.py --init_from=gpt2 --start="The sea"  # with the weights that OpenAI published
     python sample.py --interactive                       # type prompts, read continuations
@@ -108,7 +108,7 @@ def sample(config: SampleConfig) -> None:
         inference = InferenceModel(
             model, device.torch_device, config.dtype, config.num_samples, compile=config.compile
         )
-        del model  # to free its memory; `inference` has its own copy of the weights
+        del model  # to free the weights of which `inference` has made copies
     generator = device.generator(config.seed)
     if config.interactive:
         prompts = read_prompts(tokenizer)

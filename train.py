@@ -59,7 +59,8 @@ def main() -> None:
         if not overrides.get("eval_only"):  # lock before reading: another job may write there
             lock = lock_run_folder(folder)  # of the main process
             dist.broadcast_from_main(lambda: exit_stack.enter_context(lock))
-        # Only the restarted node sees the restart in its environment variables.
+        # torchrun and SLURM restart a job that failed; it then resumes. Only the restarted node
+        # sees this in its environment variables.
         restarted = bool(dist.all_reduce_max(int(is_restarted())))
         config = dist.broadcast_from_main(
             lambda: resolve_config(overrides, restarted, dist.world_size)
@@ -78,7 +79,7 @@ def main() -> None:
         dist.broadcast_from_main(lambda: check_source(config, dataset.tokenizer))
         dist.broadcast_from_main(lambda: make_room(folder, config))  # moves an older run aside
         model = build_model(config, dataset.tokenizer, device, dist)
-        config = dataclasses.replace(config, bias=model.config.bias)  # may come from loaded weights
+        config = dataclasses.replace(config, bias=model.config.bias)  # True if weights have biases
         optimizer = make_optimizer(model, config, device.dtype, dist)
         scaler = device.grad_scaler()  # keeps small float16 gradients above 0; else does nothing
 
@@ -90,7 +91,9 @@ def main() -> None:
             evaluate_only(config, state, dataset, model, device, dist)
         else:
             dist.broadcast_from_main(lambda: start_run_folder(folder, config, dataset))
-            with dist.shutdown:  # signals, such as Ctrl-C, finish the step
+            # Signals, such as Ctrl-C, finish the step. local_exit_status(): whether this process
+            # has received one. sync() asks all processes; should_stop is the answer.
+            with dist.shutdown:
                 train(config, state, dataset, model, optimizer, scaler, device, dist)
         sys.exit(dist.shutdown.exit_status)
 
@@ -121,7 +124,7 @@ def train(
             if due.evaluation:
                 evaluation = evaluate(wrapped_model, dataset, config, device, dist, threads)
                 record_evaluation(evaluation, config, state, dataset, model, logger)
-            if due.checkpoint:  # if killed before, the resumed run repeats the evaluation
+            if due.checkpoint:  # if killed in between, the resumed run repeats the evaluation
                 save_state(config, state, dataset, model, optimizer, scaler, device, dist, logger)
             if evaluation is not None and due.sample and dist.is_main:
                 show_sample(config, dataset, model, device, logger, threads)
@@ -136,7 +139,7 @@ def train(
             state.tokens += config.tokens_per_step
             due = what_is_due(state, config)
             # Reading waits for the device. So on a GPU, the newest step is read when the next one
-            # has been started, unless its metrics are needed now.
+            # has been started, unless it is needed now, or a step read before tells of a signal.
             n_kept = 0 if any(due) else device.max_unread_steps
             metrics = []
             while len(unread) > n_kept or (unread and dist.shutdown.should_stop):
@@ -249,7 +252,8 @@ def train_step(
 def get_lr_multiplier(step: int, config: TrainConfig) -> float:
     """The learning rate of a step relative to its peak: linear warmup, then linear decay.
 
-    max_iters=10, warmup_iters=2: 1/2, 1, 1, 7/8, 6/8, ..., 1/8
+    max_iters=10, warmup_iters=2: 1/2, 1, 1, 7/8, 6/8, ..., 1/8 (the step after the last one would
+    have 0 or, with min_lr, min_lr / learning_rate)
     """
     warmup = (step + 1) / max(config.warmup_iters, 1)
     if not config.decay_lr:
@@ -287,7 +291,8 @@ def check_finite(
         )
 
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # a step that is started already: other processes need its sums
+        # The step after this one has been started: other processes wait for its all-reduces.
+        torch.cuda.synchronize()
     dist.broadcast_from_main(raise_error)  # all processes stop, and one of them prints the error
 
 
@@ -377,7 +382,8 @@ def record_evaluation(
         return
     logger.check_folder()
     if (state.best_step, state.best_val_loss) == (state.step, val_loss):
-        # Again after resuming, if the run was killed between saving weights and model card.
+        # Not in the `if` above: if the run was killed between saving weights and model card,
+        # find_best() has already set best_step, and only the model card is missing.
         save_best(logger.folder, config, state, dataset, model, bits_per_byte)
     logger.log_row(val_loss, bits_per_byte)
     logger.print(f"\n{logger.evaluation_line()}")
@@ -395,7 +401,7 @@ def find_best(
 ) -> None:
     """After resuming: let the state describe the best weights that are in the run folder.
 
-    In a new run there is nothing to find.
+    In a new run there is nothing to find. (Skip it in a first reading.)
     If the run was killed between saving these weights and its checkpoint, they are newer than the
     checkpoint. If eval_tokens has changed, they are evaluated again: losses on different windows
     cannot be compared. So are weights that another program saved without their loss. If a signal

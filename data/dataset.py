@@ -110,6 +110,7 @@ def evaluation_windows(lengths: np.ndarray, block_size: int) -> tuple[np.ndarray
     indices, num_repeated, first_index = [], [], 0
     for length in lengths:
         if length > block_size:
+            # No window starts at the last token, which no token follows: length - 1.
             planned = np.arange(0, length - 1, block_size)  # 0, 4, 8
             starts = np.minimum(planned, length - 1 - block_size)  # 0, 4, 5
             indices.append(first_index + starts)

@@ -65,7 +65,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_text(cls, text: Iterable[str], add_eos: bool = False) -> "CharTokenizer":
-        """The vocabulary of a text: its different characters, sorted by their Unicode numbers."""
+        """The different characters of a text (a str, or its characters one by one), sorted."""
         return cls("".join(sorted(set(text))), add_eos)
 
     def encode(self, text: str) -> np.ndarray:
@@ -106,7 +106,8 @@ class CharTokenizer(Tokenizer):
 def code_points(text: str) -> np.ndarray:
     """The Unicode number of each character: 'hé' -> array([104, 233]), uint32.
 
-    UTF-32 writes each character as a number of 4 bytes: its Unicode number.
+    UTF-32 writes each character as a number of 4 bytes: its Unicode number. surrogatepass: half of
+    a character gets a number, too, so encode() can say that it is not in the vocabulary.
     """
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
 

@@ -48,7 +48,7 @@ class InferenceModel:
     dtype: precision of the weights; "auto" is the fastest for this model on this device.
     batch_size: number of rows that generate() will get. The fastest way to store the weights
     depends on it. Each way adds numbers in its own order, so the logits differ in their last
-    digits. A token changes only where two tokens are almost equally likely.
+    digits. This changes a token only where the choice between two tokens is almost a tie.
     static_cache: each step attends to the whole cache, so that no shape changes (see above); always
     on CUDA, and slower on a CPU.
     compile: compile decode_step() with torch.compile, for CUDA. The first token then takes longer.
@@ -164,6 +164,7 @@ class InferenceModel:
         check_interval = 1 if self.device.type == "cpu" else FINISHED_CHECK_INTERVAL
         steps = count(1) if max_new_tokens is None else range(1, max_new_tokens + 1)
         for step in steps:
+            # The prompt, and the context after a crop. On a CPU also a single new token.
             if cache.length == 0 or not self.static_cache:
                 logits = next_token_logits(self.weights, new, cache)  # (B, V), or (1, V)
                 ids = sample(logits.expand(B, -1))  # (B,)

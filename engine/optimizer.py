@@ -103,7 +103,8 @@ def step_unless(optimizer: "torch.optim.Optimizer | CombinedOptimizer", skip: to
     """optimizer.step(), which changes no weight if skip, () bool on the device, is True.
 
     Fused optimizers of torch look for the attribute found_inf, which torch's GradScaler sets in the
-    same way: where it is 1, their kernels change nothing. So does Muon below.
+    same way: where it is 1, their kernels change nothing. Muon below changes no weight then; its
+    running means shrink.
     """
     for part in getattr(optimizer, "optimizers", (optimizer,)):
         part.found_inf = skip.float()
@@ -227,7 +228,8 @@ def group_by_shape(
     """(weight, update) pairs -> (shape, [pairs of this shape]) for each shape.
 
     The matrix of queries, keys and values (3C, C) is three matrices in one. They do different
-    things, so each is orthogonalized by itself.
+    things, so each is orthogonalized by itself. (Parts are views: a step of a part changes the
+    whole matrix.)
     """
     parts = []
     for weight, update in pairs:
@@ -261,7 +263,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     a s + b s^3 + c s^5. So a few matrix products replace a singular value decomposition.
     """
     is_wide = matrices.size(1) <= matrices.size(2)
-    X = matrices if is_wide else matrices.mT  # X X^T is then the smaller of the two products
+    X = matrices if is_wide else matrices.mT  # then X X^T is smaller than X^T X
     # The Frobenius norm is at least as large as the largest singular value (before rounding).
     X = X / (X.norm(dim=(1, 2), keepdim=True) * SAFETY_FACTOR + 1e-7)
     for a, b, c in POLAR_EXPRESS_COEFFICIENTS:

@@ -33,7 +33,7 @@ class TrainConfig:
     sample_tokens: NonNegativeInt = 160  # tokens of a sample printed after evaluations; 0: none
     sample_interval: PositiveInt = 1  # evaluations between two samples
     seed: NonNegativeInt = 1337  # random seed for weights, batches and dropout
-    wandb_log: bool = False  # log to wandb, too; in a copy of a run folder, delete wandb_id.txt
+    wandb_log: bool = False  # log to wandb, too (in a copied run folder, first delete wandb_id.txt)
     wandb_project: str = "folio"  # project on wandb
     wandb_run_name: str = ""  # name of the run on wandb; empty: the name of the run folder
     tensorboard: bool = (
@@ -42,7 +42,9 @@ class TrainConfig:
 
     # --- Data ---
     dataset: str = "shakespeare_char"  # folder under data/
-    tokenizer: Literal["dataset", "gpt2"] = "dataset"  # the dataset's, or gpt2 for nanoGPT's .bin
+    tokenizer: Literal["dataset", "gpt2"] = (
+        "dataset"  # the dataset's; gpt2: for a dataset without one, as nanoGPT's
+    )
     batch_size: PositiveInt = 12  # sequences in a micro-batch
     block_size: PositiveInt = 64  # context length T, in tokens
     gradient_accumulation_steps: PositiveInt = 1  # micro-batches per step, over all processes

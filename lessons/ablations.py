@@ -48,8 +48,8 @@ MODELS = {  # each model, and what happens without the part
     "without scale": "The scores are not divided by sqrt(16) = 4. This tiny model can learn "
     "smaller weights. With longer queries it is worse: see attention.py, part 3.",
     "without layer norm": "At the start, the numbers in x are about 0.03: sums of two "
-    "embeddings of size 0.02. Sublayers with such small inputs have small gradients: 0.001 times "
-    "the gradients with layer norm. The model starts slowly.",
+    "embeddings of size 0.02, and sqrt(2) * 0.02 = 0.03. Sublayers with such small inputs have "
+    "small gradients: 0.001 times the gradients with layer norm. The model starts slowly.",
     "without warmup": "The first steps are large, and they follow noise: see the next lesson, "
     "optimizers.py, part 1. The model starts from a worse place.",
     "one head instead of four": "One head of 64 channels replaces four of 16. At this size it "

@@ -22,7 +22,8 @@ BYTES = [bytes([b]) for b in [*VISIBLE, *(b for b in range(256) if b not in VISI
 
 # GPT-2's pattern (for English) splits a text into words: 's, 't and so on, letters, digits, other
 # signs, white space. A word includes the space before it: of several spaces, only the last belongs
-# to the next word. No merge crosses the border of a word.
+# to the next word: \s+(?!\S) takes the spaces that no sign follows directly. No merge crosses the
+# border of a word.
 #     "We'll go, 2 of us" -> "We", "'ll", " go", ",", " 2", " of", " us"
 WORD = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
 

@@ -77,7 +77,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(N_LAYER))
         self.final_norm = nn.LayerNorm(C, bias=False)
         for parameter in self.parameters():
-            if parameter.dim() == 2:  # all but the gains of the layer norms, which stay 1
+            if parameter.dim() == 2:  # all but the gains of the layer norms, which start at 1
                 nn.init.normal_(parameter, std=0.02)  # small: the first logits are near 0
 
     def forward(self, idx: Tensor) -> Tensor:

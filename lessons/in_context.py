@@ -100,9 +100,9 @@ def secret_words(steps: int = 400) -> list[float]:
     print("\nHow can a head copy? Three letters later the word begins again, so the next")
     print("letter stands two places before the current token. The query of a token looks")
     print("for this position, the key says the position, and the value says the letter.")
-    print("Where the distance varies, two heads work together: the first tells each token")
-    print("which token precedes it; the second looks for a token whose predecessor equals")
-    print("the current token, and copies it.")
+    print("Where the distance varies, two heads work together: one in an earlier block")
+    print("tells each token which token precedes it; one in a later block looks for a")
+    print("token whose predecessor equals the current token, and copies it.")
     return means
 
 

@@ -59,14 +59,15 @@ def muon(
     """Muon (Jordan et al. 2024), for matrices: each direction takes a step of the same size.
 
     A direction is a row of V^T in the singular value decomposition U S V^T (glossary, README.md).
-    The size of its step is its singular value in S.
+    In the gradient, the size of its step is its singular value in S. Muon sets all of them to 1.
     """
     # A running mean, as in AdamW.
     m = state["m"] = momentum * state.get("m", torch.zeros_like(w)) + (1 - momentum) * g
     # Nesterov momentum: the newest gradient counts a little more.
     update = momentum * m + (1 - momentum) * g
     # The numbers in matrix @ x should be as large as the numbers in x. A sum of n random terms is
-    # about sqrt(n) times as large as one term. Orthogonalized matrices:
+    # about sqrt(n) times as large as one term. In an orthogonalized matrix, each column (each row
+    # of a wide matrix) has length 1: 4 numbers of about 0.5, or 16 numbers of about 0.25.
     #     4 x 4    numbers of about 0.5,  sums of 4 terms:   sqrt(4) * 0.5 = 1
     #     16 x 4   numbers of about 0.25, sums of 4 terms:   sqrt(4) * 0.25 = 0.5
     #     4 x 16   numbers of about 0.25, sums of 16 terms:  sqrt(16) * 0.25 = 1
