@@ -27,9 +27,7 @@ from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
 from data.dataset import derive_seed, evaluation_batches, prefetch, training_batch
 from engine.checkpoint import WEIGHTS_FILE, load_model
 from engine.cpu_threads import ThreadAdapter
-from engine.device import (
-    ComputeDevice, check_same_device, choose_device, explain_out_of_memory, start_reading,
-)  # fmt: skip
+from engine.device import ComputeDevice, choose_device, explain_out_of_memory, start_reading
 from engine.distributed import Distributed, is_restarted
 from engine.inference import InferenceModel, read_ids
 from engine.metrics import MetricsLogger, StepMetrics, banner, check_trackers
@@ -37,8 +35,8 @@ from engine.metrics import indented, peak_tokens_per_second, show_evaluation, su
 from engine.optimizer import make_optimizer, set_lr_multiplier, step_if_finite
 from engine.run import (
     OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, check_same_dataset,
-    check_source, is_patience_exhausted, load_dataset, make_room, resolve_config, resume, save_best,
-    save_run, save_snapshot, start_run_folder, wrap_model,
+    check_same_device, check_source, is_patience_exhausted, load_dataset, make_room, resolve_config,
+    resume, save_best, save_run, save_snapshot, start_run_folder, wrap_model,
 )  # fmt: skip
 from engine.run_folder import lock_run_folder, resolve_out_dir, weights_metadata
 from engine.train_config import TrainConfig
@@ -216,7 +214,8 @@ def train_step(
     for micro_batch in dist.shard(range(grad_accum_steps)):
         inputs, targets = next(batches)  # (B, T) each
         # Processes exchange gradients once per step, in the backward pass of the last micro-batch.
-        is_last = micro_batch + dist.world_size >= grad_accum_steps  # of 8: 5 + 4 >= 8
+        # (Of 8 micro-batches, process 1 of 4 has numbers 1 and 5. 5 is the last one: 5 + 4 >= 8.)
+        is_last = micro_batch + dist.world_size >= grad_accum_steps
         dist.set_grad_sync(model, is_last)
         if config.dropout:  # depends on these three numbers alone, so that resuming is exact
             torch.manual_seed(derive_seed(config.seed, step, micro_batch))
@@ -242,7 +241,7 @@ def train_step(
     def read_metrics() -> StepMetrics:
         loss, norm, n_stopped = read_numbers()
         check_finite(loss, norm, step, config, scaler, dist)
-        if n_stopped > 0:  # of the processes have received a signal: all of them stop
+        if n_stopped > 0:  # a process has received a signal: all processes stop
             dist.shutdown.sync()
         return StepMetrics(loss, norm, lr_multiplier * config.learning_rate)
 
@@ -383,7 +382,7 @@ def record_evaluation(
     logger.check_folder()
     if (state.best_step, state.best_val_loss) == (state.step, val_loss):
         # Not in the `if` above: if the run was killed between saving weights and model card,
-        # find_best() has already set best_step, and only the model card is missing.
+        # find_best() has already set best_step. Then weights and model card are saved again.
         save_best(logger.folder, config, state, dataset, model, bits_per_byte)
     logger.log_row(val_loss, bits_per_byte)
     logger.print(f"\n{logger.evaluation_line()}")
@@ -401,7 +400,7 @@ def find_best(
 ) -> None:
     """After resuming: let the state describe the best weights that are in the run folder.
 
-    In a new run there is nothing to find. (Skip it in a first reading.)
+    A new run has no such weights. (Skip this function in a first reading.)
     If the run was killed between saving these weights and its checkpoint, they are newer than the
     checkpoint. If eval_tokens has changed, they are evaluated again: losses on different windows
     cannot be compared. So are weights that another program saved without their loss. If a signal
@@ -467,7 +466,7 @@ def save_state(
     dist: Distributed,
     logger: MetricsLogger,
 ) -> None:
-    """Write resume.pt. If the last step has destroyed the weights, keep the old resume.pt."""
+    """Write resume.pt; keep the old one if the weights do not give a finite loss any more."""
     if dist.broadcast_from_main(lambda: has_diverged(config, state, dataset, model, device)):
         logger.warn_once("the training loss is not finite any more: resume.pt is not overwritten")
         return

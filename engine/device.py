@@ -24,7 +24,6 @@ from typing import Literal
 import torch
 
 from configurator import FolioError
-from engine.distributed import Distributed
 
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -175,22 +174,6 @@ def find_device(requested: DeviceName, local_rank: int = 0, world_size: int = 1)
     if local_rank >= n_gpus:
         raise FolioError(f"only {n_gpus} GPUs on this node; use --nproc_per_node={n_gpus}")
     return torch.device("cuda", local_rank)
-
-
-def check_same_device(device: ComputeDevice, dist: Distributed) -> None:
-    """Raises FolioError if this process's device or dtype is not the main process's; all exit.
-
-    "auto" may choose bfloat16 on one node and float16 on another. The gradients of float16 are
-    scaled, so they cannot be averaged with the gradients of bfloat16.
-    """
-    chosen = f"{device.torch_device.type} and {str(device.dtype).removeprefix('torch.')}"
-    dist.check_same(
-        chosen,
-        lambda expected: (
-            f"process {dist.rank} has chosen {chosen}, process 0 {expected}; choose --device and "
-            "--dtype that all nodes support, for example --dtype=float32"
-        ),
-    )
 
 
 # --- dtype ---

@@ -83,7 +83,7 @@ def read_config(folder: str | Path) -> GPTConfig:
         required = {
             **REQUIRED_GPT2_VALUES,
             "n_inner": (None, 4 * found["n_embd"]),
-            # Other names of transformers for the sizes; it believes them where both stand.
+            # Other names for the sizes. transformers uses these if config.json has both names.
             "num_hidden_layers": (found["n_layer"],),
             "num_attention_heads": (found["n_head"],),
             "hidden_size": (found["n_embd"],),

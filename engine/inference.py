@@ -101,7 +101,7 @@ class InferenceModel:
         oldest 4 tokens are dropped, and the context continues with 4 old tokens and the new one.
         stop_tokens: a row that samples one of these ids is finished and repeats this id until all
         rows are finished. Then generation ends (on a GPU up to 15 steps later).
-        generator: of random numbers, on the device of the model (ComputeDevice.generator).
+        generator: makes the random numbers; on the device of the model (ComputeDevice.generator).
         The ids are made in inference mode: clone them before using them for training.
         Raises ValueError for invalid arguments, at this call.
         """
@@ -390,8 +390,8 @@ def capture_cuda_graph(
     longer than computing them for one token.
     stream: a queue of work for the GPU, in which step() is recorded. There is one for all graphs,
     because cuBLAS, NVIDIA's library of matrix products, keeps memory for each stream.
-    generator: on the GPU, whose random numbers step() uses. Each replay takes new ones, and
-    recording takes none.
+    generator: makes the random numbers of step(); on the GPU. Each replay draws new numbers. The
+    recording draws none.
     """
     state = None if generator is None else generator.get_state()
     with torch.cuda.device(stream.device):

@@ -73,7 +73,7 @@ class MetricsLogger:
         self.rows: list[LogRow] = []
         self.rows_at_start: list[LogRow] = []  # in log.csv
         self.has_new_rows = False
-        self.log_is_complete = False  # whether log.csv has these rows and no others
+        self.log_is_complete = False  # whether log.csv has exactly these rows
         self.has_other_windows = False  # whether log.csv has losses on other windows
         self.metrics: StepMetrics | None = None  # of the latest step
         self.first_tokens = state.tokens  # when this process started

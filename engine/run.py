@@ -136,9 +136,9 @@ def resume_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
 def saved_settings(folder: Path) -> dict[str, Any]:
     """The settings with which the state in resume.pt was trained.
 
-    They are in resume.pt itself: so a process that is killed while it saves leaves a state and its
-    settings, not those of another process. settings.json is a copy for readers. If it differs,
-    because it was edited or not written any more, the differences are printed.
+    resume.pt holds the state and its settings in one file. So the settings belong to the state,
+    even if a process was killed while it saved. settings.json is a copy for readers. If somebody
+    has edited settings.json, or if writing it has failed, the differences are printed.
     """
     checkpoint, shown = load_checkpoint(folder), read_settings(folder / SETTINGS_FILE)
     # Older checkpoints have the settings of the architecture alone.
@@ -470,19 +470,34 @@ def check_optimizer_state(optimizer: Optimizer) -> None:
                     raise ValueError(f"{name} is {list(value.shape)} instead of {list(shape)}")
 
 
+def check_same_device(device: ComputeDevice, dist: Distributed) -> None:
+    """Raises FolioError if this process's device or dtype is not the main process's; all exit.
+
+    "auto" may choose bfloat16 on one node and float16 on another. The gradients of float16 are
+    scaled, so they cannot be averaged with the gradients of bfloat16.
+    """
+    chosen = f"{device.torch_device.type} and {str(device.dtype).removeprefix('torch.')}"
+    dist.check_same(
+        chosen,
+        lambda expected: (
+            f"process {dist.rank} has chosen {chosen}, process 0 {expected}; choose --device and "
+            "--dtype that all nodes support, for example --dtype=float32"
+        ),
+    )
+
+
 def check_same_dataset(dataset: Dataset, dist: Distributed) -> None:
     """Raises FolioError if this process's dataset is not the main process's; all processes exit.
 
     On several nodes, each may have a copy of the dataset on its own disk.
     """
-    expected, found = dist.broadcast_from_main(lambda: fingerprint(dataset)), fingerprint(dataset)
-    if not dist.all_reduce_max(int(found != expected)):
-        return
-    if found == expected:
-        raise SystemExit(0)  # the process with another dataset prints the error
-    raise FolioError(
-        f"process {dist.rank}: {dataset.folder} is not the dataset of process 0 ({found} here, "
-        f"{expected} there); copy it to all nodes"
+    found = fingerprint(dataset)
+    dist.check_same(
+        found,
+        lambda expected: (
+            f"process {dist.rank}: {dataset.folder} is not the dataset of process 0 ({found} here, "
+            f"{expected} there); copy it to all nodes"
+        ),
     )
 
 

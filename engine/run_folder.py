@@ -72,9 +72,10 @@ def resolve_model_dir(source: str | Path, on_hub: bool = True) -> Path:
         return hub_model(name)
     runs = [f"out/{path.parent.name}" for path in saved_weights()]
     guess = did_you_mean(name, ("scratch", "resume", "auto", *GPT2_MODELS, *runs))
-    nor_hub = " nor a model on the hub" if on_hub else ""
-    neither = "neither a folder" if on_hub else "not a folder"
-    raise FolioError(f"{source}: {neither} ({folder}){nor_hub}{guess}")
+    problem = f"neither a folder ({folder}) nor a model on the hub"
+    if not on_hub:
+        problem = f"not a folder ({folder})"
+    raise FolioError(f"{source}: {problem}{guess}")
 
 
 def saved_weights() -> list[Path]:
