@@ -82,7 +82,7 @@ def main() -> None:
         scaler = device.grad_scaler()  # keeps small float16 gradients above 0; else does nothing
 
         # Resume, train
-        state = TrainState()
+        state = TrainState(init_from=config.init_from)
         if config.init_from == "resume":
             state = resume(config, model, optimizer, scaler, dataset, device, dist)
         if config.eval_only:

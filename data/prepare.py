@@ -198,6 +198,12 @@ def write_dataset(
                 f"WARNING  the vocabulary lacks {100 * unknown / meta[f'{split}_characters']:.3g}% "
                 f"of the characters in the {split} split; so bits per byte are not comparable"
             )
+        elif changed := meta.get(f"{split}_changed_bytes"):
+            print(
+                f"WARNING  the tokens of the {split} split stand for {abs(changed):,} bytes "
+                f"{'fewer' if changed < 0 else 'more'} than its text: the tokenizer changes case, "
+                "spaces or accents, for example; so bits per byte are not comparable"
+            )
     return meta
 
 
@@ -210,9 +216,11 @@ def write_tokens(
 ) -> dict[str, int]:
     """Write the token ids of all texts to one file; returns the number of tokens and characters.
 
-    The third number, if it is not 0, is that of the characters which the vocabulary lacks.
+    If they are not 0, two more numbers follow: of characters that the vocabulary lacks, and of
+    bytes that the tokens stand for beyond the bytes of the texts.
     """
-    tokens = characters = unknown = 0
+    tokens = characters = unknown = text_bytes = token_bytes = 0
+    byte_lengths = tokenizer.byte_lengths
     with open(path, "wb") as file:
         for text, ids in encode_in_order(texts, tokenizer):
             # A larger id would wrap around and become another token.
@@ -220,13 +228,20 @@ def write_tokens(
             file.write(ids.astype(dtype).tobytes())
             tokens += len(ids)
             characters += len(text or "")
-            unknown += tokenizer.count_unknown(text, ids) if text else 0
+            if text:
+                unknown += tokenizer.count_unknown(text, ids)
+                text_bytes += len(text.encode())
+                token_bytes += int(byte_lengths[ids].sum())
         file.flush()
         os.fsync(file.fileno())
     if tokens < 2:
         raise FolioError(f"the text is too short: the {split} split has fewer than 2 tokens")
     counts = {f"{split}_tokens": tokens, f"{split}_characters": characters}
-    return counts | ({f"{split}_unknown_characters": unknown} if unknown else {})
+    changed_bytes = token_bytes - text_bytes
+    if abs(changed_bytes) <= max(text_bytes / 1000, 10):  # a space before the first word, perhaps
+        changed_bytes = 0
+    optional = {f"{split}_unknown_characters": unknown, f"{split}_changed_bytes": changed_bytes}
+    return counts | {name: number for name, number in optional.items() if number}
 
 
 def encode_in_order(

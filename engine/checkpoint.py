@@ -18,6 +18,7 @@ engine/run_folder.py finds, locks and prepares the folder.
 
 import dataclasses
 import glob
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 
 from configurator import FolioError
 from data.dataset import ShardedTokens
-from data.files import atomic_write, shell_command, write_json, write_text
+from data.files import atomic_write, rename_to_backup, shell_command, write_json, write_text
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine.hf_format import (
     BIASES, SHA256_KEY, WEIGHTS_FILE, from_hf_state_dict, load_torch_file, model_without_memory,
@@ -57,11 +58,14 @@ def save_model(
     tokenizer: its special tokens, such as end-of-text, are named in the two JSON files.
     numbers: about these weights, for weights_metadata(): step, val_loss (nats per token),
         eval_tokens.
-    Raises TypeError if the model is not a GPT, FolioError if a file cannot be written.
+    Raises TypeError if the model is not a GPT, FolioError if a weight is NaN or infinite or if a
+    file cannot be written. Then the files in the folder are unchanged.
     """
     model, folder = unwrap(model), Path(folder)
-    make_folder(folder)
     tensors = to_hf_state_dict(model)
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise FolioError(f"{folder}: not saved: the weights contain NaN or infinity")
+    make_folder(folder)
     dtype = str(model.transformer.wte.weight.dtype).removeprefix("torch.")
     no_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     special_token_ids = no_ids if tokenizer is None else tokenizer.special_token_ids
@@ -171,6 +175,7 @@ def save_model_card(
     """Write README.md: where the model in this folder comes from, and how to load it.
 
     n_val_tokens: of the dataset; 0 if unknown.
+    A README.md that a person has written or changed is renamed to README.md.1, ...
     """
     folder = Path(folder)
     tokens = dataset_meta.get("train_tokens")
@@ -178,14 +183,26 @@ def save_model_card(
     source = source.encode(errors="replace").decode()  # a file name may not be UTF-8
     data = f"`{config.dataset}`" + (f", from {source}" if source else "")
     data += f", {tokens:,} training tokens" if isinstance(tokens, int) else ""
-    write_text(
-        folder / "README.md",
-        MODEL_CARD.format(
-            name=folder.name, folder=shown_path(folder), data=data, step=step, val_loss=val_loss,
-            bits_per_byte=bits_per_byte, tokens_per_step=config.tokens_per_step, c=config,
-            measured=measured_on(config.eval_tokens, n_val_tokens),
-        ),
+    start = "" if config.init_from == "scratch" else f", finetuned from `{config.init_from}`"
+    card = MODEL_CARD.format(
+        name=folder.name, folder=shown_path(folder), data=data, step=step, val_loss=val_loss,
+        bits_per_byte=bits_per_byte, tokens_per_step=config.tokens_per_step, c=config, start=start,
+        measured=measured_on(config.eval_tokens, n_val_tokens),
     )  # fmt: skip
+    path = folder / "README.md"
+    if path.exists():
+        old = path.read_text(encoding="utf-8", errors="replace")
+        if old != with_checksum(old.rpartition(CHECKSUM_NOTE)[0]):
+            print(f"{path}: was changed by hand; kept as {rename_to_backup(path).name}")
+    write_text(path, with_checksum(card))
+
+
+CHECKSUM_NOTE = "\n<!-- Folio replaces this file unless it was changed. SHA-256 of the text above: "
+
+
+def with_checksum(card: str) -> str:
+    """The model card with a last line, which a web page does not show."""
+    return f"{card}{CHECKSUM_NOTE}{hashlib.sha256(card.encode()).hexdigest()} -->\n"
 
 
 def measured_on(eval_tokens: int, n_val_tokens: int) -> str:
@@ -211,7 +228,7 @@ A GPT-2, trained with Folio.
 | model | {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, \
 context of {c.block_size} tokens |
 | training | {step:,} of {c.max_iters:,} steps of {tokens_per_step:,} tokens, {c.optimizer}, \
-learning rate {c.learning_rate} |
+learning rate {c.learning_rate}{start} |
 | validation loss | {val_loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte{measured} |
 
 Every setting is in `settings.json`, the training log in `log.csv`.

@@ -36,8 +36,8 @@ from engine.distributed import Distributed, map_tensors
 from engine.hf_format import find_weights, model_without_memory, read_config
 from engine.optimizer import CombinedOptimizer
 from engine.run_folder import (
-    SETTINGS_FILE, make_folder, move_old_run_aside, remove_temporary_files, resolve_model_dir,
-    resolve_out_dir,
+    SETTINGS_FILE, describe_run, make_folder, move_old_run_aside, remove_temporary_files,
+    resolve_model_dir, resolve_out_dir, shown_path,
 )  # fmt: skip
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
@@ -54,6 +54,7 @@ OUT_OF_MEMORY_HINT = (
 class TrainState:
     """How far a run is: what resuming restores beside weights and optimizer."""
 
+    init_from: str = "scratch"  # or the model whose weights the run started from
     step: int = 0  # optimizer steps done
     tokens: int = 0  # tokens trained on
     seconds: float = 0.0  # time spent on training steps
@@ -95,10 +96,12 @@ def resolve_config(
     """
     folder = resolve_out_dir(overrides.get("out_dir", TrainConfig.out_dir))
     source = overrides.get("init_from", TrainConfig.init_from)
-    can_resume = (folder / CHECKPOINT_FILE).exists()
-    if can_resume and (source == "auto" or (restarted and not overrides.get("eval_only"))):
-        source = "resume"
+    restarted = restarted and not overrides.get("eval_only")
+    if (folder / CHECKPOINT_FILE).exists() and (source == "auto" or restarted):
+        if source == "auto" or is_run_from(folder, source):
+            source = "resume"
     elif source == "auto":
+        print(f"no checkpoint in {shown_path(folder)}: training starts from scratch")
         source = "scratch"
     if source == "scratch":
         config = TrainConfig(**overrides)
@@ -133,6 +136,16 @@ def resume_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
     return configure(TrainConfig, [], defaults=saved | overrides | moved)
 
 
+def is_run_from(folder: Path, source: str) -> bool:
+    """Whether the run in `folder` may have started from `source`, as a restarted job has done.
+
+    A job that was refused before its first step may be restarted where an older run is.
+    """
+    started_from = read_settings(folder / SETTINGS_FILE).get("init_from")
+    # Older versions saved "resume" after resuming.
+    return source in ("scratch", "resume", started_from) or started_from == "resume"
+
+
 def saved_settings(folder: Path) -> dict[str, Any]:
     """The settings with which the state in resume.pt was trained.
 
@@ -158,6 +171,8 @@ def saved_settings(folder: Path) -> dict[str, Any]:
 def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
     """The settings for finetuning the model in `folder`: the architecture comes from the model."""
     model_config = read_config(folder)
+    if (description := describe_run(folder)) != shown_path(folder):  # it is a run
+        print(f"starting from {description}")
     for name in ARCHITECTURE:
         given, actual = overrides.get(name), getattr(model_config, name)
         if given is not None and given != actual:
@@ -341,6 +356,7 @@ def save_best(
     numbers = {"step": state.best_step, "val_loss": state.best_val_loss}
     save_model(model, folder, dataset.tokenizer, **numbers, eval_tokens=state.best_eval_tokens)
     numbers |= {"bits_per_byte": bits_per_byte, "n_val_tokens": len(dataset.val)}
+    config = dataclasses.replace(config, init_from=state.init_from)  # not "resume"
     save_model_card(folder, config, dataset.meta, **numbers)
 
 
@@ -362,6 +378,7 @@ def save_run(
     dataset: Dataset,
 ) -> None:
     """Write resume.pt: all that saved_settings() and restore() need. Then write settings.json."""
+    config = dataclasses.replace(config, init_from=state.init_from)  # not "resume"
     if not (folder / SETTINGS_FILE).exists():
         warning = (
             "was moved or deleted, with the best weights; the run continues in a new folder there"

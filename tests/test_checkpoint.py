@@ -267,6 +267,23 @@ def test_model_card_names_a_text_whose_file_name_is_not_utf8(tmp_path):
     assert "from /caf?.txt" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_model_card_that_was_changed_by_hand_is_kept(tmp_path, capsys):
+    numbers = {"val_loss": 2, "bits_per_byte": 3}
+    config = TrainConfig(init_from="gpt2")
+    card = tmp_path / "README.md"
+    for step in (1, 2):
+        save_model_card(tmp_path, config, {}, step=step, **numbers)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]  # ours was replaced
+    assert "finetuned from `gpt2`" in card.read_text()
+    for changed in (card.read_text() + "my note\n", "# My model\n"):
+        card.write_text(changed)
+        save_model_card(tmp_path, config, {}, step=3, **numbers)
+        kept = max(tmp_path.glob("README.md.*"))
+        assert kept.read_text() == changed
+        assert f"changed by hand; kept as {kept.name}" in capsys.readouterr().out
+        assert "3 of 2,000 steps" in card.read_text()
+
+
 # --- Weights saved by other programs ---
 
 
@@ -532,9 +549,15 @@ def test_a_checkpoint_is_memory_mapped_until_it_is_restored(tiny_flags, tmp_path
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, number):
     model = random_model()
+    save_model(model, tmp_path)
+    before = (tmp_path / WEIGHTS_FILE).read_bytes()
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = number
-    save_model(model, tmp_path)
+    with pytest.raises(FolioError, match="not saved: the weights contain NaN or infinity"):
+        save_model(model, tmp_path)
+    assert (tmp_path / WEIGHTS_FILE).read_bytes() == before
+    name = "transformer.ln_f.weight"
+    rewrite(tmp_path, lambda tensors: {**tensors, name: torch.full_like(tensors[name], number)})
     with pytest.raises(FolioError, match="NaN or infinity"):
         load_model(tmp_path)
 

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from configurator import ROOT, FolioError
 from data import dataset as dataset_module
@@ -235,6 +235,21 @@ def test_a_vocabulary_that_lacks_characters_of_the_text_is_told(tmp_path, capsys
         "WARNING  the vocabulary lacks 26.3% of the characters in the train split; "
         "so bits per byte are not comparable\n"
     )
+
+
+def test_a_tokenizer_that_changes_the_text_is_told(tmp_path, capsys):
+    """BERT's turns "Ä  B " (6 bytes) into a and b, each 2 bytes with the space between words."""
+    vocab = {"a": 0, "b": 1, "[UNK]": 2}
+    backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    tokenizer = HFTokenizer(json.loads(backend.to_str()), {})
+    splits = {"train": ["a b " * 999], "val": ["Ä  B " * 999]}
+    write_dataset(tmp_path / "mine", tokenizer, splits, {})
+    output = capsys.readouterr().out
+    assert "train split" not in output
+    assert "tokens of the val split stand for 1,998 bytes fewer than its text" in output
 
 
 def test_a_text_that_leaves_nothing_for_validation_is_too_short(tmp_path):

@@ -467,6 +467,24 @@ def test_a_restarted_job_resumes_although_it_says_scratch(tiny_flags, tmp_path, 
     assert [int(row["step"]) for row in rows] == [0, 2, 4, 6, 8]
 
 
+def test_a_restarted_finetuning_job_resumes_its_own_run_only(
+    tiny_flags, tmp_path, run_train, call, monkeypatch
+):
+    """It may have been refused when it started first, while an older run was in its folder."""
+    run_train(*tiny_flags)
+    for name in ("weights", "tuned"):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+    flags = [f"--init_from={tmp_path / 'weights'}", f"--out_dir={tmp_path / 'tuned'}"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "starting from" in run_train(*tiny_flags, *flags, "--max_iters=4")
+    assert (tmp_path / "tuned.1").exists()
+    assert "resuming with max_iters = 6" in run_train(*tiny_flags, *flags, "--max_iters=6")
+    assert "resuming with max_iters = 8" in run_train(*tiny_flags, *flags, "--max_iters=8")
+    assert not (tmp_path / "tuned.2").exists()
+    settings = json.loads((tmp_path / "tuned" / "settings.json").read_text())
+    assert settings["init_from"] == str(tmp_path / "weights")
+
+
 def test_resuming_in_a_new_run_without_checkpoint_names_the_run_that_was_moved_aside(
     tiny_flags, tmp_path, run_train, call, monkeypatch
 ):
@@ -861,11 +879,12 @@ def test_only_the_main_process_prints(tiny_flags, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_resolve_config_decides_where_the_weights_come_from(tiny_flags, tmp_path):
+def test_resolve_config_decides_where_the_weights_come_from(tiny_flags, tmp_path, capsys):
     def init_from(flag):
         return resolve_config(parse_overrides(TrainConfig, [*tiny_flags, flag])).init_from
 
     assert init_from("--init_from=auto") == "scratch"
+    assert "no checkpoint" in capsys.readouterr().out
     with pytest.raises(FolioError, match=r"resume.pt: no checkpoint to resume from; .*scratch"):
         init_from("--init_from=resume")
     (tmp_path / "other").mkdir()
