@@ -186,7 +186,8 @@ def output_path(config: ExplainConfig, folder: Path) -> Path:
 def explain(model: GPT, ids: torch.Tensor) -> dict[str, Any]:
     """Everything that the page shows of one model on the tokens ids (T,).
 
-    scores: (n_layer, n_head, T, T) q k^T before scaling, below the diagonal and on it.
+    scores: (n_layer, n_head, T (T + 1) / 2) q k^T before scaling, row by row; each row ends at the
+        diagonal.
     values, messages: (n_layer, n_head, T, channels) the first channels of v and of weights @ v.
     """
     idx = ids[None]  # (1, T)

@@ -26,12 +26,14 @@ from configurator import FolioError, parse_overrides, run_main
 from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
 from data.dataset import derive_seed, evaluation_batches, prefetch, training_batch
 from engine.checkpoint import WEIGHTS_FILE, load_model
-from engine.cpu_threads import ThreadAdapter
+from engine.cpu_threads import ThreadAdapter, one_thread
 from engine.device import ComputeDevice, choose_device, explain_out_of_memory, start_reading
 from engine.distributed import Distributed, is_restarted
-from engine.inference import InferenceModel, read_ids
-from engine.metrics import MetricsLogger, StepMetrics, banner, check_trackers
-from engine.metrics import indented, peak_tokens_per_second, show_evaluation, summary
+from engine.inference import InferenceModel, is_small, read_ids
+from engine.metrics import (
+    MetricsLogger, StepMetrics, banner, check_trackers, indented, peak_tokens_per_second,
+    show_evaluation, show_progress, summary,
+)  # fmt: skip
 from engine.optimizer import make_optimizer, set_lr_multiplier, step_if_finite
 from engine.run import (
     OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, check_same_dataset,
@@ -125,7 +127,7 @@ def train(
             if due.checkpoint:  # if killed in between, the resumed run repeats the evaluation
                 save_state(config, state, dataset, model, optimizer, scaler, device, dist, logger)
             if evaluation is not None and due.sample and dist.is_main:
-                show_sample(config, dataset, model, device, logger, threads)
+                show_sample(config, dataset, model, device, logger)
             is_finished = state.step >= config.max_iters or is_patience_exhausted(state, config)
             if is_finished or dist.shutdown.should_stop:
                 break
@@ -499,17 +501,15 @@ def show_sample(
     model: GPT,
     device: ComputeDevice,
     logger: MetricsLogger,
-    threads: ThreadAdapter,
 ) -> None:
     """Print sample_tokens tokens from the model."""
     start = torch.tensor([[dataset.tokenizer.start_token_id]], device=device.torch_device)
-    ids = InferenceModel(model, device.torch_device).generate(
-        start, config.sample_tokens, temperature=0.8, generator=device.generator(config.seed)
-    )
-    text = ""
-    for piece in dataset.tokenizer.decode_stream(i for (i,) in read_ids(ids)):
-        text += piece
-        threads.after_step()
+    with one_thread() if is_small(model) else contextlib.nullcontext():
+        steps = InferenceModel(model, device.torch_device).generate(
+            start, config.sample_tokens, temperature=0.8, generator=device.generator(config.seed)
+        )
+        ids = show_progress(read_ids(steps), config.sample_tokens, "sampling", "tokens")
+        text = "".join(dataset.tokenizer.decode_stream(i for (i,) in ids))
     logger.print(indented(text.strip()))
 
 

@@ -16,7 +16,7 @@ batch_size = 8
 bias = False
 
 max_iters = 2000
-patience = 2  # stop after two evaluations without improvement: a smaller text gets there
+patience = 2  # stop after two evaluations without improvement: smaller texts are overfitted
 warmup_iters = 100
 learning_rate = 5e-3
 muon_learning_rate = 0.02

@@ -224,7 +224,8 @@ def read_pieces(path: Path) -> Iterator[str]:
     """A file's text in pieces of about a megabyte. FolioError if it is not UTF-8.
 
     A piece ends before white space. GPT-2's split pattern never joins a word and the white space
-    after it, so the pieces have the same token ids as the whole text.
+    after it, so the pieces have the same token ids as the whole text. (Only a megabyte without any
+    white space is cut within a word.)
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     rest, position = "", 0

@@ -7,7 +7,8 @@ our characters nor GPT-2's kind of BPE. The ids equal transformers' ids:
 
 So, unlike in our own tokenizers, an added token such as <|user|> is recognized in a text. Some
 tokenizers put tokens around each text, for example [CLS] text [SEP]. encode() leaves them out,
-because the text may be one of many pieces; encode_prompt() puts [CLS] before the text.
+because in a dataset only end-of-text separates documents; encode_prompt() puts [CLS] before the
+text.
 
 The ids depend on two files, tokenizer.json and tokenizer_config.json. If they contradict each
 other, the versions of transformers do not agree on the ids, and the folder is refused.

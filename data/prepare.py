@@ -321,7 +321,7 @@ def shards_folder(name: str, source: str) -> Path:
     with explain_os_error(folder, "cannot create this folder"):
         folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "meta.json").exists():
-        write_json(folder / "meta.json", {"source": source})  # see complete_shards()
+        write_json(folder / "meta.json", {"source": source})  # reserves the folder for this source
     return folder
 
 

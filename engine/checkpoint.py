@@ -263,9 +263,10 @@ def save_checkpoint(folder: str | Path, state: dict[str, Any]) -> None:
     """
     with atomic_write(Path(folder) / CHECKPOINT_FILE) as temporary, open(temporary, "wb") as file:
         try:
-            torch.save(state, file)  # given a path, it reports a full disk without saying so
+            torch.save(state, file)  # given a path, its error does not say that the disk is full
         except RuntimeError as error:
-            # It hides an OSError of `file`. All other errors, such as CUDA's, keep their traceback.
+            # The RuntimeError hides an OSError of `file`. All other errors, such as CUDA's, keep
+            # their traceback.
             cause = error.__context__
             if "inline_container" in str(error) and isinstance(cause, OSError):
                 raise cause from None

@@ -432,8 +432,8 @@ def sampling_probs(
         temperature=2              0.46 0.28 0.17 0.10    likely tokens become less likely
         temperature=0              1    0    0    0       greedy: always the likeliest token
         temperature=1, top_k=2     0.73 0.27 0    0       only the k likeliest tokens; 0: all tokens
-        temperature=1, top_p=0.8   0.73 0.27 0    0       only the likeliest tokens whose
-                                                          probabilities add up to 0.8; 1: all tokens
+        temperature=1, top_p=0.8   0.73 0.27 0    0       the fewest likeliest tokens whose
+                                                          probabilities add up to 0.8 or more
 
     top_p is nucleus sampling (Holtzman et al. 2020). The likeliest token is always kept.
     Raises ValueError if temperature or top_k is negative, or top_p is not in 0 ... 1.

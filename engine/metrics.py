@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,6 +100,13 @@ class MetricsLogger:
             self.rows = [row for row in rows if row["step"] <= self.state.step]
             trackers = open_trackers(self.folder, self.config, self.state.step)
             self.trackers = self.exit_stack.enter_context(trackers)
+        if self.enabled and is_terminal():
+            self.bar = tqdm(
+                total=self.config.max_iters, initial=self.state.step, dynamic_ncols=True,
+                leave=False,
+                # A short bar: the "^C" of a terminal does not begin a new line after it.
+                bar_format="{percentage:3.0f}% |{bar:12}| {n_fmt}/{total_fmt} steps{postfix}",
+            )  # fmt: skip
         return self
 
     def __exit__(self, *exception_info: Any) -> None:
@@ -169,18 +176,14 @@ class MetricsLogger:
             # Not state.tokens: on a GPU they include a step that is started but not read yet.
             tokens = self.first_tokens + len(metrics) * self.config.tokens_per_step
             self.last_logged = (tokens, self.state.seconds)
-            if self.enabled and is_terminal():
-                self.bar = tqdm(
-                    total=self.config.max_iters, initial=self.state.step - 1, dynamic_ncols=True,
-                    leave=False,
-                    # A short bar: the "^C" of a terminal does not begin a new line after it.
-                    bar_format="{percentage:3.0f}% |{bar:12}| {n_fmt}/{total_fmt} steps{postfix}",
-                )  # fmt: skip
         if self.bar is not None:
             self.bar.update(self.state.step - self.bar.n)
 
     def log_checkpoint(self, seconds: float) -> None:
-        """Print the size of resume.pt and the seconds it took, if more than one."""
+        """Print the size of resume.pt and the seconds it took, if more than one.
+
+        If replace_evaluations() has changed rows, log.csv is replaced now.
+        """
         if self.has_other_windows:
             self.log_is_complete = False
             self._save_rows()
@@ -317,6 +320,8 @@ class MetricsLogger:
         if not self.enabled or not any(losses):
             return
         self.last_plot = time.monotonic()
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"drawing {PLOT_FILE}")
         config, name, path = self.config, self.folder.name, self.folder / PLOT_FILE
         title = (
             f"{name}: dataset {config.dataset}, {plural(config.n_layer, 'layer')}, "
@@ -337,10 +342,17 @@ def show_evaluation(
     """Yield the batches of an evaluation. On a terminal, a bar shows how many have been used."""
     n_tokens = min(len(dataset.val), config.eval_tokens or math.inf)
     n_batches = math.ceil(n_tokens / (config.batch_size * config.block_size * dist.world_size))
+    yield from show_progress(batches, n_batches, "evaluating", "batches", dist.is_main)
+
+
+def show_progress(
+    items: Iterable[Item], total: int, activity: str, unit: str, enabled: bool = True
+) -> Iterator[Item]:
+    """Yield the items. On a terminal, a bar shows how many have been used."""
     yield from tqdm(
-        batches, total=n_batches, disable=not (dist.is_main and is_terminal()), leave=False,
+        items, total=total, disable=not (enabled and is_terminal()), leave=False,
         dynamic_ncols=True,
-        bar_format="evaluating |{bar:12}| {n_fmt}/{total_fmt} batches, {remaining} left",
+        bar_format=f"{activity} |{{bar:12}}| {{n_fmt}}/{{total_fmt}} {unit}, {{remaining}} left",
     )  # fmt: skip
 
 

@@ -251,8 +251,9 @@ POLAR_EXPRESS_COEFFICIENTS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
-# Each polynomial is made for values up to a limit: 1 for the first one, about 2 for the later ones.
-# Above it, the polynomial grows fast. Rounding can push a value slightly above: leave room for 1%.
+# Each polynomial is made for values up to a limit: 1 for the first one, 1.6 to 2 for the later
+# ones. Above it, the polynomial grows fast. Rounding can push a value slightly above: leave room
+# for 1%.
 SAFETY_FACTOR = 1.01
 
 

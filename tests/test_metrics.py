@@ -386,7 +386,9 @@ def test_a_line_printed_during_an_evaluation_does_not_continue_its_bar(make_logg
     with make_logger() as logger:
         for _ in show_evaluation(iter(range(2)), dataset, logger.config, dist):
             logger.print("threads  1 instead of 2")
-    assert terminal.getvalue().count("\rthreads  1 instead of 2\n") == 2
+    # "\x1b[A": from the (cleared) line of the second bar to the line of the first one
+    line = "\r\x1b[Athreads  1 instead of 2\n"
+    assert terminal.getvalue().count(line) == 2, repr(terminal.getvalue())
 
 
 def test_lines_of_a_sample_fit_the_terminal_and_empty_lines_stay(monkeypatch):
