@@ -83,8 +83,8 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, causal: bool = True) -> 
     # A query and a key that point in the same direction have a large dot product.
     scores = q @ k.mT  # (8, 4, 64, 32) @ (8, 4, 32, 64) -> (8, 4, 64, 64)
     # The dot product of two vectors of head_dim independent numbers with mean 0 and variance 1 has
-    # variance head_dim. Without this division the softmax would be almost one-hot, and its gradient
-    # almost zero.
+    # variance head_dim. Without this division one weight would be almost 1, all others would be
+    # almost 0, and so would the gradient of the softmax.
     scores = scores / math.sqrt(q.size(-1))
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(diagonal=1)

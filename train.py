@@ -150,7 +150,7 @@ def train(
             if due.row and not due.evaluation:
                 logger.log_row()
             if due.snapshot and dist.is_main:
-                save_snapshot(folder / f"step_{state.step:06}", config, state, dataset, model)
+                try_to_save_snapshot(config, state, dataset, model, logger)
         # best_step is -1 if no trained weights were evaluated: then keep the last weights.
         if dist.is_main and (state.best_step < 0 or not (folder / WEIGHTS_FILE).exists()):
             save_snapshot(folder, config, state, dataset, model)
@@ -206,7 +206,8 @@ def train_step(
 
     If the loss or a gradient is NaN or infinite, the weights do not change.
     Returns a function that waits until the device has computed the step. It returns the metrics,
-    equal in all processes; it raises FolioError if one of them is NaN or infinite.
+    equal in all processes; it raises FolioError if one of them is NaN or infinite. (In float16 an
+    infinite gradient is normal: see check_finite().)
     """
     lr_multiplier = get_lr_multiplier(step, config)
     set_lr_multiplier(optimizer, lr_multiplier)
@@ -292,7 +293,8 @@ def check_finite(
         )
 
     if torch.cuda.is_initialized():
-        # The step after this one has been started: other processes wait for its all-reduces.
+        # The next step has been started. Wait until it is computed: if this process ended before,
+        # the other processes would wait for its part of the all-reduces.
         torch.cuda.synchronize()
     dist.broadcast_from_main(raise_error)  # all processes stop, and one of them prints the error
 
@@ -378,7 +380,7 @@ def record_evaluation(
     state.last_eval_step = state.step
     if state.step > 0 and val_loss < state.best_val_loss:  # NaN < x is False
         state.best_val_loss, state.best_step = val_loss, state.step
-        state.best_eval_tokens = config.eval_tokens
+    state.best_eval_tokens = config.eval_tokens
     if not logger.enabled:
         return
     logger.check_folder()
@@ -404,22 +406,28 @@ def find_best(
 
     A new run has no such weights. (Skip this function in a first reading.)
     If the run was killed between saving these weights and its checkpoint, they are newer than the
-    checkpoint. If eval_tokens has changed, they are evaluated again: losses on different windows
-    cannot be compared. So are weights that another program saved without their loss. If a signal
-    interrupts this evaluation, the next resuming repeats it.
+    checkpoint. If eval_tokens has changed, they are evaluated again, and earlier losses leave
+    log.csv: losses on different windows cannot be compared. Weights that another program saved
+    without their loss are evaluated, too. If a signal interrupts this evaluation, the next resuming
+    repeats it.
     """
     folder = logger.folder
     has_weights = dist.broadcast_from_main(lambda: (folder / WEIGHTS_FILE).exists())
     saved = dist.broadcast_from_main(lambda: weights_metadata(folder))
+    are_windows_new = state.last_eval_step >= 0 and state.best_eval_tokens != config.eval_tokens
+    if are_windows_new:
+        state.last_checkpoint_step = -1  # save soon: log.csv changes with the next checkpoint
     if not has_weights or ("val_loss" not in saved and state.best_step < 0):
         state.best_val_loss, state.best_step = math.inf, -1  # no weights that were evaluated
+        if are_windows_new:
+            logger.replace_evaluations(state.best_step)
         return
-    are_windows_new = state.best_step >= 0 and state.best_eval_tokens != config.eval_tokens
     state.best_step = saved.get("step", state.best_step)
     state.best_eval_tokens = saved.get("eval_tokens", state.best_eval_tokens)
     if "val_loss" in saved:
         state.best_val_loss = saved["val_loss"]
-    if "val_loss" not in saved or state.best_eval_tokens != config.eval_tokens:
+    is_measured = "val_loss" in saved and state.best_eval_tokens == config.eval_tokens
+    if are_windows_new or not is_measured:
         best_model = load_model(folder, vocab_size=dataset.tokenizer.vocab_size)
         best_model.to(device.torch_device, device.param_dtype)
         evaluation = evaluate(best_model, dataset, config, device, dist, threads)
@@ -427,6 +435,8 @@ def find_best(
             state.best_val_loss, state.best_eval_tokens = evaluation[0], config.eval_tokens
             if are_windows_new:
                 logger.replace_evaluations(state.best_step, *evaluation)
+                if logger.enabled:  # the same weights, with their new loss
+                    save_best(folder, config, state, dataset, best_model, evaluation[1])
 
 
 def evaluate_only(
@@ -444,7 +454,9 @@ def evaluate_only(
         print(banner(config, state, dataset, model, device, folder), flush=True)
     threads = ThreadAdapter(device, config.num_threads, dist.world_size, tqdm.write)
     evaluation = evaluate(wrapped_model, dataset, config, device, dist, threads)
-    if evaluation is not None and dist.is_main:  # None: torchrun has died
+    # None: torchrun was killed. (A signal ends the program at once: main() catches signals around
+    # train() only.)
+    if evaluation is not None and dist.is_main:
         val_loss, bits_per_byte = evaluation
         # Perplexity 10: as unsure as a choice between 10 equally likely tokens.
         perplexity = torch.tensor(val_loss).exp()
@@ -480,6 +492,17 @@ def save_state(
         logger.log_checkpoint(time.perf_counter() - start_time)
 
 
+def try_to_save_snapshot(
+    config: TrainConfig, state: TrainState, dataset: Dataset, model: GPT, logger: MetricsLogger
+) -> None:
+    """Save the weights in step_*. If that fails, training continues: no run needs its snapshots."""
+    folder = logger.folder / f"step_{state.step:06}"
+    try:
+        save_snapshot(folder, config, state, dataset, model)
+    except FolioError as error:
+        logger.warn_once(f"no snapshot: {error}; training continues")
+
+
 @torch.no_grad()
 def has_diverged(
     config: TrainConfig, state: TrainState, dataset: Dataset, model: GPT, device: ComputeDevice
@@ -508,6 +531,7 @@ def show_sample(
         steps = InferenceModel(model, device.torch_device).generate(
             start, config.sample_tokens, temperature=0.8, generator=device.generator(config.seed)
         )
+        # read_ids() gives a list of ids for each step: [i], for one sample.
         ids = show_progress(read_ids(steps), config.sample_tokens, "sampling", "tokens")
         text = "".join(dataset.tokenizer.decode_stream(i for (i,) in ids))
     logger.print(indented(text.strip()))

@@ -216,9 +216,9 @@ class BPETokenizer(Tokenizer):
 def recover_merge(
     token: bytes, rank: int, mergeable_ranks: dict[bytes, int]
 ) -> tuple[bytes, bytes]:
-    """The two tokens that were merged into `token`: b'the' -> (b'th', b'e').
+    """The two tokens that were merged into `token`: GPT-2's b'the' -> (b't', b'he').
 
-    With the earlier merges alone, b'the' is encoded as b'th', b'e'. So these two were merged last.
+    With the earlier merges alone, b'the' is encoded as b't', b'he'. So these two were merged last.
     Raises ValueError if the earlier merges leave more than two tokens.
     """
     parts = [bytes([byte]) for byte in token]
@@ -331,7 +331,8 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     config, model_config = read("tokenizer_config.json"), read("config.json")
     if not config.get("tokenizer_class"):
         model_type = model_config.get("model_type")
-        # Other model types imply other classes. check_consistency() refuses them by this name.
+        # Other model types imply other classes. check_consistency() in
+        # data/hf_tokenizer.py refuses them by this name.
         implied = CLASS_OF_MODEL_TYPE.get(model_type, f"of model_type {model_type}")
         config["tokenizer_class"] = model_config.get("tokenizer_class") or implied
     if "added_tokens_decoder" not in config:  # written before 2023

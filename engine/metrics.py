@@ -193,7 +193,9 @@ class MetricsLogger:
 
     # --- log.csv ---
 
-    def replace_evaluations(self, best_step: int, val_loss: float, bits_per_byte: float) -> None:
+    def replace_evaluations(
+        self, best_step: int, val_loss: float | None = None, bits_per_byte: float | None = None
+    ) -> None:
         """After eval_tokens has changed: keep one evaluation, the new one of the best weights.
 
         Losses on different windows cannot be compared. log.csv changes with the next checkpoint.

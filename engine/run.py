@@ -60,7 +60,7 @@ class TrainState:
     seconds: float = 0.0  # time spent on training steps
     best_val_loss: float = math.inf  # nats per token
     best_step: int = -1  # the step of best_val_loss
-    best_eval_tokens: int = 0  # the eval_tokens with which best_val_loss was measured
+    best_eval_tokens: int = 0  # eval_tokens of best_val_loss, and of all losses in log.csv
     last_eval_step: int = -1  # the step of the latest evaluation
     last_checkpoint_step: int = -1  # the step of the latest checkpoint
     unlogged_losses: float = 0.0  # sum of training losses since the last row of log.csv
@@ -80,7 +80,7 @@ def is_patience_exhausted(state: TrainState, config: TrainConfig) -> bool:
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias")  # settings that the weights determine
 FROM_WEIGHTS = (*ARCHITECTURE, "block_size", "dropout")  # taken from a model that is finetuned
 # Changing one of these would make the weights unusable, or the losses incomparable.
-FIXED_ON_RESUME = (*ARCHITECTURE, "block_size", "pad_vocab_to", "optimizer", "dataset")
+FIXED_ON_RESUME = (*ARCHITECTURE, "block_size", "pad_vocab_to", "optimizer")
 SET_AT_EACH_START = ("init_from", "out_dir", "eval_only")  # no settings of the run itself
 
 
@@ -444,7 +444,7 @@ def restore(
         before, now = saved["dataset"], fingerprint(dataset)
         if before not in (now, now[:3]):  # older checkpoints lack the checksums
             raise FolioError(
-                f"--dataset={config.dataset}: the dataset has changed since {folder} was started "
+                f"--dataset={config.dataset}: not the dataset with which {folder} was started "
                 f"(SHA-256, tokens of both splits, checksums: {before} before, {now} now); "
                 "restore it (shards that were added can be moved away), or use --init_from=scratch"
             )

@@ -253,10 +253,8 @@ def main() -> None:
         ignored = shutil.ignore_patterns(".*", "out", "*.bin", "*.safetensors")
         shutil.copytree(ROOT, copy, ignore=ignored)
         for mutation in chosen:
-            print(
-                f"{mutation.title}\n{changed_lines(mutation)}\n    running tests/{mutation.test}",
-                flush=True,
-            )
+            running = indent(f"running tests/{mutation.test}")
+            print(f"{mutation.title}\n{changed_lines(mutation)}\n{running}", flush=True)
             failure = run_mutated(copy, mutation)
             if failure is None:
                 print("    PASSED: the mutation is NOT detected\n", flush=True)
@@ -328,7 +326,9 @@ def run_mutated(copy: Path, mutation: Mutation) -> str | None:
 
 
 def indent(text: str) -> str:
-    return textwrap.fill(text, 79, initial_indent=" " * 4, subsequent_indent=" " * 4)
+    return textwrap.fill(
+        text, 79, initial_indent=" " * 4, subsequent_indent=" " * 4, break_long_words=False
+    )
 
 
 if __name__ == "__main__":
