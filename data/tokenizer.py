@@ -343,7 +343,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def char_from_dict(contents: Any, config: dict[str, Any]) -> CharTokenizer | None:
-    """The tokenizer if `contents` are what CharTokenizer.to_dict() makes, else None."""
+    """The tokenizer if `contents` mean what CharTokenizer.to_dict() makes, else None."""
     model = contents["model"]
     if model.get("type") != "WordLevel":
         return None
@@ -355,6 +355,13 @@ def char_from_dict(contents: Any, config: dict[str, Any]) -> CharTokenizer | Non
     tokenizer = CharTokenizer("".join(characters), add_eos)
     with tokenizers_errors_as(ValueError):  # the form of this version of `tokenizers`
         contents = json.loads(tokenizers.Tokenizer.from_str(json.dumps(contents)).to_str())
+    # transformers' save_pretrained() adds an empty post-processor, and the padding token, which may
+    # be a character. Where special tokens are split, it is encoded like all other characters.
+    if adds_nothing(contents["post_processor"]):
+        contents["post_processor"] = None
+    if config.get("split_special_tokens"):
+        added = contents["added_tokens"]
+        contents["added_tokens"] = [t for t in added if t["content"] not in tokenizer.characters]
     is_ours = tokenizer.to_dict() == contents and names_only(config, model["vocab"])
     return tokenizer if is_ours else None
 

@@ -6,13 +6,14 @@ import random
 import numpy as np
 import pytest
 import tiktoken
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 import prepare_shakespeare
 from configurator import FolioError
-from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, save_tokenizer
 from data.tokenizer_base import bytes_to_unicode
 from tests.conftest import assert_one_line_error
 from tests.fuzzing import Count, fuzz_settings, mutations
@@ -220,6 +221,33 @@ def test_char_file_is_recognized_if_entries_without_effect_are_missing(tmp_path)
     del contents["truncation"], contents["padding"], contents["post_processor"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
     assert load_tokenizer(tmp_path) == tokenizer
+
+
+@pytest.mark.parametrize("pad_token", [None, "b"])
+@pytest.mark.parametrize("add_eos", [False, True])
+def test_characters_that_transformers_saved_again_are_still_our_tokenizer(
+    tmp_path, add_eos, pad_token
+):
+    tokenizer = CharTokenizer.from_text("abc\n ", add_eos)
+    settings = {"pad_token": pad_token} if pad_token else {}
+    save_tokenizer(tokenizer, tmp_path, **settings)
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    assert "post_processor" in (tmp_path / "again" / "tokenizer.json").read_text()
+    assert load_tokenizer(tmp_path / "again") == tokenizer
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert theirs("abba c\n")["input_ids"] == tokenizer.encode("abba c\n").tolist()
+
+
+def test_a_character_that_is_a_token_apart_makes_another_tokenizer(tmp_path):
+    """Where special tokens are recognized in a text, " b" is one token with lstrip."""
+    tokenizer = CharTokenizer.from_text("ab ")
+    save_tokenizer(tokenizer, tmp_path, split_special_tokens=False)
+    contents = tokenizer.to_dict()
+    flags = {"single_word": False, "lstrip": True, "rstrip": False, "normalized": False}
+    contents["added_tokens"] = [{"id": 2, "content": "b", "special": True, **flags}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("a b")["input_ids"] == load_tokenizer(tmp_path).encode("a b").tolist() == [1, 2]
 
 
 def test_gpt2_spells_a_space_as_a_printable_letter():
