@@ -123,7 +123,7 @@ def run_results(rows: list[LogRow]) -> dict[str, str]:
         "best validation loss": f"{best['val_loss']:.4f}" if best else "none yet",
         "its bits per byte": f"{bits_per_byte:.4f}" if bits_per_byte else "",
         "its step": f"{best['step']:,}" if best else "",
-        "steps": f"{last['step']:,}",
+        "logged steps": f"{last['step']:,}",
         "tokens": f"{last['tokens']:,}",
         "seconds": f"{last['seconds']:,.1f}",
     }

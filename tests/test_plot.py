@@ -156,7 +156,7 @@ def test_runs_are_compared_in_a_table_and_a_picture(runs, call, axes):
         "best validation loss  1.6000  2.6000",
         "its bits per byte     1.6000  2.6000",
         "its step              20      10",
-        "steps                 40      10",
+        "logged steps          40      10",
         "tokens                4,000   1,000",
         "seconds               20.0    5.0",
         "",
