@@ -161,7 +161,7 @@ def checkpoint_label(folder: Path) -> str:
         return ""
     settings = read_run_settings(run)
     label = f"step {step:,}" + (f" of {settings['max_iters']:,}" if settings else "")
-    # Snapshots do not say their loss. log.csv has it, unless this step was repeated after a kill.
+    # Snapshots do not say their loss. log.csv has it if this step was evaluated.
     losses = {row["step"]: row["val_loss"] for row in read_log(run / LOG_FILE)}
     loss = weights_metadata(folder).get("val_loss", losses.get(step))
     if loss is None:

@@ -144,7 +144,8 @@ def own_cpus() -> set[int]:
 def total_cpu_seconds() -> float | None:
     """CPU seconds that all programs have used on own_cpus() since the start of Linux, or None.
 
-    Reads lines such as "cpu0 user nice system idle iowait irq softirq ..." of /proc/stat (proc(5)).
+    Reads lines such as "cpu0 user nice system idle iowait irq softirq ..." of /proc/stat (proc(5)),
+    but not nice: programs that run with a low priority give way to this one.
     """
     try:
         lines = Path("/proc/stat").read_text().splitlines()

@@ -144,7 +144,7 @@ class MetricsLogger:
             self.exit_stack.enter_context(lock_run_folder(self.folder, message))
         rows = read_log(self.folder / LOG_FILE)
         if not (is_prefix(rows, self.rows) or is_prefix(rows, self.rows_at_start)):
-            raise FolioError(message)  # the run of another process, which has ended
+            raise FolioError(message)  # these are rows of another process
         self.lock_id = new_id
         write_text(self.folder / START_ID_FILE, self.start_id)
 

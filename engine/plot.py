@@ -190,8 +190,8 @@ def plot_run(axes: Any, name: str, rows: list[LogRow], x: XAxis, color: str) -> 
 
 def loss_range(logs: list[list[LogRow]]) -> tuple[float, float]:
     """The range of the vertical axis: all losses after the first fifth of each run, or after its
-    first evaluation if that is earlier. A run whose only evaluation is that of step 0 counts only
-    if no run has a later evaluation.
+    first evaluation of trained weights if that is earlier. A run whose only evaluation is that of
+    step 0 counts only if no run has a later evaluation.
 
     Earlier losses fall so fast that later losses would have a narrow strip of the picture. All
     losses of a run count that started near its best loss: its weights were finetuned.

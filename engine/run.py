@@ -137,13 +137,15 @@ def resume_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
 
 
 def is_run_from(folder: Path, source: str) -> bool:
-    """Whether the run in `folder` may have started from `source`, as a restarted job has done.
+    """Whether the run in `folder` may be that of a restarted job with --init_from=source.
 
-    A job that was refused before its first step may be restarted where an older run is.
+    A job with the wrong tokenizer, for example, ends with an error. torchrun then restarts it. If
+    the job finetunes gpt2, and the run in the folder has started from scratch, the run is older.
     """
+    if source in ("scratch", "resume"):
+        return True
     started_from = read_settings(folder / SETTINGS_FILE).get("init_from")
-    # Older versions saved "resume" after resuming.
-    return source in ("scratch", "resume", started_from) or started_from == "resume"
+    return started_from in (source, "resume")  # earlier versions saved "resume" after resuming
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
