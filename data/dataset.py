@@ -171,6 +171,9 @@ class ShardedTokens:
         if not paths:
             raise FolioError(f"{self.name}: not found; prepare the dataset again")
         self.shards = [memmap_shard(path, dtype) for path in paths]
+        if "dtype" not in meta:
+            for path, shard in zip(paths, self.shards, strict=True):
+                check_uint16(path, shard)
         self.lengths = np.array([len(shard) for shard in self.shards])
         # A preparation may be adding shards just now; then meta.json states fewer tokens.
         stated = meta.get(f"{split}_tokens", len(self))
@@ -250,6 +253,20 @@ def memmap_shard(path: str | Path, dtype: np.dtype | str) -> np.ndarray:
                 "prepare the dataset again"
             )
         return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+def check_uint16(path: Path, ids: np.ndarray) -> None:
+    """Raise FolioError if the ids of a shard without meta.json seem to be wider than 16 bits.
+
+    Read as uint16, each of them is a small number and one or three zeros.
+    """
+    is_npy = np.fromfile(path, dtype="u1", count=6).tobytes() == b"\x93NUMPY"
+    even, odd = ids[:1000:2], ids[1:1000:2]
+    if is_npy or (ids.itemsize == 2 and len(odd) >= 32 and even.any() and not odd.any()):
+        raise FolioError(
+            f"{path}: seems to hold ids of 32 or 64 bits, or a .npy file, but ids of 16 bits are "
+            'expected; write them as uint16, or as uint32 with {"dtype": "uint32"} in meta.json'
+        )
 
 
 def has_header(path: str | Path) -> bool:

@@ -161,7 +161,8 @@ def write_dataset(
     splits: pieces of text, each encoded by itself; None is the end of a document.
     source_meta: what meta.json says about the text's source ("source", "sha256", ...).
     The folder appears complete or not at all. An existing dataset is replaced if its meta.json
-    is equal or if it was made from the replacement text; otherwise it is renamed to folder.1, ...
+    is equal, or if it was made from the replacement text and the new one is not; otherwise it is
+    renamed to folder.1, ...
     Raises FolioError if a split has no text, or a character that is not in the vocabulary.
     """
     folder = Path(folder)

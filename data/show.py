@@ -14,12 +14,13 @@ if not __package__:  # started as a file: python data/show.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from configurator import ConfigError, NonNegativeInt, PositiveInt, parse_inputs, run_main
 from data.dataset import open_dataset, training_batch
-from data.tokenizer import Tokenizer
+from data.tokenizer import BPETokenizer, Tokenizer
 
 
 @dataclass
@@ -27,6 +28,7 @@ class ShowConfig:
     # --- Batch ---
     batch_size: PositiveInt = 8  # rows of the batch (B)
     block_size: PositiveInt = 128  # input tokens in a row (T)
+    tokenizer: Literal["dataset", "gpt2"] = "dataset"  # gpt2: for a dataset without one
     seed: NonNegativeInt = 1337  # random seed
     step: NonNegativeInt = 0  # step of training to which the batch belongs
     rows: PositiveInt = 2  # rows to print
@@ -37,7 +39,8 @@ def main() -> None:
     names, config = parse_inputs(ShowConfig)
     if len(names) != 1:
         raise ConfigError("give the name of one dataset: python -m data.show shakespeare_char")
-    dataset = open_dataset(names[0], config.block_size)
+    tokenizer = BPETokenizer.gpt2() if config.tokenizer == "gpt2" else None
+    dataset = open_dataset(names[0], config.block_size, tokenizer)
     inputs, targets = training_batch(
         dataset.train, config.batch_size, config.block_size, config.seed, config.step, micro_batch=0
     )

@@ -388,7 +388,10 @@ def open_trackers(folder: Path, config: TrainConfig, first_step: int) -> Iterato
                     settings=wandb.Settings(console="off"),  # leave stdout alone
                 )  # fmt: skip
             stack.enter_context(run)
-            trackers.append(run.log)
+            # The step as a value like all others: a resumed run may repeat steps, and with the
+            # argument `step` of log(), wandb would ignore what is logged for them.
+            run.define_metric("*", step_metric="step")
+            trackers.append(lambda values, step: run.log({"step": step, **values}))
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -45,7 +45,8 @@ class LoggedRun:
 
 
 def main() -> None:
-    folders, config = parse_inputs(PlotConfig)
+    inputs, config = parse_inputs(PlotConfig)
+    folders = [path for path in inputs if not path.is_file()]  # out/* may contain pictures
     if not folders:
         raise FolioError("which runs? for example: python -m engine.plot out/shakespeare_char")
     names = [folder.resolve().name for folder in folders]

@@ -144,7 +144,7 @@ def is_run_from(folder: Path, source: str) -> bool:
     """
     if source in ("scratch", "resume"):
         return True
-    started_from = read_settings(folder / SETTINGS_FILE).get("init_from")
+    started_from = saved_settings(folder).get("init_from")
     return started_from in (source, "resume")  # earlier versions saved "resume" after resuming
 
 
@@ -155,7 +155,13 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     even if a process was killed while it saved. settings.json is a copy for readers. If somebody
     has edited settings.json, or if writing it has failed, the differences are printed.
     """
-    checkpoint, shown = load_checkpoint(folder), read_settings(folder / SETTINGS_FILE)
+    checkpoint, shown = load_checkpoint(folder), {}
+    try:
+        shown = read_settings(folder / SETTINGS_FILE)
+    except FolioError as error:
+        if "settings" not in checkpoint:
+            raise
+        print(f"{error}; {CHECKPOINT_FILE} has the settings")
     # Older checkpoints have the settings of the architecture alone.
     saved = checkpoint.get("settings", checkpoint.get("architecture", {}))
     if not isinstance(saved, dict):
@@ -328,6 +334,7 @@ def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> Non
     if config.init_from != "resume":
         move_old_run_aside(folder)
         make_folder(folder)
+    if not (folder / SETTINGS_FILE).exists():
         write_text(folder / SETTINGS_FILE, to_json(config))
     remove_temporary_files(folder)
     save_run_tokenizer(folder, config, dataset)

@@ -312,7 +312,7 @@ def run_mutated(copy: Path, mutation: Mutation) -> str | None:
     try:
         result = subprocess.run(
             [
-                sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider",
+                sys.executable, "-m", "pytest", "-x", "-rs", "-n0", "-p", "no:cacheprovider",
                 mutation.test,
             ],
             cwd=copy / "tests", capture_output=True, text=True, timeout=300,

@@ -18,7 +18,7 @@ from data.dataset import (
     HEADER_BYTES, IGNORE_INDEX, SHARD_MAGIC, SHARD_VERSION, ShardedTokens, derive_seed,
     evaluation_batches, inputs_and_targets, open_dataset, prefetch, training_batch,
 )  # fmt: skip
-from data.tokenizer import CharTokenizer
+from data.tokenizer import CharTokenizer, load_tokenizer
 from tests.conftest import TINY_TEXT, assert_one_line_error
 from tests.fuzzing import Count, fuzz_settings
 from tests.test_tokenizer import toy_bpe
@@ -286,6 +286,23 @@ def test_shards_that_hold_no_window_are_told(tiny_dataset, capsys):
         f"{tiny_dataset}/val*.bin: unused shards: 1 of 3; "
         "a window needs block_size + 1 = 9 tokens\n"
     )
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i8", ".npy"])
+def test_wider_ids_without_meta_json_are_refused(tiny_dataset, dtype):
+    """As uint16 each would be an id and one or three zeros: a text that is easy to predict."""
+    path, tokenizer = tiny_dataset / "train.bin", load_tokenizer(tiny_dataset)
+    ids = np.fromfile(path, "<u2")
+    for name in ("tokenizer.json", "tokenizer_config.json", "meta.json"):
+        (tiny_dataset / name).unlink()
+    assert len(open_dataset(tiny_dataset, 8, tokenizer).train) == len(ids)
+    if dtype == ".npy":
+        with open(path, "wb") as file:
+            np.save(file, ids)
+    else:
+        ids.astype(dtype).tofile(path)
+    with pytest.raises(FolioError, match=r"train\.bin: seems to hold ids of 32 or 64 bits"):
+        open_dataset(tiny_dataset, 8, tokenizer)
 
 
 def test_missing_dataset_is_refused_with_the_available_names(data_folder, tiny_dataset):

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from unittest.mock import Mock
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -722,18 +723,21 @@ def test_wandb_gets_every_row_and_the_settings(make_logger, tmp_path, monkeypatc
 
 def test_a_resumed_run_continues_its_run_on_wandb(make_logger, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    started = []
+    started, logged = [], []
 
     class FakeRun(contextlib.nullcontext):
-        def log(self, values, step):
-            pass
+        define_metric = Mock()
+
+        def log(self, values):  # with step=, wandb would ignore steps that are repeated
+            logged.append(values)
 
     monkeypatch.setattr(wandb, "init", lambda **settings: started.append(settings) or FakeRun())
     for _ in range(2):
         logger = make_logger()
         logger.config.wandb_log = True
-        with logger:
-            pass
+        log_two_steps(logger)
+    FakeRun.define_metric.assert_called_with("*", step_metric="step")
+    assert [values["step"] for values in logged] == [1, 2, 1, 2]
     first, second = (settings["id"] for settings in started)
     assert first == second != ""
     assert [settings["resume"] for settings in started] == ["allow", "allow"]

@@ -202,6 +202,15 @@ def test_runs_of_equal_names_are_distinguished_by_their_paths(runs, call, monkey
     assert first_line.split() == ["a", "more/a"]
 
 
+def test_files_beside_the_runs_are_no_runs(runs, call, monkeypatch):
+    """The second time, out/* contains the picture of the first time."""
+    monkeypatch.chdir(runs)
+    (runs / "losses.png").touch()
+    result = call(plot, "a", "b", "losses.png", "--picture=losses.png")
+    assert result.stdout.splitlines()[0].split() == ["a", "b"]
+    assert_one_line_error(call(plot, "losses.png"), "which runs?")
+
+
 def test_a_folder_without_a_log_is_a_one_line_error(runs, call, tmp_path):
     assert_one_line_error(call(plot, str(tmp_path)), str(tmp_path), "log.csv")
     assert_one_line_error(call(plot, str(tmp_path / "none")), "none: no such folder")

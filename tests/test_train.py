@@ -397,6 +397,18 @@ def test_resuming_uses_the_saved_settings(tiny_flags, tmp_path, run_train):
     assert (settings["n_embd"], settings["max_iters"]) == (16, 9)
 
 
+@pytest.mark.parametrize("damage", [None, '{"n_layer": 2,'])
+def test_a_run_resumes_without_its_settings_json(tiny_flags, tmp_path, run_train, damage):
+    run_train(*tiny_flags, "--max_iters=4", "--weight_decay=0.3")
+    path = tmp_path / "run" / SETTINGS_FILE
+    path.write_text(damage) if damage else path.unlink()
+    flags = (f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--max_iters=8")
+    output = " ".join(run_train(*flags).split())
+    assert "settings cannot be read" in output and "resume.pt has the settings" in output
+    assert "moved or deleted" not in output
+    assert json.loads(path.read_text())["weight_decay"] == 0.3
+
+
 def test_a_resume_that_fails_before_its_first_step_leaves_the_settings_unchanged(
     tiny_flags, tmp_path, run_train, call, monkeypatch
 ):
