@@ -12,6 +12,7 @@ Only the model's folder is needed, not the dataset. How tokens are sampled, and 
 the context is full, is in engine/inference.py; model.generate is its simplest form.
 """
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -135,6 +136,8 @@ def read_prompts(tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
         encoding = None if is_terminal else "utf-8"  # a file or a pipe
         sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
     if is_terminal:
+        with contextlib.suppress(ImportError):  # Windows does not have it
+            import readline  # noqa: F401 - arrow keys edit the line, and bring back earlier ones
         print("type a prompt, then Enter; to end: Ctrl-D (Windows: Ctrl-Z, Enter)", file=sys.stderr)
     while True:
         try:

@@ -17,6 +17,7 @@ engine/run_folder.py finds, locks and prepares the folder.
 """
 
 import dataclasses
+import difflib
 import glob
 import hashlib
 from pathlib import Path
@@ -29,7 +30,9 @@ import torch
 
 from configurator import FolioError
 from data.dataset import ShardedTokens
-from data.files import atomic_write, rename_to_backup, shell_command, write_json, write_text
+from data.files import (
+    atomic_write, join_names, rename_to_backup, shell_command, write_json, write_text,
+)  # fmt: skip
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine.hf_format import (
     BIASES, SHA256_KEY, WEIGHTS_FILE, from_hf_state_dict, load_torch_file, model_without_memory,
@@ -305,8 +308,9 @@ def advice_without_checkpoint(path: Path) -> str:
         where = shown_path(folder)
         flags = shell_command(f"--init_from={where}", f"--out_dir={where}-2")
         return f"to continue from the best weights: {flags}"
-    beside = sorted(found.parent for found in folder.parent.glob(f"*/{CHECKPOINT_FILE}"))
+    beside = sorted(found.parent.name for found in folder.parent.glob(f"*/{CHECKPOINT_FILE}"))
     if beside:
-        names = [shell_command(f"--out_dir={shown_path(run)}") for run in beside[:3]]
-        return f"name the run: {' or '.join(names)}"
+        similar = difflib.get_close_matches(folder.name, beside, n=1) or beside
+        flags = [shell_command(f"--out_dir={shown_path(folder.with_name(n))}") for n in similar]
+        return f"name the run: {join_names(flags, max_names=3)}"
     return "--init_from=scratch starts a new run"

@@ -967,6 +967,11 @@ def test_resolve_config_decides_where_the_weights_come_from(tiny_flags, tmp_path
     (tmp_path / "other" / "resume.pt").touch()
     with pytest.raises(FolioError, match=rf"name the run: --out_dir={tmp_path / 'other'}$"):
         init_from("--init_from=resume")
+    for name in ("a", "b", "c", "rum"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "resume.pt").touch()
+    with pytest.raises(FolioError, match=rf"name the run: --out_dir={tmp_path / 'rum'}$"):
+        init_from("--init_from=resume")
     with pytest.raises(FolioError, match=r"config.json"):
         init_from(f"--init_from={tmp_path}")
     with pytest.raises(FolioError, match=r"resum.*did you mean resume\?"):
