@@ -380,6 +380,10 @@ def record_evaluation(
     state.last_eval_step = state.step
     if state.step > 0 and val_loss < state.best_val_loss:  # NaN < x is False
         state.best_val_loss, state.best_step = val_loss, state.step
+    if state.best_step == state.step:
+        state.evaluations_since_best = 0
+    elif state.step > max(state.best_step, 0):  # find_best() may have found weights of a later step
+        state.evaluations_since_best += 1
     state.best_eval_tokens = config.eval_tokens
     if not logger.enabled:
         return

@@ -572,7 +572,8 @@ def summary(
     if state.last_checkpoint_step != state.step:  # save_state() has refused
         saved = f"; not saved: {CHECKPOINT_FILE} is of step {state.last_checkpoint_step:,}"
     if is_patience_exhausted(state, config):
-        saved += f"; {plural(config.patience, 'evaluation')} without improvement (patience)"
+        count = plural(state.evaluations_since_best, "evaluation")
+        saved += f"; {count} without improvement (patience)"
     reached = f"{state.step:,} of {plural(total, 'step')}, {format_duration(state.seconds)}"
     lines = [
         "\n" + labeled(status, f"{reached} of training{saved}"),

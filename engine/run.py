@@ -60,6 +60,7 @@ class TrainState:
     seconds: float = 0.0  # time spent on training steps
     best_val_loss: float = math.inf  # nats per token
     best_step: int = -1  # the step of best_val_loss
+    evaluations_since_best: int = 0  # without a better loss
     best_eval_tokens: int = 0  # eval_tokens of best_val_loss, and of all losses in log.csv
     last_eval_step: int = -1  # the step of the latest evaluation
     last_checkpoint_step: int = -1  # the step of the latest checkpoint
@@ -70,9 +71,8 @@ class TrainState:
 def is_patience_exhausted(state: TrainState, config: TrainConfig) -> bool:
     """At an evaluation: whether the last `patience` ones have not improved the best loss."""
     is_evaluated = state.last_eval_step == state.step
-    steps_without_improvement = state.step - max(state.best_step, 0)
     # With patience 0 the answer is always False: 0 < 0.
-    return is_evaluated and 0 < config.patience * config.eval_interval <= steps_without_improvement
+    return is_evaluated and 0 < config.patience <= state.evaluations_since_best
 
 
 # --- Settings ---

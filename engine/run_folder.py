@@ -124,9 +124,15 @@ def describe_run(folder: str | Path) -> str:
             last_step = max([step, *(row["step"] for row in read_log(folder / LOG_FILE))])
             if last_step < settings["max_iters"]:
                 description += " (training is not finished)"
-        not_evaluated = ", not evaluated" if step else ", not trained yet: its text is noise"
-        is_evaluated = val_loss is not None
-        description += f", validation loss {val_loss:.4f}" if is_evaluated else not_evaluated
+        source = settings["init_from"] if settings else "scratch"
+        if val_loss is not None:
+            description += f", validation loss {val_loss:.4f}"
+        elif step > 0:
+            description += ", not evaluated"
+        elif source in ("scratch", "auto", "resume"):
+            description += ", not trained yet: its text is noise"
+        else:
+            description += f", not trained yet: the weights of {source}"
     return description
 
 

@@ -107,6 +107,11 @@ def test_describe_run_gives_step_and_loss_and_whether_training_was_finished(tmp_
     assert describe_run(folder) == (
         "out/my_run, step 20 of 2,000 (training is not finished), not evaluated"
     )
+    save_model(random_model(), folder, step=0)
+    for source, expected in (("scratch", "its text is noise"), ("gpt2", "the weights of gpt2")):
+        settings = json.dumps({**RUN_SETTINGS, "init_from": source})
+        (folder / SETTINGS_FILE).write_text(settings)
+        assert describe_run(folder).endswith(f", not trained yet: {expected}")
     assert describe_run(tmp_path / "nothing") == "nothing"
 
 
