@@ -123,7 +123,7 @@ def describe_run(folder: str | Path) -> str:
             description += f" of {settings['max_iters']:,}"
             last_step = max([step, *(row["step"] for row in read_log(folder / LOG_FILE))])
             if last_step < settings["max_iters"]:
-                description += " (training is not finished)"
+                description += f" (training has reached step {last_step:,})"
         source = settings["init_from"] if settings else "scratch"
         if val_loss is not None:
             description += f", validation loss {val_loss:.4f}"

@@ -105,7 +105,7 @@ def test_describe_run_gives_step_and_loss_and_whether_training_was_finished(tmp_
     save_model(random_model(), folder, step=20)
     (folder / LOG_FILE).write_text(f"{','.join(COLUMNS)}\n{log_row.replace('2000', '20')}\n")
     assert describe_run(folder) == (
-        "out/my_run, step 20 of 2,000 (training is not finished), not evaluated"
+        "out/my_run, step 20 of 2,000 (training has reached step 20), not evaluated"
     )
     save_model(random_model(), folder, step=0)
     for source, expected in (("scratch", "its text is noise"), ("gpt2", "the weights of gpt2")):

@@ -79,10 +79,10 @@ def test_stderr_says_which_weights_are_used(run_sample, folder):
 
 def test_the_line_about_the_weights_fits_the_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    text = "out/" + 90 * "a" + ", step 100 of 20,000 (training is not finished), loss 2.1"
+    text = "out/" + 90 * "a" + ", step 100 of 20,000 (training has reached step 200), loss 2.1"
     assert sample.wrap(text).splitlines() == [
         "out/" + 90 * "a" + ",",
-        "step 100 of 20,000 (training is not finished), loss 2.1",
+        "step 100 of 20,000 (training has reached step 200), loss 2.1",
     ]
 
 

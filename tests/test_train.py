@@ -879,16 +879,16 @@ def test_patience_counts_evaluations_also_if_their_interval_has_changed(
 def test_patience_after_a_kill_does_not_count_evaluations_before_the_best_one(
     tiny_flags, tmp_path, run_train, monkeypatch
 ):
-    """The best weights are of step 6, and the checkpoint, from which it goes on, of step 2."""
-    losses = iter([4.0, 3.0, 2.5, 2.0, 2.5, 2.0, 2.1, 2.2])
+    """The best weights are of step 8, and the checkpoint, from which it goes on, of step 2."""
+    losses = iter([4.0, 3.0, 2.5, 2.2, 2.0, 2.5, 2.2, 2.0, 2.1, 2.2])
     monkeypatch.setattr(train, "evaluate", lambda *_: (next(losses), 1.0))
     flags = [*tiny_flags, "--eval_interval=2", "--checkpoint_interval=100", "--patience=2"]
     run_train(*flags, "--max_iters=2")
     checkpoint_bytes = (tmp_path / "run" / CHECKPOINT_FILE).read_bytes()
-    run_train(*flags, "--init_from=resume", "--max_iters=6")
+    run_train(*flags, "--init_from=resume", "--max_iters=8")
     (tmp_path / "run" / CHECKPOINT_FILE).write_bytes(checkpoint_bytes)
     run_train(*flags, "--init_from=resume", "--max_iters=99")
-    assert load_checkpoint(tmp_path / "run")["train_state"]["step"] == 10
+    assert load_checkpoint(tmp_path / "run")["train_state"]["step"] == 12
 
 
 # --- Finetuning and evaluation ---
