@@ -86,8 +86,9 @@ def main() -> None:
     }
     output = output_path(config, folder)
     write_page(data, output)
-    megabytes = output.stat().st_size / 1e6
-    print(f"wrote a page of {megabytes:.1f} MB; open it in a browser:")
+    kilobytes = output.stat().st_size / 1000
+    size = f"{kilobytes:.0f} kB" if kilobytes < 1000 else f"{kilobytes / 1000:.1f} MB"
+    print(f"wrote a page of {size}; open it in a browser:")
     print(f"    {output.resolve().as_uri()}")
 
 
