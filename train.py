@@ -238,7 +238,7 @@ def train_step(
     is_finite = torch.isfinite(mean_loss) & torch.isfinite(grad_norm)
     step_if_finite(optimizer, scaler, is_finite)  # 4. step
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=dist.world_size == 1)  # else they stay in DDP's buffers
     read_numbers = start_reading(torch.stack((mean_loss, grad_norm, n_stopped)))
 
     def read_metrics() -> StepMetrics:

@@ -14,6 +14,7 @@ predict the next token. The window 5 9 2 (T = 2) holds two examples:
 
 import hashlib
 import math
+import mmap
 import os
 import zlib
 from collections.abc import Iterator
@@ -148,6 +149,7 @@ def derive_seed(*numbers: int) -> int:
 # file becomes shorter, the system kills the program (bus error). A new file may replace an old one.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+LARGE_BYTES = 2**26  # the pages of larger datasets are released after each batch
 CHECKED_IDS = 2**16  # ids of each shard that are checked at the start; each batch is checked, too
 
 
@@ -175,6 +177,7 @@ class ShardedTokens:
             for path, shard in zip(paths, self.shards, strict=True):
                 check_uint16(path, shard)
         self.lengths = np.array([len(shard) for shard in self.shards])
+        self.is_large = sum(shard.nbytes for shard in self.shards) > LARGE_BYTES
         # A preparation may be adding shards just now; then meta.json states fewer tokens.
         stated = meta.get(f"{split}_tokens", len(self))
         may_grow = paths != [whole]
@@ -216,6 +219,8 @@ class ShardedTokens:
         for shard in np.unique(shard_of):
             rows = shard_of == shard
             windows[rows] = self.shards[shard][starts[rows, None] + np.arange(length)]
+            if self.is_large:
+                release_pages(self.shards[shard])
         self.check_ids(windows)
         return windows
 
@@ -253,6 +258,18 @@ def memmap_shard(path: str | Path, dtype: np.dtype | str) -> np.ndarray:
                 "prepare the dataset again"
             )
         return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+def release_pages(ids: np.ndarray) -> None:
+    """Take the pages of a shard out of this process's memory; they stay in the system's cache.
+
+    Otherwise each process would seem to use as much memory as all shards that it has read, and
+    systems that add up the memory of processes, such as SLURM, could end the job.
+    ids: from memmap_shard().
+    """
+    mapped = ids.base.base  # np.asarray() has wrapped an np.memmap, which has wrapped an mmap
+    if hasattr(mapped, "madvise"):  # not on Windows
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def check_uint16(path: Path, ids: np.ndarray) -> None:

@@ -59,7 +59,8 @@ class Distributed:
             if torch_dist.is_torchelastic_launched():  # torchelastic: the code of torchrun
                 self._launcher_pid = os.getppid()
             store, self.rank, self.world_size = rendezvous()
-            self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            # SLURM's name, for processes that srun starts without torchrun.
+            self.local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
             try:
                 torch_dist.init_process_group(
                     "gloo",
@@ -84,7 +85,8 @@ class Distributed:
         elif is_peer_failure(error):
             raise FolioError(
                 f"process {self.rank} of {self.world_size}: another process died (its own error "
-                "is further up); continue from the latest checkpoint with --init_from=resume"
+                "is further up), or the connection failed; continue from the latest checkpoint "
+                f"with --init_from=resume; the error here: {' '.join(str(error).split())}"
             ) from error
 
     @property
@@ -232,7 +234,7 @@ class Distributed:
         """
         if self.world_size > 1:
             loss_fn().backward()
-            as_ddp(model).zero_grad(set_to_none=True)
+            as_ddp(model).zero_grad(set_to_none=False)  # gradients stay in DDP's buffers
 
 
 def map_tensors(nested: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -258,7 +260,8 @@ def check_one_process_per_gpu(gpus: Sequence[str]) -> None:
     if n_gpus < len(gpus):
         raise FolioError(
             f"{len(gpus)} processes, but only {n_gpus} GPU{'' if n_gpus == 1 else 's'}; start one "
-            f"process per GPU (--nproc_per_node={torch.cuda.device_count()}), or use --device=cpu"
+            f"process per GPU (--nproc_per_node={torch.cuda.device_count()}; without torchrun, set "
+            "LOCAL_RANK), or use --device=cpu"
         )
 
 

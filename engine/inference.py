@@ -27,7 +27,7 @@ and crop_start(). _make_decode(), decode_step() and capture_cuda_graph() are for
 import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from typing import NamedTuple
 
@@ -76,8 +76,6 @@ class InferenceModel:
         self.weights = prepare_weights(model, self.device, self.dtype, packed)
         self.static_cache = static_cache or compile or self.device.type == "cuda"
         self.decode_step = torch.compile(decode_step, dynamic=False) if compile else decode_step
-        is_cuda = self.device.type == "cuda"
-        self.capture_stream = torch.cuda.Stream(self.device) if is_cuda else None
 
     def generate(
         self,
@@ -208,8 +206,8 @@ class InferenceModel:
         def step() -> torch.Tensor:
             return sample(self.decode_step(self.weights, idx, cache.kv, position))
 
-        if self.capture_stream is not None:
-            step = capture_cuda_graph(step, self.capture_stream, generator)
+        if self.device.type == "cuda":
+            step = capture_cuda_graph(step, capture_stream(self.device), generator)
 
         def decode(new: torch.Tensor) -> torch.Tensor:
             idx.copy_(new)
@@ -378,6 +376,15 @@ def run_blocks(
     return weights.lm_head(weights.ln_f(x[:, -1]))  # (B, C) -> (B, V)
 
 
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The queue of work for the GPU in which steps are recorded.
+
+    One for all graphs: cuBLAS, NVIDIA's library of matrix products, keeps memory for each stream.
+    """
+    return torch.cuda.Stream(device)
+
+
 def capture_cuda_graph(
     step: Callable[[], torch.Tensor],
     stream: torch.cuda.Stream,
@@ -388,8 +395,6 @@ def capture_cuda_graph(
     A replay reads its inputs from the tensors that step() has read, which the caller keeps. It
     returns a copy of what it has computed. Starting some hundred kernels one by one would take
     longer than computing them for one token.
-    stream: a queue of work for the GPU, in which step() is recorded. There is one for all graphs,
-    because cuBLAS, NVIDIA's library of matrix products, keeps memory for each stream.
     generator: makes the random numbers of step(); on the GPU. Each replay draws new numbers. The
     recording draws none.
     """

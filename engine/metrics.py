@@ -76,7 +76,8 @@ class MetricsLogger:
         self.log_is_complete = False  # whether log.csv has exactly these rows
         self.has_other_windows = False  # whether log.csv has losses on other windows
         self.metrics: StepMetrics | None = None  # of the latest step
-        self.first_tokens = state.tokens  # when this process started
+        self.start_step, self.start_tokens = state.step, state.tokens  # when this process started
+        self.first_step: tuple[int, float] | None = None  # (step, seconds) after its first step
         self.last_logged: tuple[int, float] | None = None  # (tokens, seconds) of the last row
         self.last_print = self.last_plot = time.monotonic()
         self.bar: tqdm | None = None
@@ -174,8 +175,9 @@ class MetricsLogger:
         if self.last_logged is None:
             # The first step includes warming up (and compiling), so speed is measured after it.
             # Not state.tokens: on a GPU they include a step that is started but not read yet.
-            tokens = self.first_tokens + len(metrics) * self.config.tokens_per_step
+            tokens = self.start_tokens + len(metrics) * self.config.tokens_per_step
             self.last_logged = (tokens, self.state.seconds)
+            self.first_step = (self.start_step + len(metrics), self.state.seconds)
         if self.bar is not None:
             self.bar.update(self.state.step - self.bar.n)
 
@@ -282,7 +284,10 @@ class MetricsLogger:
             status += f", {speed:,.0f} tokens/s"
             if self.peak_tokens_per_second:
                 status += f", {speed / self.peak_tokens_per_second:.0%} MFU"
-        status += f", {format_duration((max_iters - state.step) * state.seconds / state.step)} left"
+        # At the speed of this process: earlier ones may have had other hardware or batch sizes.
+        steps, seconds = state.step - self.first_step[0], state.seconds - self.first_step[1]
+        if steps > 0:
+            status += f", {format_duration((max_iters - state.step) * seconds / steps)} left"
         if self.bar is not None:
             self.bar.set_postfix_str(status)
         elif not is_evaluation and time.monotonic() - self.last_print >= MIN_SECONDS:
@@ -437,8 +442,9 @@ def check_trackers(config: TrainConfig) -> None:
 # TFLOPS in bfloat16, without sparsity, from NVIDIA's data sheets (T4: float16, it has no bfloat16).
 # The first name found in the device's name counts, so longer names stand first. None: unknown.
 PEAK_TFLOPS = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312,
-    "L40S": 362, "RTX 4090 Laptop": None, "RTX 4090": 165, "L4": 121, "T4": 65,
+    "MIG": None,  # a part of a GPU
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "A100": 312,
+    "L40S": 362, "RTX 4090 Laptop": None, "RTX 4090 D": None, "RTX 4090": 165, "L4": 121, "T4": 65,
 }  # fmt: skip
 
 

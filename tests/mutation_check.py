@@ -166,7 +166,7 @@ MUTATIONS = [
     ),
     Mutation(
         "without clearing the gradients", "train.py",
-        "optimizer.zero_grad(set_to_none=True)", "pass",
+        "optimizer.zero_grad(set_to_none=dist.world_size == 1)", "pass",
         "test_train.py::test_each_step_starts_without_the_gradients_of_the_last",
         "Each step also repeats the gradients of all earlier steps.",
     ),

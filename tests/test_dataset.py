@@ -1,8 +1,11 @@
 """data/dataset.py: batches, windows, shards, and the checks of a dataset's folder."""
 
 import json
+import re
 import shutil
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,6 +289,26 @@ def test_shards_that_hold_no_window_are_told(tiny_dataset, capsys):
         f"{tiny_dataset}/val*.bin: unused shards: 1 of 3; "
         "a window needs block_size + 1 = 9 tokens\n"
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_large_dataset_does_not_stay_in_the_memory_of_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.dataset.LARGE_BYTES", 2**20)
+    ids = np.arange(2**22, dtype="<u2")  # 8 MiB
+    ids.tofile(tmp_path / "train.bin")
+    tokens = ShardedTokens(tmp_path, "train", {}, 2**16)
+    windows = tokens.windows(np.arange(0, len(ids) - 8, 512), 8)
+    assert (windows == ids[: len(ids) - 8 : 512, None] + np.arange(8)).all()
+    assert memory_of(tmp_path / "train.bin") < 100
+    tokens.is_large = False
+    tokens.windows(np.arange(0, len(ids) - 8, 512), 8)
+    assert memory_of(tmp_path / "train.bin") == 8192
+
+
+def memory_of(path) -> int:
+    """KiB of a mapped file that count as memory of this process."""
+    _, *mappings = Path("/proc/self/smaps").read_text().split(f"{path}\n")
+    return sum(int(re.search(r"Rss: +(\d+) kB", mapping)[1]) for mapping in mappings)
 
 
 @pytest.mark.parametrize("dtype", ["<u4", "<i8", ".npy"])

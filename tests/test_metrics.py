@@ -327,6 +327,18 @@ def test_a_line_of_progress_names_speed_time_left_and_mfu(make_logger, capsys, m
     assert last == "step 2 of 10: loss 1.500, 200 tokens/s, 50% MFU, 0:04 left"
 
 
+def test_the_time_left_is_that_of_this_process_after_its_first_step(
+    make_logger, capsys, monkeypatch
+):
+    """The first step may compile, and an earlier process may have been slower."""
+    monkeypatch.setattr(metrics, "MIN_SECONDS", 0)
+    with make_logger(step=4) as logger:
+        for logger.state.step, logger.state.seconds in ((5, 100.0), (6, 100.5)):
+            logger.log_steps([StepMetrics(1.5, 1.0, 1e-3)])
+            logger.log_row()
+    assert capsys.readouterr().out.splitlines()[-1].endswith(", 0:02 left")  # 4 steps
+
+
 def test_the_evaluation_line_compares_with_training_and_the_best(make_logger):
     lines = []
     with make_logger() as logger:
@@ -667,10 +679,13 @@ def test_peak_flops_are_found_by_device_name():
     for name, tflops in {
         "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H200": 989,
         "NVIDIA A100-SXM4-80GB": 312, "NVIDIA L40S": 362, "NVIDIA L4": 121, "Tesla T4": 65,
-        "NVIDIA GeForce RTX 4090": 165,
+        "NVIDIA GeForce RTX 4090": 165, "NVIDIA H200 NVL": 835,
     }.items():  # fmt: skip
         assert peak_flops(name) == tflops * 1e12, name
-    for name in ("", "NVIDIA A10", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA T400"):
+    for name in (
+        "", "NVIDIA A10", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA T400", "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    ):  # fmt: skip
         assert peak_flops(name) is None, name
 
 

@@ -21,7 +21,7 @@ import torch
 
 from configurator import FolioError, PositiveInt, configure, run_main
 from engine.device import DeviceName, DTypeName, choose_device
-from engine.inference import InferenceModel, capture_cuda_graph
+from engine.inference import InferenceModel, capture_cuda_graph, capture_stream
 from model import GPT, GPTConfig
 from tests.benchmarks.measuring import (
     Candidate,
@@ -123,9 +123,9 @@ def matrix_vector_products(inference: InferenceModel) -> Callable[[], torch.Tens
     def multiply() -> torch.Tensor:
         return [product() for product in products][-1]
 
-    if inference.capture_stream is None:
+    if inference.device.type != "cuda":
         return multiply
-    return capture_cuda_graph(multiply, inference.capture_stream)
+    return capture_cuda_graph(multiply, capture_stream(inference.device))
 
 
 def peer_candidate(path: str, name: str, device: torch.device, dtype: torch.dtype) -> Candidate:
