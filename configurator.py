@@ -385,8 +385,15 @@ def find_config_file(name: str, cls: type) -> Path:
         if os.path.isdir(candidate):
             hint = f"; did you mean --out_dir={shlex.quote(name)}?" if "out_dir" in settings else ""
             raise ConfigError(f"{name}: a folder, not a config file{hint}")
-        if os.path.exists(candidate):
+        if os.path.exists(candidate) and candidate.suffix not in (".txt", ".jsonl"):
             return candidate
+        if os.path.exists(candidate):
+            advice = f"python -m data.prepare_text {shlex.quote(name)} --dataset=NAME"
+            if "input_file" in settings:
+                advice = f"--input_file={shlex.quote(name)}"
+            elif "start" in settings:
+                advice = f"--start=FILE:{shlex.quote(name)}"
+            raise ConfigError(f"{name}: a text, not a config file; try {advice}")
     stems = [file.stem for file in (ROOT / "config").glob("*.py")]
     similar = difflib.get_close_matches(path.stem, stems, n=1)
     if name.partition("=")[0] in settings:

@@ -411,7 +411,7 @@ def dataset_hint(name: str) -> str:
     available = sorted(path.parent.name for path in DATA_DIR.glob("[!.]*/tokenizer.json"))
     names = f"; available: {', '.join(available)}" if available else ""
     names += "; python -m data.prepare_text makes a dataset of a text"
-    return did_you_mean(name, available) or names
+    return did_you_mean(name.removesuffix(".txt"), available) or names
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:

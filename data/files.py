@@ -76,13 +76,19 @@ def write_json(path: str | Path, contents: dict[str, Any]) -> None:
     write_text(path, json.dumps(contents, indent=2) + "\n")
 
 
-def rename_to_backup(folder: str | Path) -> Path:
-    """Rename `folder` to the first free name of folder.1, folder.2, ... and return the new path."""
-    folder, number = Path(folder), 1
-    while (backup := folder.with_name(f"{folder.name}.{number}")).exists():
+def backup_path(path: str | Path) -> Path:
+    """The first free name of path.1, path.2, ..."""
+    path, number = Path(path), 1
+    while (backup := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
-    with explain_os_error(folder, f"cannot be renamed to {backup.name}"):
-        return folder.rename(backup)
+    return backup
+
+
+def rename_to_backup(path: str | Path) -> Path:
+    """Rename a file or a folder to backup_path(path), and return the new path."""
+    path, backup = Path(path), backup_path(path)
+    with explain_os_error(path, f"cannot be renamed to {backup.name}"):
+        return path.rename(backup)
 
 
 @contextlib.contextmanager

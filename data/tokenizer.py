@@ -29,7 +29,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from configurator import FolioError
-from data.files import explain_os_error, write_json, write_text
+from data.files import explain_os_error, user_path, write_json, write_text
 from data.hf_tokenizer import (
     CLASS_OF_MODEL_TYPE, GENERIC_CLASSES, HFTokenizer, bert_tokenizer_json, class_name,
     listed_tokens, tokenizers_errors_as, with_class_defaults,
@@ -247,7 +247,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises FolioError if they are missing, unreadable, damaged, or if the tokenizer is one that
     would give other ids than in transformers.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     try:
         config = read_tokenizer_config(folder)
         contents = read_tokenizer_json(folder, config)
@@ -265,7 +265,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, **settings: Any) -> None:
     """Write tokenizer.json and tokenizer_config.json; settings: more entries for the latter."""
-    folder = Path(folder)
+    folder = user_path(folder)
     write_text(folder / "tokenizer.json", tokenizer.to_json())
     write_json(folder / "tokenizer_config.json", {**tokenizer.config_dict(), **settings})
 
@@ -307,6 +307,11 @@ def read_tokenizer_json(folder: Path, config: dict[str, Any]) -> Any:
 
 def missing_tokenizer(folder: Path) -> str:
     """The message about a folder without the files that load_tokenizer reads."""
+    if not folder.is_dir():
+        return (
+            f"{folder}: no such folder (for a model on the hub: resolve_model_dir(NAME) of "
+            "engine/run_folder.py gives its folder)"
+        )
     for name in ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"):
         if (folder / name).exists():
             return (

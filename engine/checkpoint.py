@@ -31,7 +31,7 @@ import torch
 from configurator import FolioError
 from data.dataset import ShardedTokens
 from data.files import (
-    atomic_write, join_names, rename_to_backup, shell_command, write_json, write_text,
+    atomic_write, join_names, rename_to_backup, shell_command, user_path, write_json, write_text,
 )  # fmt: skip
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine.hf_format import (
@@ -59,12 +59,11 @@ def save_model(
 
     model: a GPT, which torch.compile() or DDP may have wrapped.
     tokenizer: its special tokens, such as end-of-text, are named in the two JSON files.
-    numbers: about these weights, for weights_metadata(): step, val_loss (nats per token),
-        eval_tokens.
+    numbers: about these weights, for weights_metadata(): step, val_loss (nats per token), ...
     Raises TypeError if the model is not a GPT, FolioError if a weight is NaN or infinite or if a
     file cannot be written. Then the files in the folder are unchanged.
     """
-    model, folder = unwrap(model), Path(folder)
+    model, folder = unwrap(model), user_path(folder)
     tensors = to_hf_state_dict(model)
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise FolioError(f"{folder}: not saved: the weights contain NaN or infinity")
@@ -108,14 +107,19 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         vocab_size: that of the tokenizer, if the folder's table of embeddings has rows of padding.
         block_size: at most the model's; positions beyond it are cut off.
     Raises FolioError if a file is missing or damaged, if the architecture is not GPT-2's, or if the
-    weights do not match config.json.
+    weights do not match config.json; ValueError for other sizes than those of the weights.
     """
+    folder = user_path(folder)
     saved_config, tensors = read_config(folder), read_weights(folder)
     if any(name.endswith(BIASES) and tensor.any() for name, tensor in tensors.items()):
         # transformers' GPT-2 always has biases, so a model without biases is saved with zeros. If
         # transformers has trained it, they are not zero any more, and the model needs them.
         saved_config = dataclasses.replace(saved_config, bias=True)
     config = dataclasses.replace(saved_config, **overrides)
+    for name in ("n_layer", "n_head", "n_embd", "bias"):
+        saved, given = getattr(saved_config, name), getattr(config, name)
+        if given != saved:
+            raise ValueError(f"{name}={given}: the weights in {folder} have {name}={saved}")
     check_sizes(folder, saved_config, config.vocab_size, config.block_size)
     state_dict = from_hf_state_dict(tensors, saved_config, folder)
     if not all(tensor.isfinite().all() for tensor in state_dict.values()):

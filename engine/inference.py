@@ -83,7 +83,7 @@ class InferenceModel:
         max_new_tokens: int | None = None,
         *,
         temperature: float = 1.0,
-        top_k: int = 0,
+        top_k: int | None = 0,
         top_p: float = 1.0,
         overlap: int | None = None,
         stop_tokens: Sequence[int] = (),
@@ -123,6 +123,7 @@ class InferenceModel:
         if self.device.type == "cuda" and generator and generator.device.type != "cuda":
             # A recorded step would repeat the random numbers of the first one.
             raise ValueError(f"generator is on {generator.device}, the model on {self.device}")
+        top_k = top_k or 0  # None: as in model.generate
         check_sampling_arguments(temperature, top_k, top_p)
         sample = partial(
             sample_next_token,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from configurator import ROOT, FolioError, first_line, flush_output, for_terminal, wrap
 from data.dataset import Dataset
-from data.files import rename_to_backup, shell_command, write_text
+from data.files import backup_path, rename_to_backup, shell_command, write_text
 from data.prepare import plural
 from data.shakespeare import replacement_warning
 from engine.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, measured_on
@@ -257,8 +257,9 @@ class MetricsLogger:
                 append_row(path, self.rows[-1])
             else:
                 if self.has_other_windows and path.exists():
-                    backup = rename_to_backup(path).name
-                    where = f"earlier losses, on other windows, are in {backup}"
+                    backup = backup_path(path)
+                    shutil.copyfile(path, backup)  # log.csv stays: this process may be killed
+                    where = f"earlier losses, on other windows, are in {backup.name}"
                     self.warn_once(f"eval_tokens has changed: {where}")
                 self.has_other_windows = False
                 write_log(path, self.rows)
@@ -364,8 +365,11 @@ def show_progress(
 
 
 def is_terminal() -> bool:
-    """Whether progress bars can be shown: on stderr, if it is a terminal."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Whether progress bars can be shown: on stderr, if it and stdout are terminals.
+
+    After `| tee log.txt`, lines would arrive on the terminal late, in the middle of a bar.
+    """
+    return all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
 
 
 # --- Weights & Biases and TensorBoard ---

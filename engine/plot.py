@@ -24,8 +24,9 @@ from configurator import FolioError, parse_inputs, read_settings, run_main
 from data.files import atomic_write, user_path
 from engine.hf_format import read_config
 from engine.log_file import LOG_FILE, LogRow, best_row, evaluations, read_log
-from engine.run_folder import SETTINGS_FILE
+from engine.run_folder import SETTINGS_FILE, weights_metadata
 
+MEASURED_ON = ("vocabulary", "validation tokens")  # what read_run() adds to the settings
 XAxis = Literal["step", "tokens", "seconds"]
 COLORS = ("#1f4e8c", "#d1822b", "#2c7a4b", "#8c8c8c", "#a8324a", "#7a5ba6")
 
@@ -54,8 +55,8 @@ def main() -> None:
         names = [str(folder) for folder in folders]
     runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
     print(comparison_table(runs, shutil.get_terminal_size().columns))
-    if len({run.settings.get("vocabulary") for run in runs.values()} - {None}) > 1:
-        print("\nlosses of different vocabularies cannot be compared; compare bits per byte")
+    if note := comparability(list(runs.values())):
+        print(f"\n{note}")
     picture = user_path(config.picture)
     picture.parent.mkdir(parents=True, exist_ok=True)
     title = "validation loss (training loss: pale)" if len(runs) > 1 else names[0]
@@ -75,10 +76,22 @@ def read_run(folder: str | Path) -> LoggedRun:
     if (folder / SETTINGS_FILE).exists():
         settings = read_settings(folder / SETTINGS_FILE)
     with contextlib.suppress(FolioError):  # no weights yet
-        # Datasets of one name may hold other texts. The losses of different vocabularies cannot be
-        # compared.
+        # Datasets of one name may hold other texts. The losses of different vocabularies, or on
+        # different texts, cannot be compared.
         settings["vocabulary"] = read_config(folder).vocab_size
+        checksum = weights_metadata(folder).get("val_checksum")  # older runs have none
+        settings["validation tokens"] = "" if checksum is None else f"{checksum:08x}"
     return LoggedRun(settings, rows)
+
+
+def comparability(runs: list[LoggedRun]) -> str:
+    """Why the losses of these runs cannot be compared; "" if they can."""
+    found = {name: {run.settings.get(name) for run in runs} - {None, ""} for name in MEASURED_ON}
+    if len(found["vocabulary"]) > 1:
+        return "losses of different vocabularies cannot be compared; compare bits per byte"
+    if len(found["validation tokens"]) > 1:
+        return "the runs were evaluated on different texts: their losses cannot be compared"
+    return ""
 
 
 # --- Table ---

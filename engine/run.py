@@ -36,8 +36,8 @@ from engine.distributed import Distributed, map_tensors
 from engine.hf_format import find_weights, model_without_memory, read_config
 from engine.optimizer import CombinedOptimizer
 from engine.run_folder import (
-    SETTINGS_FILE, describe_run, make_folder, move_old_run_aside, remove_temporary_files,
-    resolve_model_dir, resolve_out_dir, shown_path,
+    SETTINGS_FILE, describe_run, make_folder, move_old_run_aside, read_run_settings,
+    remove_temporary_files, resolve_model_dir, resolve_out_dir, shown_path,
 )  # fmt: skip
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
@@ -229,6 +229,9 @@ def check_source(config: TrainConfig, tokenizer: Tokenizer) -> None:
     if source_tokenizer != tokenizer:
         reason = f"its tokenizer is not the tokenizer of the model in {folder}; "
         advice = f"prepare the text with --tokenizer={folder}, or use --init_from=scratch"
+        trained_on = (read_run_settings(folder) or {}).get("dataset", config.dataset)
+        if trained_on != config.dataset:
+            advice = f"its dataset was --dataset={trained_on}; or {advice}"
         if resumed:
             reason = f"its vocabulary has changed since {folder} was started; "
             advice = "use --init_from=scratch, or prepare the old text again"
@@ -363,7 +366,8 @@ def save_best(
 ) -> None:
     """Save the weights that have the best validation loss so far, and the model card."""
     numbers = {"step": state.best_step, "val_loss": state.best_val_loss}
-    save_model(model, folder, dataset.tokenizer, **numbers, eval_tokens=state.best_eval_tokens)
+    measured = {"eval_tokens": state.best_eval_tokens, "val_checksum": dataset.val.checksum()}
+    save_model(model, folder, dataset.tokenizer, **numbers, **measured)
     numbers |= {"bits_per_byte": bits_per_byte, "n_val_tokens": len(dataset.val)}
     config = dataclasses.replace(config, init_from=state.init_from)  # not "resume"
     save_model_card(folder, config, dataset.meta, **numbers)

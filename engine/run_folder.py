@@ -137,7 +137,9 @@ def describe_run(folder: str | Path) -> str:
 
 
 def weights_metadata(folder: str | Path) -> dict[str, int | float]:
-    """The numbers that train.py keeps with the weights: step, val_loss and eval_tokens.
+    """The numbers that train.py keeps with the weights: step, val_loss, eval_tokens, val_checksum.
+
+    val_checksum: ShardedTokens.checksum() of the validation split on which val_loss was measured.
 
     A number that is missing or invalid (another program may have written it) is left out. {} if
     there are no weights. Raises FolioError if the file cannot be read.
@@ -153,7 +155,8 @@ def weights_metadata(folder: str | Path) -> dict[str, int | float]:
         raise FolioError(
             f"{path}: cannot be read ({first_line(error)}); repair it, or move it away"
         ) from None
-    for name, number_type in (("step", int), ("val_loss", float), ("eval_tokens", int)):
+    types = {"step": int, "val_loss": float, "eval_tokens": int, "val_checksum": int}
+    for name, number_type in types.items():
         with contextlib.suppress(KeyError, ValueError):
             number = number_type(metadata[name])
             if 0 <= number < math.inf:  # NaN is not

@@ -546,6 +546,21 @@ def test_a_checkpoint_is_memory_mapped_until_it_is_restored(tiny_flags, tmp_path
 # --- Damaged or missing files ---
 
 
+def test_a_model_is_saved_and_loaded_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_model(random_model(), "~/mine")
+    assert load_model("~/mine").config == load_model(tmp_path / "mine").config
+
+
+def test_sizes_that_the_weights_determine_cannot_be_replaced(tmp_path):
+    """n_head changes no shape, but the result."""
+    model = random_model()
+    save_model(model, tmp_path)
+    assert load_model(tmp_path, n_head=model.config.n_head, dropout=0.5).config.dropout == 0.5
+    with pytest.raises(ValueError, match="n_head=1: the weights in"):
+        load_model(tmp_path, n_head=1)
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, number):
     model = random_model()

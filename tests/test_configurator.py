@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import prepare_shakespeare
 import train
 from configurator import (
     ConfigError, FolioError, NonNegativeFloat, NonNegativeInt, PositiveInt, Probability, configure,
@@ -295,6 +296,18 @@ def test_a_folder_in_the_place_of_a_config_file_is_taken_for_a_run(tmp_path):
 def test_a_prompt_without_its_flag_comes_with_advice():
     with pytest.raises(ConfigError, match=r"a prompt is given by --start='to be'$"):
         configure(Config, ["to be"])
+
+
+def test_a_text_in_the_place_of_a_config_file_comes_with_advice():
+    text = str(ROOT / "data" / "replacement.txt")
+    for cls, advice in (
+        (TrainConfig, f"python -m data.prepare_text {text} --dataset=NAME"),
+        (Config, f"--start=FILE:{text}"),
+        (prepare_shakespeare.PrepareConfig, f"--input_file={text}"),
+    ):
+        with pytest.raises(ConfigError, match="a text, not a config file") as caught:
+            configure(cls, [text])
+        assert str(caught.value).endswith(f"try {advice}")
 
 
 # --- Other entry points ---

@@ -344,24 +344,38 @@ def terminal():
 PROGRESS_BAR = "% |"
 
 
-def visible(line: str) -> str:
-    """What a terminal shows of a line in which carriage returns overwrite: 'abc\\rX' -> 'Xbc'."""
-    shown = ""
-    for piece in line.replace("\x1b[A", "").split("\r"):
-        shown = piece + shown[len(piece) :]
-    return shown.rstrip()
+def visible(output: str) -> list[str]:
+    """The lines that a terminal shows: "\\r" begins a line again, "\\x1b[A" goes one line up, and
+    "\\x1b[J" clears what follows."""
+    lines, row, column = [""], 0, 0
+    for text in re.split(r"(\r|\n|\x1b\[A|\x1b\[J)", output):
+        match text:
+            case "\r":
+                column = 0
+            case "\n":
+                row += 1
+                lines += [""] * (row == len(lines))
+            case "\x1b[A":
+                row -= 1
+            case "\x1b[J":
+                lines[row:] = [lines[row][:column]]
+            case _:
+                before, after = lines[row][:column].ljust(column), lines[row][column + len(text) :]
+                lines[row], column = before + text + after, column + len(text)
+    return [line.rstrip() for line in lines]
 
 
 def test_a_stopped_run_leaves_no_progress_bar_on_the_terminal(flags, terminal):
     flags = [*flags, "--max_iters=100000", "--log_interval=5"]
     job = start_process(train_on_a_terminal, terminal.name, *flags)
-    wait_for(lambda: PROGRESS_BAR in terminal.read(), job)
+    wait_for(lambda: "steps, loss" in terminal.read(), job)
+    assert PROGRESS_BAR in terminal.read()
     os.kill(job.processes[0].pid, signal.SIGINT)
     while job.processes[0].is_alive():
         terminal.read()  # a full terminal would block the program
         time.sleep(0.01)
     assert job.wait().exit_codes == [130]
-    lines = [visible(line) for line in terminal.read().split("\n")]
+    lines = visible(terminal.read())
     assert not any(PROGRESS_BAR in line for line in lines)
     assert all(len(line) <= 80 or "/run" in line for line in lines), lines  # paths may be long
     last_lines = "\n".join(line for line in lines if line)[-1000:]
@@ -388,7 +402,7 @@ def test_closing_the_terminal_saves_and_exits(flags, terminal, tmp_path):
     flags = [*flags, "--max_iters=100000", "--eval_interval=100000"]
     job = start_process(train_on_a_terminal_of_its_own, terminal.name, *flags)
     try:
-        wait_for(lambda: PROGRESS_BAR in terminal.read(), job)
+        wait_for(lambda: "steps, loss" in terminal.read(), job)
         os.close(terminal.slave)
         os.close(terminal.master)
     finally:

@@ -359,12 +359,17 @@ def test_the_evaluation_line_compares_with_training_and_the_best(make_logger):
 
 
 def show_batches(
-    monkeypatch, n_batches: int, is_terminal: bool = True, is_main: bool = True
+    monkeypatch,
+    n_batches: int,
+    is_terminal: bool = True,
+    is_main: bool = True,
+    is_piped: bool = False,
 ) -> tuple[list[int], str]:
     """The first batches of an evaluation of 1,000 tokens by two processes, and what stderr got."""
     stderr = io.StringIO()
     stderr.isatty = lambda: is_terminal
     monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: not is_piped))
     config = TrainConfig(batch_size=12, block_size=8)
     dist = SimpleNamespace(is_main=is_main, world_size=2)
     batches = []
@@ -386,7 +391,7 @@ def test_a_terminal_shows_the_progress_of_an_evaluation_until_it_ends(monkeypatc
 
 
 def test_an_evaluation_is_silent_without_a_terminal_and_in_other_processes(monkeypatch):
-    for options in ({"is_terminal": False}, {"is_main": False}):
+    for options in ({"is_terminal": False}, {"is_main": False}, {"is_piped": True}):
         assert show_batches(monkeypatch, 6, **options) == ([0, 1, 2, 3, 4, 5], "")
 
 

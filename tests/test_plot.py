@@ -174,6 +174,16 @@ def test_the_table_shows_that_two_runs_have_different_vocabularies(runs, call):
     assert "vocabulary            65      60" in result.stdout.splitlines()
 
 
+@pytest.mark.parametrize(("size", "checksum"), [(65, 1), (60, 2), (65, 2)])
+def test_losses_on_different_texts_are_not_compared(runs, call, size, checksum):
+    for name, numbers in (("a", (65, 1)), ("b", (size, checksum))):
+        model = GPT(GPTConfig(8, numbers[0], n_layer=1, n_head=1, n_embd=8))
+        save_model(model, runs / name, val_checksum=numbers[1])
+    output = call(plot, str(runs / "a"), str(runs / "b"), f"--picture={runs / 'x.png'}").stdout
+    assert ("evaluated on different texts" in output) == ((size, checksum) == (65, 2))
+    assert ("validation tokens     00000001  00000002" in output) == (checksum == 2)
+
+
 def test_runs_that_do_not_fit_the_terminal_are_below_one_another(runs, call, monkeypatch):
     monkeypatch.setenv("COLUMNS", "36")  # 20 and 2 for the names, 6 and 2 and 6 for the runs
     folders = [str(runs / "a"), str(runs / "b"), f"--picture={runs / 'x.png'}"]
