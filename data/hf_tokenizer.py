@@ -99,7 +99,8 @@ class HFTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         """The ids of the text alone, int64. Raises FolioError if the text cannot be encoded."""
         with tokenizers_errors_as(FolioError, "the text cannot be encoded: "):
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+            # "fast": without the position of each token in the text, which needs time and memory.
+            ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return np.array(ids, dtype=np.int64)
 
     def count_unknown(self, text: str, ids: np.ndarray) -> int:

@@ -165,8 +165,11 @@ def plot_losses(
         warnings.simplefilter("ignore")  # for example about a letter that the font lacks
         figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
         axes = figure.subplots()
-        for (name, rows), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
-            plot_run(axes, printable(name) if len(runs) > 1 else "", rows, x, color)
+        looks = itertools.cycle(itertools.product(("-", "--", ":"), COLORS))
+        for (name, rows), (line, color) in zip(runs.items(), looks, strict=False):
+            # matplotlib hides labels that begin with "_".
+            label = f" {printable(name)}" if len(runs) > 1 else ""
+            plot_run(axes, label, rows, x, color, line)
         ends = [row[x] for rows in runs.values() for row in rows]
         end = max([*ends, x_max or 0, 1])
         axes.set_xlim(-0.04 * end, 1.1 * end)  # a number at step 0 does not touch the axis
@@ -182,16 +185,18 @@ def plot_losses(
             figure.savefig(temporary, format="png")
 
 
-def plot_run(axes: Any, name: str, rows: list[LogRow], x: XAxis, color: str) -> None:
+def plot_run(
+    axes: Any, name: str, rows: list[LogRow], x: XAxis, color: str, line: str = "-"
+) -> None:
     """Both curves of a run, with its best validation loss as a number."""
     train = [(row[x], row["train_loss"]) for row in rows if row["train_loss"] is not None]
     val = [(row[x], row["val_loss"]) for row in evaluations(rows)]
     if train:
         label = None if name else "training batch"
-        axes.plot(*zip(*train, strict=True), color=color, alpha=0.4, lw=1.2, label=label)
+        axes.plot(*zip(*train, strict=True), line, color=color, alpha=0.4, lw=1.2, label=label)
     if val:
         label = name or "validation"
-        axes.plot(*zip(*val, strict=True), "o-", color=color, ms=4, label=label)
+        axes.plot(*zip(*val, strict=True), f"o{line}", color=color, ms=4, label=label)
         best = min(val, key=lambda point: point[1])
         if best != val[-1]:  # overfitting begins here
             axes.axvline(best[0], color=color, lw=0.8, ls=":")

@@ -164,7 +164,15 @@ def test_runs_are_compared_in_a_table_and_a_picture(runs, call, axes):
     ]
     assert picture.exists()
     assert axes[0].get_xlabel() == "seconds"
-    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["a", "b"]
+    assert [text.get_text().strip() for text in axes[0].get_legend().get_texts()] == ["a", "b"]
+
+
+def test_all_runs_are_in_the_legend_and_look_different(axes, tmp_path):
+    plot_losses({f"_{i}": ROWS for i in range(8)}, tmp_path / "x.png")
+    names = [text.get_text() for text in axes[0].get_legend().get_texts()]
+    assert names == [f" _{i}" for i in range(8)]
+    curves = [line for line in axes[0].get_lines() if line.get_label() in names]
+    assert len({(curve.get_color(), curve.get_linestyle()) for curve in curves}) == 8
 
 
 def test_the_table_shows_that_two_runs_have_different_vocabularies(runs, call):
