@@ -53,10 +53,6 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-class ConfigError(FolioError):
-    """A setting that is unknown, of the wrong type, or out of range."""
-
-
 def run_main(main: Callable[[], None]) -> None:
     """Call a program's main(); print a FolioError as one line and exit with status 2.
 
@@ -169,7 +165,7 @@ class Setting:
             return text
 
     def validate(self, value: Any, label: str) -> Any:
-        """Return the value, an int as a float if needed; raise ConfigError if it is not valid."""
+        """Return the value, an int as a float if needed; raise FolioError if it is not valid."""
         if self.value_type is float and type(value) is int and abs(value) < LIMIT:
             value = float(value)
         if self.choices:  # 1 == True, so the types count, too
@@ -189,7 +185,7 @@ class Setting:
             *others, last = map(str, self.choices)
             expected = f"{', '.join(others)} or {last}"
         guess = did_you_mean(value, map(str, self.choices))
-        raise ConfigError(f"{label} must be {expected}, not {format_value(value)}{guess}")
+        raise FolioError(f"{label} must be {expected}, not {format_value(value)}{guess}")
 
 
 def settings_of(cls: type) -> dict[str, Setting]:
@@ -226,7 +222,7 @@ def configure(
 
     argv: the arguments; None means sys.argv[1:]. `--help` prints all settings and exits.
     defaults: values that replace the dataclass's defaults; files and flags override them.
-    Raises ConfigError for an unknown setting or an invalid value.
+    Raises FolioError for an unknown setting or an invalid value.
     """
     saved = [(name, value, "saved settings: ") for name, value in (defaults or {}).items()]
     return cls(**validate_all(cls, saved) | parse_overrides(cls, argv))
@@ -263,12 +259,12 @@ def parse_command_line(
             print_help(settings, positional)
             sys.exit(0)
         if not arg:
-            raise ConfigError('an argument is empty: "" (is a variable of the shell not set?)')
+            raise FolioError('an argument is empty: "" (is a variable of the shell not set?)')
         if not arg.startswith("-"):
             files.append(arg)
             continue
         if not arg.startswith("--"):
-            raise ConfigError(f"{arg}: a flag begins with two dashes: -{arg}")
+            raise FolioError(f"{arg}: a flag begins with two dashes: -{arg}")
         name, equals, value = arg[2:].partition("=")
         if name.startswith("no-") and not equals:  # --no-bias means --bias=False
             name, value = name.removeprefix("no-"), "False"
@@ -281,7 +277,7 @@ def parse_command_line(
             elif follows:
                 value = args.pop(0)
             else:
-                raise ConfigError(f"{arg} needs a value: {arg}=...")
+                raise FolioError(f"{arg} needs a value: {arg}=...")
         flags.append((name, settings[name].parse(value) if name in settings else value, "--"))
     return files, validate_all(cls, flags)
 
@@ -295,7 +291,7 @@ def validate_all(cls: type, items: list[tuple[str, Any, str]]) -> dict[str, Any]
     return {name: settings[name].validate(value, source + name) for name, value, source in items}
 
 
-def unknown_settings(cls: type, names: list[str], source: str) -> ConfigError:
+def unknown_settings(cls: type, names: list[str], source: str) -> FolioError:
     """One error for all unknown names: config files of nanoGPT have several."""
     replaced = {"config": "give the file alone: config/FILE.py"}
     replaced |= getattr(cls, "replaced_settings", {})
@@ -306,7 +302,7 @@ def unknown_settings(cls: type, names: list[str], source: str) -> ConfigError:
         names_by_hint.setdefault(hint, []).append(f"--{name[:60]}" if source == "--" else name)
     text = "; ".join(f"{', '.join(group)} ({hint})" for hint, group in names_by_hint.items())
     plural = "s" if len(names) > 1 else ""
-    return ConfigError(f"{source.removeprefix('--')}unknown setting{plural}: {text}")
+    return FolioError(f"{source.removeprefix('--')}unknown setting{plural}: {text}")
 
 
 def print_help(settings: dict[str, Setting], positional: str) -> None:
@@ -355,14 +351,14 @@ def to_json(config: Any) -> str:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The names and values in a settings.json; configure() validates them. Raises ConfigError."""
+    """The names and values in a settings.json; configure() validates them. Raises FolioError."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: these settings cannot be read ({reason})") from None
+        raise FolioError(f"{path}: these settings cannot be read ({reason})") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: these settings cannot be read (not a JSON object)")
+        raise FolioError(f"{path}: these settings cannot be read (not a JSON object)")
     return values
 
 
@@ -379,12 +375,12 @@ OPERATORS = {
 
 
 def find_config_file(name: str, cls: type) -> Path:
-    """The file as named or, if there is none, in Folio's folder. Raises ConfigError with advice."""
+    """The file as named or, if there is none, in Folio's folder. Raises FolioError with advice."""
     path, settings = Path(os.path.expanduser(name)), settings_of(cls)
     for candidate in (path, ROOT / path):
         if os.path.isdir(candidate):
             hint = f"; did you mean --out_dir={shlex.quote(name)}?" if "out_dir" in settings else ""
-            raise ConfigError(f"{name}: a folder, not a config file{hint}")
+            raise FolioError(f"{name}: a folder, not a config file{hint}")
         if os.path.exists(candidate) and candidate.suffix not in (".txt", ".jsonl"):
             return candidate
         if os.path.exists(candidate):
@@ -393,7 +389,7 @@ def find_config_file(name: str, cls: type) -> Path:
                 advice = f"--input_file={shlex.quote(name)}"
             elif "start" in settings:
                 advice = f"--start=FILE:{shlex.quote(name)}"
-            raise ConfigError(f"{name}: a text, not a config file; try {advice}")
+            raise FolioError(f"{name}: a text, not a config file; try {advice}")
     stems = [file.stem for file in (ROOT / "config").glob("*.py")]
     similar = difflib.get_close_matches(path.stem, stems, n=1)
     if name.partition("=")[0] in settings:
@@ -403,7 +399,7 @@ def find_config_file(name: str, cls: type) -> Path:
     else:
         guess = f"did you mean config/{similar[0]}.py?" if similar else "see the folder config/"
         advice = f"; {guess}"
-    raise ConfigError(f"there is no config file {name[:200]!r}{advice[:200]}")
+    raise FolioError(f"there is no config file {name[:200]!r}{advice[:200]}")
 
 
 def read_config_file(path: Path) -> list[tuple[str, Any, str]]:
@@ -411,12 +407,12 @@ def read_config_file(path: Path) -> list[tuple[str, Any, str]]:
     try:
         tree = ast.parse(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        raise FolioError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
-        raise ConfigError(f"{path}: this file cannot be read ({error.strerror})") from None
+        raise FolioError(f"{path}: this file cannot be read ({error.strerror})") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line, reason = getattr(error, "lineno", None) or 1, getattr(error, "msg", error)
-        raise ConfigError(f"{path}:{line}: not a `name = value` line ({reason})") from None
+        raise FolioError(f"{path}:{line}: not a `name = value` line ({reason})") from None
     items, names = [], {}
     for statement in tree.body if ast.get_docstring(tree) is None else tree.body[1:]:
         source = f"{path}:{statement.lineno}: "
@@ -425,10 +421,10 @@ def read_config_file(path: Path) -> list[tuple[str, Any, str]]:
                 try:
                     names[name] = evaluate(expression, names)
                 except (ValueError, ArithmeticError, RecursionError) as error:
-                    raise ConfigError(f"{source}{error}") from None
+                    raise FolioError(f"{source}{error}") from None
                 items.append((name, names[name], source))
             case _:
-                raise ConfigError(f"{source}only `name = value` lines are allowed")
+                raise FolioError(f"{source}only `name = value` lines are allowed")
     return items
 
 

@@ -31,7 +31,7 @@ from engine.checkpoint import load_model, load_model_and_tokenizer
 from engine.hf_format import WEIGHTS_FILE
 from engine.log_file import LOG_FILE, read_log
 from engine.run_folder import (
-    SETTINGS_FILE, newest_run, read_run_settings, resolve_model_dir, shown_path, weights_metadata,
+    SETTINGS_FILE, chosen_model, read_run_settings, shown_path, weights_metadata,
 )  # fmt: skip
 from model import GPT, attention_weights
 
@@ -57,10 +57,7 @@ class ExplainConfig:
 
 def main() -> None:
     config = configure(ExplainConfig)
-    if config.init_from:
-        folder = resolve_model_dir(config.init_from)
-    else:
-        folder = resolve_model_dir(config.out_dir, on_hub=False) if config.out_dir else newest_run()
+    folder = chosen_model(config.init_from, config.out_dir)
     title = config.init_from or shown_path(folder)
     print(f"the page of {title}")
     model, tokenizer = load_model_and_tokenizer(folder)

@@ -235,7 +235,7 @@ class GPT(nn.Module):
         """(..., C) -> (..., V): logits.
 
         The output layer is the token embedding again ("tied weights"): a logit is the dot product
-        of a hidden state and the embedding of a token.
+        of a hidden state and the embedding of a token. So it has no weight of its own.
         cut_padding: False returns (..., padded_vocab_size), with -inf where there is no token: its
         probability is 0, and the loss is equal. With pad_vocab_to=64, each row then starts at a
         multiple of 128 bytes, and a GPU computes the loss faster.

@@ -40,7 +40,7 @@ from engine.checkpoint import load_model_and_tokenizer
 from engine.cpu_threads import ThreadAdapter, use_one_thread
 from engine.device import DeviceName, DTypeName, choose_device, explain_out_of_memory
 from engine.inference import InferenceModel, is_small, read_ids
-from engine.run_folder import describe_run, newest_run, resolve_model_dir
+from engine.run_folder import chosen_model, describe_run
 
 SEPARATOR = "---------------"  # a line between two texts
 
@@ -95,10 +95,7 @@ def main() -> None:
 
 def sample(config: SampleConfig) -> None:
     """Load the model, and print its continuations of the prompts."""
-    if config.init_from:
-        folder = resolve_model_dir(config.init_from)
-    else:
-        folder = resolve_model_dir(config.out_dir, on_hub=False) if config.out_dir else newest_run()
+    folder = chosen_model(config.init_from, config.out_dir)
     device = choose_device(config.device, config.dtype)
     if config.compile and not device.compile:
         raise FolioError(f"--compile: only for CUDA; here is {device.description}")

@@ -211,24 +211,21 @@ def train_step(
     """
     lr_multiplier = get_lr_multiplier(step, config)
     set_lr_multiplier(optimizer, lr_multiplier)
-    grad_accum_steps = config.gradient_accumulation_steps
     mean_loss = 0.0
     # With 4 processes, process 1 takes micro-batches 1, 5, 9, ..., as in training_batches().
-    for micro_batch in dist.shard(range(grad_accum_steps)):
+    micro_batches = dist.shard(range(config.gradient_accumulation_steps))
+    for micro_batch in micro_batches:
         inputs, targets = next(batches)  # (B, T) each
         # Processes exchange gradients once per step, in the backward pass of the last micro-batch.
-        # (Of 8 micro-batches, process 1 of 4 has numbers 1 and 5. 5 is the last one: 5 + 4 >= 8.)
-        is_last = micro_batch + dist.world_size >= grad_accum_steps
-        dist.set_grad_sync(model, is_last)
+        dist.set_grad_sync(model, micro_batch == micro_batches[-1])
         if config.dropout:  # depends on these three numbers alone, so that resuming is exact
             torch.manual_seed(derive_seed(config.seed, step, micro_batch))
         with device.autocast():
             loss = model(inputs, targets)  # 1. forward
-        loss = loss / grad_accum_steps  # its part of the mean over all micro-batches
-        # `loss` is divided by the number of micro-batches of all processes, so the gradients of the
-        # processes must be added. DistributedDataParallel averages them: times world_size, a sum.
-        scaler.scale(loss * dist.world_size).backward()  # 2. backward
-        mean_loss = mean_loss + loss.detach()
+        # The gradients: their mean over the micro-batches of this process. Over the processes,
+        # DistributedDataParallel takes the mean.
+        scaler.scale(loss / len(micro_batches)).backward()  # 2. backward
+        mean_loss = mean_loss + loss.detach() / config.gradient_accumulation_steps
     scaler.unscale_(optimizer)  # float16: back to the true gradient, whose norm is clipped
     max_norm = config.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # 3. clip
@@ -245,7 +242,7 @@ def train_step(
         loss, norm, n_stopped = read_numbers()
         check_finite(loss, norm, step, config, scaler, dist)
         if n_stopped > 0:  # a process has received a signal: all processes stop
-            dist.shutdown.sync()
+            dist.shutdown.sync()  # and agree on the exit status
         return StepMetrics(loss, norm, lr_multiplier * config.learning_rate)
 
     return read_metrics
@@ -434,7 +431,8 @@ def find_best(
     if are_windows_new or not is_measured:
         best_model = load_model(folder, vocab_size=dataset.tokenizer.vocab_size)
         best_model.to(device.torch_device, device.param_dtype)
-        evaluation = evaluate(best_model, dataset, config, device, dist, threads)
+        compiled = torch.compile(best_model) if device.compile else best_model
+        evaluation = evaluate(compiled, dataset, config, device, dist, threads)
         if evaluation is not None:
             state.best_val_loss, state.best_eval_tokens = evaluation[0], config.eval_tokens
             if are_windows_new:

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from configurator import ConfigError, NonNegativeInt, PositiveInt, parse_inputs, run_main
+from configurator import FolioError, NonNegativeInt, PositiveInt, parse_inputs, run_main
 from data.dataset import open_dataset, training_batch
 from data.tokenizer import BPETokenizer, Tokenizer
 
@@ -38,7 +38,7 @@ class ShowConfig:
 def main() -> None:
     names, config = parse_inputs(ShowConfig)
     if len(names) != 1:
-        raise ConfigError("give the name of one dataset: python -m data.show shakespeare_char")
+        raise FolioError("give the name of one dataset: python -m data.show shakespeare_char")
     tokenizer = BPETokenizer.gpt2() if config.tokenizer == "gpt2" else None
     dataset = open_dataset(names[0], config.block_size, tokenizer)
     inputs, targets = training_batch(

@@ -33,10 +33,10 @@ from configurator import FolioError, first_line
 
 T = TypeVar("T")
 
-SETUP_TIMEOUT = datetime.timedelta(hours=1)  # rank 0 may download and prepare a dataset
+CONTROL_TIMEOUT = datetime.timedelta(hours=1)  # for objects: rank 0 may prepare a dataset first
 # Seconds between two signals. A program that forwards signals may send one twice at once.
-MIN_INTERVAL = 0.3
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=15)  # for sums of tensors, such as gradients
+MIN_SIGNAL_INTERVAL = 0.3
+TENSOR_TIMEOUT = datetime.timedelta(minutes=15)  # for tensors, such as gradients
 
 
 class Distributed:
@@ -67,7 +67,7 @@ class Distributed:
                     store=store,
                     rank=self.rank,
                     world_size=self.world_size,
-                    timeout=SETUP_TIMEOUT,
+                    timeout=CONTROL_TIMEOUT,
                 )
             except RuntimeError as error:
                 raise FolioError(
@@ -185,7 +185,7 @@ class Distributed:
         Created when first needed, because only then it is known which device computes.
         """
         if device not in self._tensor_groups:
-            torch_dist.barrier()  # waits up to SETUP_TIMEOUT: other processes may still load data
+            torch_dist.barrier()  # waits up to CONTROL_TIMEOUT: other processes may still load data
             is_cuda = device.type == "cuda"
             if is_cuda:
                 gpus: list[str] = [""] * self.world_size
@@ -195,7 +195,7 @@ class Distributed:
             nccl = is_cuda and torch_dist.is_nccl_available()
             self._tensor_groups[device] = torch_dist.new_group(
                 backend="nccl" if nccl else "gloo",
-                timeout=COLLECTIVE_TIMEOUT,
+                timeout=TENSOR_TIMEOUT,
                 device_id=device if nccl else None,  # connects at once, so that errors come now
             )
         return self._tensor_groups[device]
@@ -206,7 +206,8 @@ class Distributed:
         """The model in DistributedDataParallel; with one process, the model itself.
 
         After loss.backward(), each process has the mean of all processes' gradients. Compile the
-        model before, not after: the methods below need the DDP module itself.
+        model before, not after: the methods below need the DDP module itself. (The backward pass of
+        a compiled model is one operation for DDP. So the all-reduce starts after all of it.)
         """
         if self.world_size == 1:
             return model
@@ -280,7 +281,7 @@ def rendezvous() -> tuple[torch_dist.Store, int, int]:
             # fails at once. (A store in process 0 may be younger: then rendezvous() waits for it.)
             address_and_port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             socket.create_connection(address_and_port).close()
-        store, rank, world_size = next(torch_dist.rendezvous("env://", timeout=SETUP_TIMEOUT))
+        store, rank, world_size = next(torch_dist.rendezvous("env://", timeout=CONTROL_TIMEOUT))
         # When torchrun restarts processes, the store still has the addresses of dead processes, and
         # a new process would connect to them. So each attempt has its own part of the store.
         store = torch_dist.PrefixStore(name_this_attempt(store, rank, world_size), store)
@@ -352,7 +353,7 @@ class GracefulShutdown:
     """
 
     def __init__(self, dist: Distributed):
-        self.dist, self.exit_status, self.first_time = dist, 0, 0.0
+        self.dist, self.exit_status, self.first_signal_time = dist, 0, 0.0
         self.should_stop = False  # equal in all processes, after sync()
 
     def sync(self) -> bool:
@@ -393,13 +394,14 @@ class GracefulShutdown:
         can_force = (
             signum in (signal.SIGINT, signal.SIGTERM) and not torch_dist.is_torchelastic_launched()
         )
-        if self.exit_status and can_force and time.monotonic() - self.first_time > MIN_INTERVAL:
+        seconds = time.monotonic() - self.first_signal_time
+        if self.exit_status and can_force and seconds > MIN_SIGNAL_INTERVAL:
             raise KeyboardInterrupt
         if not self.exit_status and signum == signal.SIGINT and self.dist.is_main:
             again = "; press Ctrl-C again to exit at once" if can_force else ""
             print_stderr(f"finishing this step, then saving{again}")
         if not self.exit_status:
-            self.exit_status, self.first_time = 128 + signum, time.monotonic()
+            self.exit_status, self.first_signal_time = 128 + signum, time.monotonic()
 
     def __exit__(self, *_) -> None:
         for signum, handler in self._previous_handlers.items():

@@ -24,10 +24,10 @@ To understand the cache, read InferenceModel._generate(), KVCache, next_token_lo
 and crop_start(). _make_decode(), decode_step() and capture_cuda_graph() are for CUDA.
 """
 
+import functools
 import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
 from itertools import count
 from typing import NamedTuple
 
@@ -125,7 +125,7 @@ class InferenceModel:
             raise ValueError(f"generator is on {generator.device}, the model on {self.device}")
         top_k = top_k or 0  # None: as in model.generate
         check_sampling_arguments(temperature, top_k, top_p)
-        sample = partial(
+        sample = functools.partial(
             sample_next_token,
             temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
         )  # fmt: skip
@@ -377,7 +377,7 @@ def run_blocks(
     return weights.lm_head(weights.ln_f(x[:, -1]))  # (B, C) -> (B, V)
 
 
-@cache
+@functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
     """The queue of work for the GPU in which steps are recorded.
 
@@ -397,7 +397,7 @@ def capture_cuda_graph(
     returns a copy of what it has computed. Starting some hundred kernels one by one would take
     longer than computing them for one token.
     generator: makes the random numbers of step(); on the GPU. Each replay draws new numbers. The
-    recording draws none.
+    recording leaves its state unchanged. (None: the global generator, whose state changes.)
     """
     state = None if generator is None else generator.get_state()
     with torch.cuda.device(stream.device):
@@ -411,7 +411,8 @@ def capture_cuda_graph(
         if generator is not None:
             generator.set_state(state)
             graph.register_generator_state(generator)
-        # thread_local: in training, another thread may copy a batch to the GPU meanwhile.
+        # thread_local: meanwhile other threads may use the GPU. In training, one copies a batch,
+        # and one of NCCL watches the processes.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             result = step()
 

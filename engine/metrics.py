@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import math
@@ -404,11 +405,15 @@ def open_trackers(folder: Path, config: TrainConfig, first_step: int) -> Iterato
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # purge_step hides rows of a previous process that are repeated after resuming.
-            writer = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
-            stack.enter_context(writer)
+            # purge_step hides rows of a previous process that are repeated after resuming. The
+            # writer is made with the first row: a process that fails before it hides nothing.
+            @functools.cache
+            def open_writer() -> SummaryWriter:
+                writer = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
+                return stack.enter_context(writer)
 
             def write_scalars(values: LogRow, step: int) -> None:
+                writer = open_writer()
                 for name, value in values.items():
                     writer.add_scalar(name, value, step)
                 writer.flush()

@@ -251,6 +251,7 @@ def build_model(
     dist: None means one process.
     """
     dist = dist or Distributed()
+    # The other processes wait, and end if an error occurs in the main process.
     model = dist.main_process_first(
         lambda: initial_model(config, tokenizer, device) if dist.is_main else None
     )

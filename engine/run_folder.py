@@ -78,6 +78,13 @@ def resolve_model_dir(source: str | Path, on_hub: bool = True) -> Path:
     raise FolioError(f"{source}: {problem}{guess}")
 
 
+def chosen_model(init_from: str, out_dir: str) -> Path:
+    """The folder of the model that sample.py and explain.py use; both empty: the newest run."""
+    if init_from:
+        return resolve_model_dir(init_from)
+    return resolve_model_dir(out_dir, on_hub=False) if out_dir else newest_run()
+
+
 def saved_weights() -> list[Path]:
     """The weights of all runs under out/, the oldest first."""
     paths = (ROOT / "out").glob(f"*/{WEIGHTS_FILE}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from configurator import (
-    ConfigError,
+    FolioError,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
@@ -89,12 +89,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
             fitting = math.ceil(self.n_embd / self.n_head) * self.n_head
-            raise ConfigError(
+            raise FolioError(
                 f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}; "
                 f"try --n_embd={fitting}"
             )
         if self.min_lr > self.learning_rate:
-            raise ConfigError(
+            raise FolioError(
                 f"min_lr={self.min_lr} must not exceed learning_rate={self.learning_rate}"
             )
 

@@ -172,7 +172,7 @@ MUTATIONS = [
     ),
     Mutation(
         "without the division by the number of micro-batches", "train.py",
-        "loss = loss / grad_accum_steps", "loss = loss * 1",
+        "loss / len(micro_batches)", "loss",
         "test_train.py::test_micro_batches_are_averaged",
         "The gradient is the sum over the micro-batches instead of their mean, so that it grows "
         "with their number.",
@@ -216,7 +216,7 @@ MUTATIONS = [
     ),
     Mutation(
         "with processes whose gradients are averaged twice", "train.py",
-        "loss * dist.world_size", "loss",
+        "loss / len(micro_batches)", "loss / config.gradient_accumulation_steps",
         "test_distributed.py::test_several_processes_train_like_one",
         "Two processes train with half the gradient of one.",
     ),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import prepare_shakespeare
 import train
 from configurator import (
-    ConfigError, FolioError, NonNegativeFloat, NonNegativeInt, PositiveInt, Probability, configure,
+    FolioError, NonNegativeFloat, NonNegativeInt, PositiveInt, Probability, configure,
     did_you_mean, parse_inputs, parse_overrides, read_settings, run_main, settings_of, to_json,
 )  # fmt: skip
 from engine.train_config import TrainConfig
@@ -111,7 +111,7 @@ def test_a_switch_before_a_file_does_not_take_the_file_as_its_value(config_file)
 )  # fmt: skip
 def test_an_invalid_value_is_rejected_with_the_name_of_its_setting(flag):
     name = flag.removeprefix("--").removeprefix("no-").partition("=")[0]
-    with pytest.raises(ConfigError, match=f"--{name} ") as caught:
+    with pytest.raises(FolioError, match=f"--{name} ") as caught:
         configure(Config, [flag])
     assert len(str(caught.value)) < 300
 
@@ -138,15 +138,15 @@ def test_an_invalid_value_is_rejected_with_the_name_of_its_setting(flag):
     ],
 )  # fmt: skip
 def test_messages_about_flags(flags, message):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(FolioError) as caught:
         configure(Config, flags)
     assert str(caught.value) == message
 
 
 def test_similar_and_equivalent_choices_are_suggested():
-    with pytest.raises(ConfigError, match=r"auto, cpu or cuda, not 'cuda:0'; did you mean cuda\?"):
+    with pytest.raises(FolioError, match=r"auto, cpu or cuda, not 'cuda:0'; did you mean cuda\?"):
         configure(Config, ["--device=cuda:0"])
-    with pytest.raises(ConfigError, match=r"did you mean cuda\?"):
+    with pytest.raises(FolioError, match=r"did you mean cuda\?"):
         configure(Config, ["--device=gpu"])
     assert did_you_mean("gpu", ["cpu", "mps"]) == ""
     assert did_you_mean("n_layers", ["n_layer", "n_head"]) == "; did you mean n_layer?"
@@ -165,13 +165,13 @@ def test_a_config_file_may_calculate_and_use_names_assigned_above(config_file):
 
 def test_an_unknown_name_in_a_file_is_reported_with_its_line(config_file):
     path = config_file("n_layer = 3\nlearning_rat = 1\n")
-    with pytest.raises(ConfigError, match=r"some\.py:2: unknown setting: learning_rat .did you"):
+    with pytest.raises(FolioError, match=r"some\.py:2: unknown setting: learning_rat .did you"):
         configure(Config, [path])
 
 
 def test_all_unknown_names_of_a_file_are_reported_in_one_error(config_file):
     path = config_file("min_lr = 1\nn_layer = 3\neval_iters = 9\nlr_decay_iters = 5\n")
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(FolioError) as caught:
         configure(Config, [path])
     assert str(caught.value) == (
         f"{path}:1: unknown settings: min_lr, lr_decay_iters "
@@ -192,7 +192,7 @@ def test_a_config_file_of_nanogpt_gives_one_error_with_all_its_unknown_settings(
     unknown = settings.keys() - settings_of(TrainConfig)
     assert unknown >= {"eval_iters", "always_save_checkpoint", "lr_decay_iters"}
     path = config_file("".join(f"{name} = {value!r}\n" for name, value in settings.items()))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(FolioError) as caught:
         configure(TrainConfig, [path])
     message = str(caught.value)
     assert message.startswith(f"{path}:3: unknown settings: ")
@@ -238,26 +238,26 @@ INVALID_LINES = {
 
 @pytest.mark.parametrize("kind", INVALID_LINES)
 def test_a_line_that_is_no_setting_is_rejected_with_its_number(kind, config_file):
-    with pytest.raises(ConfigError, match=r"some\.py:\d"):
+    with pytest.raises(FolioError, match=r"some\.py:\d"):
         configure(Config, [config_file(INVALID_LINES[kind])])
 
 
 def test_arithmetic_on_strings_is_rejected_with_the_true_reason(config_file):
-    with pytest.raises(ConfigError, match=r"some\.py:1: \+ - \* / // are for numbers, not 'out'"):
+    with pytest.raises(FolioError, match=r"some\.py:1: \+ - \* / // are for numbers, not 'out'"):
         configure(Config, [config_file("start = 'out' + '/x'")])
 
 
 def test_config_files_are_never_executed(config_file, tmp_path):
     marker = tmp_path / "marker"
     for line in (f"open({str(marker)!r}, 'w')", f"start = open({str(marker)!r}, 'w')"):
-        with pytest.raises(ConfigError):
+        with pytest.raises(FolioError):
             configure(Config, [config_file(line)])
     assert not marker.exists()
 
 
 def test_an_unreadable_config_file_is_named(config_file, tmp_path):
     for path in (tmp_path / "missing.py", tmp_path, config_file(b"start = '\xff'")):
-        with pytest.raises(ConfigError, match=str(path)):
+        with pytest.raises(FolioError, match=str(path)):
             configure(Config, [str(path)])
 
 
@@ -283,18 +283,18 @@ def test_config_files_are_found_from_the_working_directory_then_from_folio(tmp_p
     ],
 )
 def test_a_missing_config_file_comes_with_advice(word, advice):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(FolioError) as caught:
         configure(TrainConfig, [word])
     assert str(caught.value) == f"there is no config file '{word}'{advice}"
 
 
 def test_a_folder_in_the_place_of_a_config_file_is_taken_for_a_run(tmp_path):
-    with pytest.raises(ConfigError, match="a folder, not a config file; did you mean --out_dir="):
+    with pytest.raises(FolioError, match="a folder, not a config file; did you mean --out_dir="):
         parse_overrides(TrainConfig, [str(tmp_path)])
 
 
 def test_a_prompt_without_its_flag_comes_with_advice():
-    with pytest.raises(ConfigError, match=r"a prompt is given by --start='to be'$"):
+    with pytest.raises(FolioError, match=r"a prompt is given by --start='to be'$"):
         configure(Config, ["to be"])
 
 
@@ -305,7 +305,7 @@ def test_a_text_in_the_place_of_a_config_file_comes_with_advice():
         (Config, f"--start=FILE:{text}"),
         (prepare_shakespeare.PrepareConfig, f"--input_file={text}"),
     ):
-        with pytest.raises(ConfigError, match="a text, not a config file") as caught:
+        with pytest.raises(FolioError, match="a text, not a config file") as caught:
             configure(cls, [text])
         assert str(caught.value).endswith(f"try {advice}")
 
@@ -338,12 +338,12 @@ def test_damaged_settings_are_rejected(tmp_path):
     path = tmp_path / "settings.json"
     for text in ("", "[1]", '{"n_layer": ', "[" * 10**5):
         path.write_text(text)
-        with pytest.raises(ConfigError, match=r"settings\.json"):
+        with pytest.raises(FolioError, match=r"settings\.json"):
             read_settings(path)
-    with pytest.raises(ConfigError, match="missing"):
+    with pytest.raises(FolioError, match="missing"):
         read_settings(tmp_path / "missing.json")
     for wrong in ({"n_layer": "four"}, {"unknown_name": 1}):
-        with pytest.raises(ConfigError, match="saved settings"):
+        with pytest.raises(FolioError, match="saved settings"):
             configure(Config, [], defaults=json.loads(json.dumps(wrong)))
 
 

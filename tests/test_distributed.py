@@ -112,7 +112,7 @@ def test_port_in_use_is_a_one_line_error(monkeypatch):
 
 
 def test_processes_do_not_wait_for_a_torchrun_that_was_killed_while_they_started(monkeypatch):
-    monkeypatch.setattr(distributed_module, "SETUP_TIMEOUT", datetime.timedelta(seconds=5))
+    monkeypatch.setattr(distributed_module, "CONTROL_TIMEOUT", datetime.timedelta(seconds=5))
     environment = {
         "RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
         "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": True,
@@ -181,7 +181,7 @@ def test_processes_that_share_a_gpu_are_refused_in_one_line():
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_first_signal_requests_a_stop_and_the_second_exits(signum, status, monkeypatch):
-    monkeypatch.setattr(distributed_module, "MIN_INTERVAL", 0)
+    monkeypatch.setattr(distributed_module, "MIN_SIGNAL_INTERVAL", 0)
     before = signal.getsignal(signum)
     with GracefulShutdown(Distributed()) as shutdown:
         assert not shutdown.sync()

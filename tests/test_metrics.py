@@ -789,10 +789,13 @@ def test_wandb_without_an_account_is_refused_before_the_run_starts(monkeypatch):
 
 def test_tensorboard_gets_every_row_and_hides_repeated_steps(make_logger, tmp_path):
     module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for step in (0, 1):  # the second process resumes at step 1
+    for step, fails in ((0, False), (1, False), (1, True)):  # the next processes resume at step 1
         logger = make_logger(step)
         logger.config.tensorboard = True
-        log_two_steps(logger)
+        with logger if fails else contextlib.nullcontext():
+            pass  # a process that fails before its first step hides nothing
+        if not fails:
+            log_two_steps(logger)
     events = module.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     steps = [(event.step, event.value) for event in events.Scalars("train_loss")]
