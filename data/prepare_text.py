@@ -29,7 +29,7 @@ from typing import Annotated, Any
 from tqdm import tqdm
 
 from configurator import ROOT, FolioError, PositiveInt, Range, parse_inputs, run_main
-from data.documents import find_files, group_by_content, read_documents
+from data.documents import find_files, group_by_content, is_jsonl, read_documents
 from data.files import explain_os_error, join_names, user_path
 from data.hub import is_hub_name
 from data.prepare import (
@@ -47,6 +47,7 @@ from data.prepare import (
     write_dataset,
 )
 from data.tokenizer import CharTokenizer, Tokenizer, read_json
+from data.tokenizer_base import END_OF_TEXT
 
 CHANGED = "the text has changed while it was read; prepare a copy of it"
 BPE_CHARACTERS = 100 * 2**20  # of the training split, from which BPE learns
@@ -172,10 +173,16 @@ def open_corpus(inputs: list[Path], config: PrepareTextConfig, tmp_dir: Path) ->
         return read_documents(files, config.json_key, separator)
 
     train, val = ([measure(document) for document in read(group)] for group in (files, val_files))
-    sizes = [size for size, _ in (*train, *val)]
+    sizes = [size for size, _, _ in (*train, *val)]
+    n_marks = sum(count for _, count, _ in (*train, *val))
+    if n_marks and not separator and not all(map(is_jsonl, files)):
+        print(
+            f"{END_OF_TEXT} occurs {n_marks:,} times, and is read as ordinary text;\n"
+            f"to divide the text into documents there: --document_separator='{END_OF_TEXT}'"
+        )
     if not sum(sizes[: len(train)]):
         raise FolioError(f"{', '.join(map(str, inputs))}: no text found")
-    numbers: dict[tuple[int, bytes], int] = {}
+    numbers: dict[tuple[int, int, bytes], int] = {}
     firsts = [numbers.setdefault(key, number) for number, key in enumerate((*train, *val))]
     copies = {number for number, size in enumerate(sizes) if size and firsts[number] < number}
     if copies:
@@ -191,13 +198,14 @@ def open_corpus(inputs: list[Path], config: PrepareTextConfig, tmp_dir: Path) ->
     return Corpus(lambda: read([*files, *val_files]), sizes, cuts, copies, separated)
 
 
-def measure(document: Iterable[str]) -> tuple[int, bytes]:
-    """The number of characters of a document, and a hash of its text."""
-    size, text_hash = 0, hashlib.blake2b(digest_size=16)
+def measure(document: Iterable[str]) -> tuple[int, int, bytes]:
+    """The characters of a document, how often it has the name of end-of-text, and a hash."""
+    size, n_marks, text_hash = 0, 0, hashlib.blake2b(digest_size=16)
     for piece in document:
         size += len(piece)
+        n_marks += piece.count(END_OF_TEXT)
         text_hash.update(piece.encode())
-    return size, text_hash.digest()
+    return size, n_marks, text_hash.digest()
 
 
 def validation_cuts(sizes: list[int], fraction: float) -> list[int]:

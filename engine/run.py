@@ -185,7 +185,12 @@ def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
         given, actual = overrides.get(name), getattr(model_config, name)
         if given is not None and given != actual:
             raise FolioError(f"--{name}={given}: the model in {folder} has {name}={actual}")
-    return TrainConfig(**{name: getattr(model_config, name) for name in FROM_WEIGHTS} | overrides)
+    config = TrainConfig(**{name: getattr(model_config, name) for name in FROM_WEIGHTS} | overrides)
+    source = None if config.eval_only else read_run_settings(folder)
+    names = ("dataset", "seed", "batch_size", "block_size")  # these determine the batches
+    if source and all(source.get(name) == getattr(config, name) for name in names):
+        print("the batches are those of its own training again; --seed=NUMBER gives others")
+    return config
 
 
 def check_divisible(config: TrainConfig, world_size: int) -> None:

@@ -165,6 +165,14 @@ def test_documents_in_one_file_are_separated(prepare, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
+def test_an_end_of_text_that_would_be_ordinary_text_is_told(prepare, tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text(END.join([TINY_TEXT] * 4))
+    text = " ".join(prepare(path, "--dataset=a").stdout.split())
+    assert f"{END} occurs 3 times" in text and f"--document_separator='{END}'" in text
+    assert "occurs" not in prepare(path, "--dataset=b", f"--document_separator={END}").stdout
+
+
 def test_a_pipe_is_read_once_for_all_purposes(prepare, tmp_path):
     """In the shell: python -m data.prepare_text 1.txt <(cat 2.txt) --dataset=mine"""
     (tmp_path / "1.txt").write_text("first " * 20)

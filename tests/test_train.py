@@ -904,8 +904,17 @@ def test_finetuning_uses_the_architecture_of_the_weights(
         "--device=cpu",
     )  # fmt: skip
     assert str(tmp_path / "run") in output
+    assert "batches" not in output  # block_size is another one
     tuned = load_model(tmp_path / "tuned").config
     assert (tuned.n_embd, tuned.block_size) == (16, 4)
+
+
+def test_finetuning_on_the_batches_of_the_first_training_is_told(tiny_flags, tmp_path, run_train):
+    run_train(*tiny_flags)
+    flags = (*tiny_flags, f"--init_from={tmp_path / 'run'}", "--max_iters=1")
+    note = "the batches are those of its own training again"
+    assert note in run_train(*flags, f"--out_dir={tmp_path / 'a'}")
+    assert note not in run_train(*flags, f"--out_dir={tmp_path / 'b'}", "--seed=2")
 
 
 def test_finetuning_may_start_from_a_snapshot_inside_the_folder_of_the_new_run(
