@@ -156,17 +156,20 @@ def load_model_and_tokenizer(folder: str | Path) -> tuple[GPT, Tokenizer]:
 
 
 def padding_token(tokens: ShardedTokens) -> int | None:
-    """The token that is rarest in (the first million tokens of) a dataset; None: all are frequent.
+    """The rarest token of a dataset; None if all are frequent.
 
     transformers fills up a batch of unequal texts with a padding token, and leaves this token out
     of all text that it decodes. A vocabulary of characters has none to spare, so a character that
     is rarer than 1 in 10,000 does the least damage. Without one, transformers pads no batch.
     """
-    ids = tokens.shards[0][: 2**20]
-    tokens.check_ids(ids)
-    counts = np.bincount(ids, minlength=tokens.vocab_size)
+    counts = np.zeros(tokens.vocab_size, np.int64)
+    for shard in tokens.shards:
+        for start in range(0, len(shard), 2**20):
+            ids = shard[start : start + 2**20]
+            tokens.check_ids(ids)
+            counts += np.bincount(ids, minlength=tokens.vocab_size)
     rarest = int(counts.argmin())
-    return rarest if counts[rarest] * 10_000 <= len(ids) else None
+    return rarest if counts[rarest] * 10_000 <= len(tokens) else None
 
 
 def save_model_card(

@@ -28,12 +28,13 @@ from engine.run_folder import SETTINGS_FILE, weights_metadata
 
 MEASURED_ON = ("vocabulary", "validation tokens")  # what read_run() adds to the settings
 XAxis = Literal["step", "tokens", "seconds"]
+FORMATS = (".png", ".pdf", ".svg")
 COLORS = ("#1f4e8c", "#d1822b", "#2c7a4b", "#8c8c8c", "#a8324a", "#7a5ba6")
 
 
 @dataclass
 class PlotConfig:
-    picture: str = "out/losses.png"  # the picture to write, a .png
+    picture: str = "out/losses.png"  # the picture to write: .png, .pdf or .svg
     x: XAxis = "step"  # horizontal axis
 
 
@@ -58,6 +59,8 @@ def main() -> None:
     if note := comparability(list(runs.values())):
         print(f"\n{note}")
     picture = user_path(config.picture)
+    if picture.suffix not in FORMATS:
+        raise FolioError(f"--picture={config.picture}: must end in {', '.join(FORMATS)}")
     picture.parent.mkdir(parents=True, exist_ok=True)
     title = "validation loss (training loss: pale)" if len(runs) > 1 else names[0]
     plot_losses({name: run.rows for name, run in runs.items()}, picture, title, config.x)
@@ -182,7 +185,7 @@ def plot_losses(
         for text in axes.legend(frameon=False).get_texts():
             text.set_parse_math(False)  # "$" in a name is no formula
         with atomic_write(path) as temporary:
-            figure.savefig(temporary, format="png")
+            figure.savefig(temporary, format=Path(path).suffix[1:])
 
 
 def plot_run(

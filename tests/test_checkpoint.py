@@ -209,6 +209,12 @@ def test_padding_token_is_the_rarest_one_if_it_is_rare(tmp_path):
     assert padding_token(ShardedTokens(tmp_path, "train", {}, vocab_size=3)) is None
 
 
+def test_the_padding_token_is_rare_in_all_of_the_text(tmp_path):
+    """For example, a text whose second half is in another alphabet."""
+    np.repeat(np.arange(2, dtype="<u2"), (2**20, 2**15)).tofile(tmp_path / "train.bin")
+    assert padding_token(ShardedTokens(tmp_path, "train", {}, vocab_size=2)) is None
+
+
 def test_padding_token_refuses_ids_outside_the_vocabulary(tmp_path):
     ids = np.zeros(70_000, "<u2")
     ids[-1] = 9

@@ -229,6 +229,13 @@ def test_files_beside_the_runs_are_no_runs(runs, call, monkeypatch):
     assert_one_line_error(call(plot, "losses.png"), "which runs?")
 
 
+def test_the_picture_has_the_format_of_its_name(runs, call):
+    for name, start in (("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.svg", b"<?xml")):
+        assert call(plot, str(runs / "a"), f"--picture={runs / name}").returncode == 0
+        assert (runs / name).read_bytes().startswith(start)
+    assert_one_line_error(call(plot, str(runs / "a"), "--picture=a.jpg"), "must end in .png")
+
+
 def test_a_folder_without_a_log_is_a_one_line_error(runs, call, tmp_path):
     assert_one_line_error(call(plot, str(tmp_path)), str(tmp_path), "log.csv")
     assert_one_line_error(call(plot, str(tmp_path / "none")), "none: no such folder")
