@@ -19,6 +19,6 @@ bias = False
 
 max_iters = 550
 warmup_iters = 20
-eval_interval = 275  # an evaluation takes as long as 40 steps
+eval_interval = 275  # an evaluation takes as long as 35 steps
 learning_rate = 8e-3
 muon_learning_rate = 0.03

@@ -336,8 +336,8 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     config, model_config = read("tokenizer_config.json"), read("config.json")
     if not config.get("tokenizer_class"):
         model_type = model_config.get("model_type")
-        # Other model types imply other classes. check_consistency() in
-        # data/hf_tokenizer.py refuses them by this name.
+        # Other model types imply other classes. check_consistency() in data/hf_tokenizer.py refuses
+        # them by this name.
         implied = CLASS_OF_MODEL_TYPE.get(model_type, f"of model_type {model_type}")
         config["tokenizer_class"] = model_config.get("tokenizer_class") or implied
     if "added_tokens_decoder" not in config:  # written before 2023
