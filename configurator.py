@@ -95,6 +95,14 @@ def flush_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def print_or_discard(text: str) -> None:
+    """print(), but output to a closed terminal or pipe, or to a full disk, is discarded."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        flush_output()
+
+
 def wrap(text: str, indent: int = 0) -> str:
     """The text in lines that fit the terminal, all but the first line indented.
 

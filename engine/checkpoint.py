@@ -28,7 +28,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from configurator import FolioError
+from configurator import FolioError, print_or_discard
 from data.dataset import ShardedTokens
 from data.files import (
     atomic_write, join_names, rename_to_backup, shell_command, user_path, write_json, write_text,
@@ -203,7 +203,8 @@ def save_model_card(
     if path.exists():
         old = path.read_text(encoding="utf-8", errors="replace")
         if old != with_checksum(old.rpartition(CHECKSUM_NOTE)[0]):
-            print(f"{path}: was changed by hand; kept as {rename_to_backup(path).name}")
+            kept = rename_to_backup(path).name
+            print_or_discard(f"{path}: was changed by hand; kept as {kept}")
     write_text(path, with_checksum(card))
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from configurator import ROOT, FolioError, first_line, flush_output, for_terminal, wrap
+from configurator import ROOT, FolioError, first_line, for_terminal, print_or_discard, wrap
 from data.dataset import Dataset
 from data.files import backup_path, rename_to_backup, shell_command, write_text
 from data.prepare import plural
@@ -155,10 +155,7 @@ class MetricsLogger:
         if not self.enabled:
             return
         with tqdm.external_write_mode():  # removes the bars, and draws them again
-            try:
-                print(text, flush=True)
-            except OSError:  # a closed terminal or pipe, a full disk: go on, the run must be saved
-                flush_output()  # what follows is discarded
+            print_or_discard(text)  # go on without a terminal: the run must be saved
 
     def warn_once(self, text: str) -> None:
         if text not in self.warnings:

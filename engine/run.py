@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from configurator import (
-    FolioError, configure, first_line, format_value, read_settings, to_json, wrap,
+    FolioError, configure, first_line, format_value, print_or_discard, read_settings, to_json, wrap,
 )  # fmt: skip
 from data.dataset import Dataset, open_dataset
 from data.files import write_text
@@ -402,7 +402,7 @@ def save_run(
         warning = (
             "was moved or deleted, with the best weights; the run continues in a new folder there"
         )
-        print(wrap(f"WARNING  {folder} {warning}", indent=9))
+        print_or_discard(wrap(f"WARNING  {folder} {warning}", indent=9))
         make_folder(folder)
         write_text(folder / SETTINGS_FILE, to_json(config))
         save_run_tokenizer(folder, config, dataset)
