@@ -176,11 +176,13 @@ def what_is_due(state: TrainState, config: TrainConfig) -> Due:
     def is_due(interval: int) -> bool:
         return state.step % interval == 0 or state.step >= config.max_iters
 
-    checkpoint_interval = config.checkpoint_interval or config.eval_interval
+    # -1: find_best() asks for a checkpoint at once.
+    needs_checkpoint = is_due(config.checkpoint_interval or config.eval_interval)
+    needs_checkpoint |= state.last_checkpoint_step == -1
     return Due(
         row=state.step % config.log_interval == 0,
         evaluation=is_due(config.eval_interval) and state.last_eval_step != state.step,
-        checkpoint=is_due(checkpoint_interval) and state.last_checkpoint_step != state.step,
+        checkpoint=needs_checkpoint and state.last_checkpoint_step != state.step,
         sample=config.sample_tokens > 0 and is_due(config.eval_interval * config.sample_interval),
         snapshot=config.snapshot_interval > 0 and state.step % config.snapshot_interval == 0,
     )
@@ -417,17 +419,17 @@ def find_best(
     saved = dist.broadcast_from_main(lambda: weights_metadata(folder))
     are_windows_new = state.last_eval_step >= 0 and state.best_eval_tokens != config.eval_tokens
     if are_windows_new:
-        state.last_checkpoint_step = -1  # save soon: log.csv changes with the next checkpoint
+        state.last_checkpoint_step = -1  # save at once: log.csv changes with the checkpoint
     if not has_weights or ("val_loss" not in saved and state.best_step < 0):
         state.best_val_loss, state.best_step = math.inf, -1  # no weights that were evaluated
         if are_windows_new:
             logger.replace_evaluations(state.best_step)
         return
     state.best_step = saved.get("step", state.best_step)
-    state.best_eval_tokens = saved.get("eval_tokens", state.best_eval_tokens)
+    eval_tokens = saved.get("eval_tokens", state.best_eval_tokens)  # of saved["val_loss"]
     if "val_loss" in saved:
         state.best_val_loss = saved["val_loss"]
-    is_measured = "val_loss" in saved and state.best_eval_tokens == config.eval_tokens
+    is_measured = "val_loss" in saved and eval_tokens == config.eval_tokens
     if are_windows_new or not is_measured:
         best_model = load_model(folder, vocab_size=dataset.tokenizer.vocab_size)
         best_model.to(device.torch_device, device.param_dtype)
@@ -439,6 +441,8 @@ def find_best(
                 logger.replace_evaluations(state.best_step, *evaluation)
                 if logger.enabled:  # the same weights, with their new loss
                     save_best(folder, config, state, dataset, best_model, evaluation[1])
+    else:
+        state.best_eval_tokens = config.eval_tokens
 
 
 def evaluate_only(

@@ -193,7 +193,8 @@ def save_model_card(
     source = source.encode(errors="replace").decode()  # a file name may not be UTF-8
     data = f"`{config.dataset}`" + (f", from {source}" if source else "")
     data += f", {tokens:,} training tokens" if isinstance(tokens, int) else ""
-    start = "" if config.init_from == "scratch" else f", finetuned from `{config.init_from}`"
+    is_finetuned = config.init_from not in ("scratch", "resume")
+    start = f", finetuned from `{config.init_from}`" if is_finetuned else ""
     card = MODEL_CARD.format(
         name=folder.name, folder=shown_path(folder), data=data, step=step, val_loss=val_loss,
         bits_per_byte=bits_per_byte, tokens_per_step=config.tokens_per_step, c=config, start=start,
@@ -204,7 +205,7 @@ def save_model_card(
         old = path.read_text(encoding="utf-8", errors="replace")
         if old != with_checksum(old.rpartition(CHECKSUM_NOTE)[0]):
             kept = rename_to_backup(path).name
-            print_or_discard(f"{path}: was changed by hand; kept as {kept}")
+            print_or_discard(f"{path}: the text was not the last one of Folio; kept as {kept}")
     write_text(path, with_checksum(card))
 
 

@@ -478,8 +478,7 @@ def restore(
             group.update({key: value for key, value in current.items() if key != "params"})
         if saved["scaler"]:  # empty unless the run was saved in float16
             scaler.load_state_dict(saved["scaler"])
-        saved["train_state"].pop("val_loss", None)  # older checkpoints have it
-        state = TrainState(**saved["train_state"])
+        state = TrainState(**{**missing_in_older_checkpoints(saved), **saved["train_state"]})
         for field in dataclasses.fields(state):
             value = getattr(state, field.name)
             if type(value) is not type(field.default) or (field.name == "step" and value < 0):
@@ -491,6 +490,17 @@ def restore(
             f"{folder / CHECKPOINT_FILE}: does not fit this run ({reason}); to start from its "
             f"weights instead: --init_from={folder} and another --out_dir"
         ) from None
+
+
+def missing_in_older_checkpoints(saved: dict[str, Any]) -> dict[str, Any]:
+    """Fields of TrainState that earlier versions of Folio did not save."""
+    saved["train_state"].pop("val_loss", None)  # a field that they did save
+    settings, train_state = saved.get("settings", {}), saved["train_state"]
+    steps = train_state["step"] - max(train_state["best_step"], 0)
+    return {
+        "init_from": settings.get("init_from", "scratch"),
+        "evaluations_since_best": max(steps, 0) // settings.get("eval_interval", max(steps, 1)),
+    }
 
 
 def check_optimizer_state(optimizer: Optimizer) -> None:

@@ -292,7 +292,8 @@ def mutate(source: str, mutation: Mutation) -> str:
 def changed_lines(mutation: Mutation) -> str:
     """The changed lines, before (-) and after (+)."""
     before = (ROOT / mutation.file).read_text(encoding="utf-8")
-    number = before[: before.index(mutation.original)].count("\n") + 1
+    pairs = zip(before.splitlines(), mutate(before, mutation).splitlines(), strict=False)
+    number = next(n for n, (old, new) in enumerate(pairs, start=1) if old != new)
     lines = [
         textwrap.fill(
             f"{line[0]} {line[2:].strip()}", 79, initial_indent=" " * 4, subsequent_indent=" " * 6,

@@ -749,6 +749,60 @@ def test_evaluations_on_other_windows_leave_the_log_when_eval_tokens_changes_and
     assert [(step, loss) for step, loss in losses if loss] == [("4", first), ("12", first)]
 
 
+def test_other_windows_are_saved_at_once_so_that_a_kill_leaves_no_mixed_log(
+    tiny_flags, tmp_path, run_train, call, monkeypatch
+):
+    run_train(*tiny_flags, "--max_iters=3")  # no multiple of the intervals
+    folder, step = tmp_path / "run", train.train_step
+    flags = ("--init_from=resume", "--eval_tokens=128", "--max_iters=9", "--checkpoint_interval=99")
+
+    def killed_at_step_6(*args):
+        if args[5] == 6:
+            raise SystemExit(137)
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", killed_at_step_6)
+        call(train, *tiny_flags, *flags)
+    losses = {row["step"]: row["val_loss"] for row in read_log(folder) if row["val_loss"]}
+    assert losses.keys() == {"3", "4"}  # step 0, on the first windows, is in log.csv.1
+    assert load_checkpoint(folder)["settings"]["eval_tokens"] == 128
+    assert (folder / "log.csv.1").exists()
+
+
+def test_an_interrupted_measurement_on_other_windows_is_repeated(
+    tiny_flags, tmp_path, run_train, call, monkeypatch
+):
+    run_train(*tiny_flags, "--max_iters=4")
+    folder = tmp_path / "run"  # as if a kill had come between saving weights and checkpoint
+    save_model(load_model(folder), folder, step=4, val_loss=1.0, eval_tokens=128)
+    flags = (*tiny_flags, "--init_from=resume", "--eval_tokens=128", "--max_iters=8")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *_: None)  # a signal
+        patch.setattr(train, "train_step", lambda *_: sys.exit(130))
+        call(train, *flags)
+    run_train(*flags)
+    losses = [row["step"] for row in read_log(folder) if row["val_loss"]]
+    assert losses == ["4", "8"] and (folder / "log.csv.1").exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_keeps_its_start_and_its_patience(
+    tiny_flags, tmp_path, run_train
+):
+    run_train(*tiny_flags, "--max_iters=4")
+    saved = load_checkpoint(tmp_path / "run")
+    for name in ("init_from", "evaluations_since_best"):
+        del saved["train_state"][name]
+    saved["train_state"] |= {"best_step": 1, "best_val_loss": 0.0}
+    saved["settings"] |= {"init_from": "gpt2", "eval_interval": 1}
+    save_checkpoint(tmp_path / "run", saved)
+    save_model(load_model(tmp_path / "run"), tmp_path / "run", step=1, val_loss=0.0, eval_tokens=64)
+    run_train(*tiny_flags, "--init_from=resume", "--max_iters=8", "--patience=4")
+    state = load_checkpoint(tmp_path / "run")["train_state"]
+    assert state["init_from"] == "gpt2"
+    assert state["evaluations_since_best"] == 4  # at steps 2, 3, 4 and 8
+
+
 def test_a_finished_run_may_be_measured_on_other_windows(tiny_flags, tmp_path, run_train):
     """log.csv, settings.json, model card and weights then tell the new loss."""
     run_train(*tiny_flags)
