@@ -137,13 +137,8 @@ def choose_checkpoints(folder: Path, max_snapshots: int) -> list[Path]:
     If there are too many snapshots (step_* folders), some of them at equal distances.
     """
     folders = [path.parent for path in folder.glob(f"step_*/{WEIGHTS_FILE}")]
-    snapshots = {saved_step(path): path for path in folders}
-    rows, settings = read_log(folder / LOG_FILE), read_run_settings(folder)
-    if rows and settings:  # a row is logged every log_interval steps
-        end = rows[-1]["step"] + settings.get("log_interval", 10)
-        if abandoned := [step for step in snapshots if step >= end]:
-            print(f"without snapshots after step {rows[-1]['step']:,}: they are of an earlier try")
-            snapshots = {step: snapshots[step] for step in snapshots.keys() - {*abandoned}}
+    # Without step_000500.1, which is of an earlier try: see MetricsLogger.
+    snapshots = {saved_step(path): path for path in folders if "." not in path.name}
     best_step = saved_step(folder)
     steps = sorted(snapshots.keys() - {best_step})  # a snapshot of this step has equal weights
     if len(steps) > max_snapshots:

@@ -150,10 +150,10 @@ def train(
             if due.row and not due.evaluation:
                 logger.log_row()
             if due.snapshot and dist.is_main:
-                try_to_save_snapshot(config, state, dataset, model, logger)
+                try_to_save_snapshot(f"step_{state.step:06}", config, state, dataset, model, logger)
         # best_step is -1 if no trained weights were evaluated: then keep the last weights.
         if dist.is_main and (state.best_step < 0 or not (folder / WEIGHTS_FILE).exists()):
-            save_snapshot(folder, config, state, dataset, model)
+            try_to_save_snapshot("", config, state, dataset, model, logger)
         if state.last_checkpoint_step != state.step:
             save_state(config, state, dataset, model, optimizer, scaler, device, dist, logger)
         logger.plot()
@@ -499,14 +499,22 @@ def save_state(
 
 
 def try_to_save_snapshot(
-    config: TrainConfig, state: TrainState, dataset: Dataset, model: GPT, logger: MetricsLogger
+    name: str,
+    config: TrainConfig,
+    state: TrainState,
+    dataset: Dataset,
+    model: GPT,
+    logger: MetricsLogger,
 ) -> None:
-    """Save the weights in step_*. If that fails, training continues: no run needs its snapshots."""
-    folder = logger.folder / f"step_{state.step:06}"
+    """Save the weights as they are now. If that fails, the run goes on: it needs only resume.pt.
+
+    name: of a folder in the run folder; "": the run folder itself.
+    """
+    logger.check_folder()
     try:
-        save_snapshot(folder, config, state, dataset, model)
+        save_snapshot(logger.folder / name, config, state, dataset, model)
     except FolioError as error:
-        logger.warn_once(f"no snapshot: {error}; training continues")
+        logger.warn_once(f"{error}; the run goes on")
 
 
 @torch.no_grad()

@@ -173,9 +173,9 @@ class ShardedTokens:
         if not paths:
             raise FolioError(f"{self.name}: not found; prepare the dataset again")
         self.shards = [memmap_shard(path, dtype) for path in paths]
-        if "dtype" not in meta:
+        if f"{split}_tokens" not in meta:
             for path, shard in zip(paths, self.shards, strict=True):
-                check_uint16(path, shard)
+                check_dtype(path, shard)
         self.lengths = np.array([len(shard) for shard in self.shards])
         self.is_large = sum(shard.nbytes for shard in self.shards) > LARGE_BYTES
         # A preparation may be adding shards just now; then meta.json states fewer tokens.
@@ -272,17 +272,18 @@ def release_pages(ids: np.ndarray) -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def check_uint16(path: Path, ids: np.ndarray) -> None:
-    """Raise FolioError if the ids of a shard without meta.json seem to be wider than 16 bits.
+def check_dtype(path: Path, ids: np.ndarray) -> None:
+    """Raise FolioError if the ids of a shard seem to have twice as many bytes as expected, or more.
 
-    Read as uint16, each of them is a small number and one or three zeros.
+    Read as uint16, an id of 32 bits is a small number and a zero. For folders whose meta.json does
+    not state the number of tokens.
     """
     is_npy = np.fromfile(path, dtype="u1", count=6).tobytes() == b"\x93NUMPY"
     even, odd = ids[:1000:2], ids[1:1000:2]
-    if is_npy or (ids.itemsize == 2 and len(odd) >= 32 and even.any() and not odd.any()):
+    if is_npy or (len(odd) >= 32 and even.any() and not odd.any()):
         raise FolioError(
-            f"{path}: seems to hold ids of 32 or 64 bits, or a .npy file, but ids of 16 bits are "
-            'expected; write them as uint16, or as uint32 with {"dtype": "uint32"} in meta.json'
+            f"{path}: seems to be a .npy file, or to hold ids of more than {8 * ids.itemsize} bits;"
+            ' write them as uint16, or as uint32 with {"dtype": "uint32"} in meta.json'
         )
 
 

@@ -31,7 +31,8 @@ import torch
 from configurator import FolioError, print_or_discard
 from data.dataset import ShardedTokens
 from data.files import (
-    atomic_write, join_names, rename_to_backup, shell_command, user_path, write_json, write_text,
+    atomic_write, explain_os_error, join_names, rename_to_backup, shell_command, user_path,
+    write_json, write_text,
 )  # fmt: skip
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine.hf_format import (
@@ -61,7 +62,7 @@ def save_model(
     tokenizer: its special tokens, such as end-of-text, are named in the two JSON files.
     numbers: about these weights, for weights_metadata(): step, val_loss (nats per token), ...
     Raises TypeError if the model is not a GPT, FolioError if a weight is NaN or infinite or if a
-    file cannot be written. Then the files in the folder are unchanged.
+    file cannot be written. Then model.safetensors is unchanged.
     """
     model, folder = unwrap(model), user_path(folder)
     tensors = to_hf_state_dict(model)
@@ -202,10 +203,11 @@ def save_model_card(
     )  # fmt: skip
     path = folder / "README.md"
     if path.exists():
-        old = path.read_text(encoding="utf-8", errors="replace")
+        with explain_os_error(path, "cannot be read"):
+            old = path.read_bytes().decode(errors="replace")
         if old != with_checksum(old.rpartition(CHECKSUM_NOTE)[0]):
             kept = rename_to_backup(path).name
-            print_or_discard(f"{path}: the text was not the last one of Folio; kept as {kept}")
+            print_or_discard(f"{path}: changed, or of an earlier version; kept as {kept}")
     write_text(path, with_checksum(card))
 
 

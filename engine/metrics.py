@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import itertools
 import math
+import os
 import shutil
 import sys
 import textwrap
@@ -176,6 +177,8 @@ class MetricsLogger:
             tokens = self.start_tokens + len(metrics) * self.config.tokens_per_step
             self.last_logged = (tokens, self.state.seconds)
             self.first_step = (self.start_step + len(metrics), self.state.seconds)
+            if self.enabled:
+                self._rename_later_snapshots()
         if self.bar is not None:
             self.bar.update(self.state.step - self.bar.n)
 
@@ -200,6 +203,7 @@ class MetricsLogger:
 
         Losses on different windows cannot be compared. log.csv changes with the next checkpoint.
         """
+        self.check_folder()
         if self.enabled:
             self._save_rows()  # with the earlier losses, until then
         new = {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
@@ -255,16 +259,41 @@ class MetricsLogger:
                 append_row(path, self.rows[-1])
             else:
                 if self.has_other_windows and path.exists():
-                    backup = backup_path(path)
-                    shutil.copyfile(path, backup)  # log.csv stays: this process may be killed
-                    where = f"earlier losses, on other windows, are in {backup.name}"
-                    self.warn_once(f"eval_tokens has changed: {where}")
+                    self._keep_old_log(path)
+                else:
+                    write_log(path, self.rows)
                 self.has_other_windows = False
-                write_log(path, self.rows)
             self.log_is_complete = True
         except (OSError, FolioError) as error:  # for example a spreadsheet that locks the file
             self.log_is_complete = False
             self.warn_once(f"{first_line(error)}; training continues")
+
+    def _keep_old_log(self, path: Path) -> None:
+        """Replace log.csv, and keep the old one. If this process is killed, log.csv is there."""
+        backup = backup_path(path)
+        try:
+            try:
+                os.link(path, backup)  # a second name of the old file: it needs no space
+            except OSError:  # this disk has no links
+                shutil.copyfile(path, backup)
+            write_log(path, self.rows)
+        except BaseException:
+            backup.unlink(missing_ok=True)
+            raise
+        where = f"earlier losses, on other windows, are in {backup.name}"
+        self.warn_once(f"eval_tokens has changed: {where}")
+
+    def _rename_later_snapshots(self) -> None:
+        """After resuming: a killed process may have saved snapshots after the checkpoint. They are
+        of a part of training that is now repeated, perhaps with other settings."""
+        for path in sorted(self.folder.glob("step_*")):
+            step = path.name.removeprefix("step_")
+            if path.is_dir() and step.isdecimal() and int(step) > self.start_step:
+                try:
+                    backup = rename_to_backup(path)
+                    self.print(f"renamed the snapshot {path.name} of an earlier try: {backup.name}")
+                except FolioError as error:
+                    self.warn_once(str(error))
 
     def _track(self, row: LogRow) -> None:
         values = {name: row[name] for name in COLUMNS[1:] if row[name] is not None}

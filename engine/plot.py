@@ -26,7 +26,7 @@ from engine.hf_format import read_config
 from engine.log_file import LOG_FILE, LogRow, best_row, evaluations, read_log
 from engine.run_folder import SETTINGS_FILE, weights_metadata
 
-MEASURED_ON = ("vocabulary", "validation tokens")  # what read_run() adds to the settings
+MEASURED_ON = ("vocabulary", "checksum of val.bin")  # what read_run() adds to the settings
 XAxis = Literal["step", "tokens", "seconds"]
 FORMATS = (".png", ".pdf", ".svg")
 COLORS = ("#1f4e8c", "#d1822b", "#2c7a4b", "#8c8c8c", "#a8324a", "#7a5ba6")
@@ -83,7 +83,7 @@ def read_run(folder: str | Path) -> LoggedRun:
         # different texts, cannot be compared.
         settings["vocabulary"] = read_config(folder).vocab_size
         checksum = weights_metadata(folder).get("val_checksum")  # older runs have none
-        settings["validation tokens"] = "" if checksum is None else f"{checksum:08x}"
+        settings["checksum of val.bin"] = "" if checksum is None else f"{checksum:08x}"
     return LoggedRun(settings, rows)
 
 
@@ -92,7 +92,7 @@ def comparability(runs: list[LoggedRun]) -> str:
     found = {name: {run.settings.get(name) for run in runs} - {None, ""} for name in MEASURED_ON}
     if len(found["vocabulary"]) > 1:
         return "losses of different vocabularies cannot be compared; compare bits per byte"
-    if len(found["validation tokens"]) > 1:
+    if len(found["checksum of val.bin"]) > 1:
         return "the runs were evaluated on different texts: their losses cannot be compared"
     return ""
 

@@ -101,7 +101,8 @@ def resolve_config(
         if source == "auto" or is_run_from(folder, source):
             source = "resume"
     elif source == "auto":
-        print(f"no checkpoint in {shown_path(folder)}: training starts from scratch")
+        if not overrides.get("eval_only"):
+            print(f"no checkpoint in {shown_path(folder)}: training starts from scratch")
         source = "scratch"
     if source == "scratch":
         config = TrainConfig(**overrides)
@@ -185,12 +186,7 @@ def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
         given, actual = overrides.get(name), getattr(model_config, name)
         if given is not None and given != actual:
             raise FolioError(f"--{name}={given}: the model in {folder} has {name}={actual}")
-    config = TrainConfig(**{name: getattr(model_config, name) for name in FROM_WEIGHTS} | overrides)
-    source = None if config.eval_only else read_run_settings(folder)
-    names = ("dataset", "seed", "batch_size", "block_size")  # these determine the batches
-    if source and all(source.get(name) == getattr(config, name) for name in names):
-        print("the batches are those of its own training again; --seed=NUMBER gives others")
-    return config
+    return TrainConfig(**{name: getattr(model_config, name) for name in FROM_WEIGHTS} | overrides)
 
 
 def check_divisible(config: TrainConfig, world_size: int) -> None:
@@ -241,6 +237,10 @@ def check_source(config: TrainConfig, tokenizer: Tokenizer) -> None:
             reason = f"its vocabulary has changed since {folder} was started; "
             advice = "use --init_from=scratch, or prepare the old text again"
         raise FolioError(f"--dataset={config.dataset}: {reason}{advice}")
+    source = None if resumed or config.eval_only else read_run_settings(folder)
+    names = ("dataset", "seed", "batch_size", "block_size")  # these determine the batches
+    if source and all(source.get(name) == getattr(config, name) for name in names):
+        print("the batches are those of its own training again; --seed=NUMBER gives others")
 
 
 def build_model(

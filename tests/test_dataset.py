@@ -324,8 +324,12 @@ def test_wider_ids_without_meta_json_are_refused(tiny_dataset, dtype):
             np.save(file, ids)
     else:
         ids.astype(dtype).tofile(path)
-    with pytest.raises(FolioError, match=r"train\.bin: seems to hold ids of 32 or 64 bits"):
+    with pytest.raises(FolioError, match=r"train\.bin: seems to .* more than 16 bits"):
         open_dataset(tiny_dataset, 8, tokenizer)
+    if dtype == "<i8":
+        (tiny_dataset / "meta.json").write_text('{"dtype": "uint32"}')
+        with pytest.raises(FolioError, match="more than 32 bits"):
+            open_dataset(tiny_dataset, 8, tokenizer)
 
 
 def test_missing_dataset_is_refused_with_the_available_names(data_folder, tiny_dataset):

@@ -20,7 +20,7 @@ from data.prepare import split_text, write_dataset
 from data.tokenizer import BPETokenizer, CharTokenizer, save_tokenizer
 from engine.checkpoint import load_model, save_model
 from engine.inference import sampling_probs
-from engine.log_file import COLUMNS, read_log, write_log
+from engine.log_file import COLUMNS, write_log
 from model import GPT, GPTConfig, attention_weights
 from tests import hub_server
 from tests.conftest import assert_one_line_error
@@ -235,13 +235,12 @@ def test_the_loss_of_a_label_is_that_of_the_weights_not_of_a_repeated_step(run_f
     assert label == "step 200 of 300, validation loss 1.5000 (best weights)"
 
 
-def test_snapshots_of_an_abandoned_part_of_training_are_not_shown(run_folder, tmp_path, capsys):
+def test_snapshots_of_an_abandoned_part_of_training_are_not_shown(run_folder, tmp_path):
     """Training was killed after step 300 and went on from step 200, with other settings."""
     folder = shutil.copytree(run_folder, tmp_path / "run")
-    write_log(folder / "log.csv", read_log(folder / "log.csv")[:2])
+    (folder / "step_000300").rename(folder / "step_000300.1")
     names = [path.name for path in explain.choose_checkpoints(folder, max_snapshots=7)]
     assert names == ["step_000100", "run"]
-    assert "without snapshots after step 200" in capsys.readouterr().out
 
 
 def test_the_page_of_one_snapshot_names_its_step_and_loss(run_folder, tmp_path, call):

@@ -409,6 +409,28 @@ def test_a_line_printed_during_an_evaluation_does_not_continue_its_bar(make_logg
     assert terminal.getvalue().count(line) == 2, repr(terminal.getvalue())
 
 
+def test_a_log_that_cannot_be_replaced_leaves_no_copy(make_logger, tmp_path, monkeypatch, capsys):
+    """On a full disk, a copy for each row would take the room of the checkpoint."""
+    with make_logger() as logger:
+        make_step(logger, 2, val_loss=2.0)
+    before = (tmp_path / "log.csv").read_bytes()
+    with make_logger(2) as logger:
+        logger.replace_evaluations(2, 1.5, 1.5)
+
+        def disk_full(*_):
+            raise FolioError("no space left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(metrics, "write_log", disk_full)
+            logger.log_checkpoint(0.1)
+            logger.log_checkpoint(0.1)
+        assert [path.name for path in tmp_path.glob("log.csv*")] == ["log.csv"]
+        assert (tmp_path / "log.csv").read_bytes() == before
+        logger.log_checkpoint(0.1)
+    assert (tmp_path / "log.csv.1").read_bytes() == before
+    assert capsys.readouterr().out.count("no space left") == 1
+
+
 def test_lines_of_a_sample_fit_the_terminal_and_empty_lines_stay(monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     assert indented("ROMEO:\nwho is here at night\n\nso late?") == (

@@ -189,7 +189,7 @@ def test_losses_on_different_texts_are_not_compared(runs, call, size, checksum):
         save_model(model, runs / name, val_checksum=numbers[1])
     output = call(plot, str(runs / "a"), str(runs / "b"), f"--picture={runs / 'x.png'}").stdout
     assert ("evaluated on different texts" in output) == ((size, checksum) == (65, 2))
-    assert ("validation tokens     00000001  00000002" in output) == (checksum == 2)
+    assert ("checksum of val.bin   00000001  00000002" in output) == (checksum == 2)
 
 
 def test_runs_that_do_not_fit_the_terminal_are_below_one_another(runs, call, monkeypatch):

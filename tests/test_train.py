@@ -550,6 +550,21 @@ def test_a_run_continues_with_its_dataset_under_another_name(
     assert load_checkpoint(tmp_path / "run")["train_state"]["step"] == 8
 
 
+def test_snapshots_after_the_checkpoint_are_renamed_when_training_goes_on(
+    tiny_flags, tmp_path, run_train
+):
+    run_train(*tiny_flags, "--max_iters=4", "--snapshot_interval=2")
+    folder = tmp_path / "run"
+    old = (folder / "step_000004" / WEIGHTS_FILE).read_bytes()
+    shutil.copytree(folder / "step_000004", folder / "step_000006")  # of a try that was killed
+    flags = ("--init_from=resume", "--max_iters=8")
+    assert "step_000006.1" in run_train(*tiny_flags, *flags, "--snapshot_interval=3")
+    names = sorted(path.name for path in folder.glob("step_*"))
+    assert names == ["step_000002", "step_000004", "step_000006", "step_000006.1"]
+    assert (folder / "step_000006.1" / WEIGHTS_FILE).read_bytes() == old
+    assert (folder / "step_000006" / WEIGHTS_FILE).read_bytes() != old
+
+
 def test_training_continues_without_a_snapshot_that_cannot_be_written(
     tiny_flags, tmp_path, run_train
 ):
@@ -558,7 +573,7 @@ def test_training_continues_without_a_snapshot_that_cannot_be_written(
     flags = ("--init_from=resume", "--max_iters=8", "--snapshot_interval=1")
     output = " ".join(run_train(*tiny_flags, *flags).split())
     assert "step_000005: this folder cannot be created" in output
-    assert "training continues" in output
+    assert "the run goes on" in output
     folders = sorted(path.parent.name for path in (tmp_path / "run").glob("step_*/*.safetensors"))
     assert folders == ["step_000006", "step_000007", "step_000008"]
     assert load_checkpoint(tmp_path / "run")["train_state"]["step"] == 8
