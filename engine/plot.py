@@ -26,7 +26,7 @@ from engine.hf_format import read_config
 from engine.log_file import LOG_FILE, LogRow, best_row, evaluations, read_log
 from engine.run_folder import SETTINGS_FILE, weights_metadata
 
-MEASURED_ON = ("vocabulary", "checksum of val.bin")  # what read_run() adds to the settings
+MEASURED_ON = ("vocabulary", "checksum of val.bin", "eval_tokens")  # settings of a run
 XAxis = Literal["step", "tokens", "seconds"]
 FORMATS = (".png", ".pdf", ".svg")
 COLORS = ("#1f4e8c", "#d1822b", "#2c7a4b", "#8c8c8c", "#a8324a", "#7a5ba6")
@@ -93,7 +93,12 @@ def comparability(runs: list[LoggedRun]) -> str:
     if len(found["vocabulary"]) > 1:
         return "losses of different vocabularies cannot be compared; compare bits per byte"
     if len(found["checksum of val.bin"]) > 1:
-        return "the runs were evaluated on different texts: their losses cannot be compared"
+        return (
+            "the runs were evaluated on different tokens (of another text, or by another "
+            "tokenizer):\ntheir losses cannot be compared"
+        )
+    if len(found["eval_tokens"]) > 1:
+        return "eval_tokens differ: the losses are of different windows, and cannot be compared"
     return ""
 
 

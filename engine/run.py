@@ -238,9 +238,9 @@ def check_source(config: TrainConfig, tokenizer: Tokenizer) -> None:
             advice = "use --init_from=scratch, or prepare the old text again"
         raise FolioError(f"--dataset={config.dataset}: {reason}{advice}")
     source = None if resumed or config.eval_only else read_run_settings(folder)
-    names = ("dataset", "seed", "batch_size", "block_size")  # these determine the batches
+    names = ("dataset", "seed", "block_size")  # these determine the windows of a step
     if source and all(source.get(name) == getattr(config, name) for name in names):
-        print("the batches are those of its own training again; --seed=NUMBER gives others")
+        print("the batches of its own training come again; --seed=NUMBER gives others")
 
 
 def build_model(

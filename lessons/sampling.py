@@ -74,7 +74,7 @@ def show_table() -> None:
 temperature 0.5   The likely token becomes likelier.
 temperature 2     The likely token becomes less likely.
 top_k 2           Two tokens are kept.
-top_p 0.8         Two tokens are kept: 0.64 is less than 0.8; 0.64 + 0.24 is not.
+top_p 0.8         Two tokens are kept: 0.64 is below 0.8, 0.64 + 0.24 is not.
 both              Three tokens are kept: 0.46 + 0.28 is still less than 0.8. So
                   top_p keeps few tokens where the model is sure, else many.""")
 

@@ -188,7 +188,7 @@ def test_losses_on_different_texts_are_not_compared(runs, call, size, checksum):
         model = GPT(GPTConfig(8, numbers[0], n_layer=1, n_head=1, n_embd=8))
         save_model(model, runs / name, val_checksum=numbers[1])
     output = call(plot, str(runs / "a"), str(runs / "b"), f"--picture={runs / 'x.png'}").stdout
-    assert ("evaluated on different texts" in output) == ((size, checksum) == (65, 2))
+    assert ("evaluated on different tokens" in output) == ((size, checksum) == (65, 2))
     assert ("checksum of val.bin   00000001  00000002" in output) == (checksum == 2)
 
 

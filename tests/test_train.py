@@ -981,7 +981,7 @@ def test_finetuning_uses_the_architecture_of_the_weights(
 def test_finetuning_on_the_batches_of_the_first_training_is_told(tiny_flags, tmp_path, run_train):
     run_train(*tiny_flags)
     flags = (*tiny_flags, f"--init_from={tmp_path / 'run'}", "--max_iters=1")
-    note = "the batches are those of its own training again"
+    note = "the batches of its own training come again"
     assert note in run_train(*flags, f"--out_dir={tmp_path / 'a'}")
     assert note not in run_train(*flags, f"--out_dir={tmp_path / 'b'}", "--seed=2")
 
