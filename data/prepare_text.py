@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from tqdm import tqdm
 
@@ -63,6 +63,10 @@ class PrepareTextConfig:
     val_fraction: Annotated[float, Range(0.0001, 0.5)] = 0.1  # fraction used for validation
     json_key: str = "text"  # key of the text in each line of a .jsonl file
     document_separator: str = ""  # between documents in a text file, such as "\n\n"; empty: none
+
+    replaced_settings: ClassVar[dict[str, str]] = {
+        "input_file": "give the file alone: python -m data.prepare_text FILE --dataset=NAME"
+    }
 
 
 def main() -> None:

@@ -63,6 +63,8 @@ def main() -> None:
         raise FolioError(f"--picture={config.picture}: must end in {', '.join(FORMATS)}")
     picture.parent.mkdir(parents=True, exist_ok=True)
     title = "validation loss (training loss: pale)" if len(runs) > 1 else names[0]
+    if note:
+        title = "these losses cannot be compared"
     plot_losses({name: run.rows for name, run in runs.items()}, picture, title, config.x)
     print(f"\nplotted {picture}")
 
