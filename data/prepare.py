@@ -203,7 +203,8 @@ def write_dataset(
             print(
                 f"WARNING  the tokens of the {split} split stand for {abs(changed):,} bytes "
                 f"{'fewer' if changed < 0 else 'more'} than its text: the tokenizer changes case, "
-                "spaces or accents, for example; so bits per byte are not comparable"
+                "spaces or accents, or recognizes special tokens in the text; so bits per byte are "
+                "not comparable"
             )
     return meta
 

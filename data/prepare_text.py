@@ -179,7 +179,8 @@ def open_corpus(inputs: list[Path], config: PrepareTextConfig, tmp_dir: Path) ->
     train, val = ([measure(document) for document in read(group)] for group in (files, val_files))
     sizes = [size for size, _, _ in (*train, *val)]
     n_marks = sum(count for _, count, _ in (*train, *val))
-    if n_marks and not separator and not all(map(is_jsonl, files)):
+    is_ordinary = config.tokenizer in TOKENIZER_TYPES  # other tokenizers may recognize it
+    if n_marks and is_ordinary and not separator and not all(map(is_jsonl, files)):
         print(
             f"{END_OF_TEXT} occurs {n_marks:,} times, and is read as ordinary text;\n"
             f"to divide the text into documents there: --document_separator='{END_OF_TEXT}'"
