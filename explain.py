@@ -137,7 +137,7 @@ def choose_checkpoints(folder: Path, max_snapshots: int) -> list[Path]:
     If there are too many snapshots (step_* folders), some of them at equal distances.
     """
     folders = [path.parent for path in folder.glob(f"step_*/{WEIGHTS_FILE}")]
-    # Without step_000500.1, which is of an earlier try: see MetricsLogger.
+    # MetricsLogger renames a snapshot to step_000500.1 if training has repeated its steps.
     snapshots = {saved_step(path): path for path in folders if "." not in path.name}
     best_step = saved_step(folder)
     steps = sorted(snapshots.keys() - {best_step})  # a snapshot of this step has equal weights

@@ -176,7 +176,7 @@ def what_is_due(state: TrainState, config: TrainConfig) -> Due:
     def is_due(interval: int) -> bool:
         return state.step % interval == 0 or state.step >= config.max_iters
 
-    # -1: find_best() asks for a checkpoint at once.
+    # -1: there is no checkpoint yet, or find_best() needs a new one at once.
     needs_checkpoint = is_due(config.checkpoint_interval or config.eval_interval)
     needs_checkpoint |= state.last_checkpoint_step == -1
     return Due(
@@ -224,8 +224,8 @@ def train_step(
             torch.manual_seed(derive_seed(config.seed, step, micro_batch))
         with device.autocast():
             loss = model(inputs, targets)  # 1. forward
-        # The gradients: their mean over the micro-batches of this process. Over the processes,
-        # DistributedDataParallel takes the mean.
+        # The gradient is the mean over the micro-batches of this process.
+        # DistributedDataParallel then takes the mean over the processes.
         scaler.scale(loss / len(micro_batches)).backward()  # 2. backward
         mean_loss = mean_loss + loss.detach() / config.gradient_accumulation_steps
     scaler.unscale_(optimizer)  # float16: back to the true gradient, whose norm is clipped
@@ -237,7 +237,8 @@ def train_step(
     is_finite = torch.isfinite(mean_loss) & torch.isfinite(grad_norm)
     step_if_finite(optimizer, scaler, is_finite)  # 4. step
     scaler.update()
-    optimizer.zero_grad(set_to_none=dist.world_size == 1)  # else they stay in DDP's buffers
+    # With several processes, the gradients stay in the buffers of DistributedDataParallel.
+    optimizer.zero_grad(set_to_none=dist.world_size == 1)
     read_numbers = start_reading(torch.stack((mean_loss, grad_norm, n_stopped)))
 
     def read_metrics() -> StepMetrics:

@@ -16,7 +16,7 @@ batch_size = 8
 bias = False
 
 max_iters = 2000
-patience = 2  # stop after two evaluations without improvement: smaller texts are overfitted
+patience = 2  # stop after two evaluations without improvement: this model overfits small texts
 warmup_iters = 100
 learning_rate = 5e-3
 muon_learning_rate = 0.02

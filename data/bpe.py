@@ -6,7 +6,7 @@
 
 Read lessons/bpe.py first: it has the training loop in 8 lines, and prints each merge. This module
 is faster, and learns the same merges from English text. (The lesson splits a text into words with a
-simpler pattern, which knows no letters but a to z.)
+simpler pattern, in which only A to Z and a to z are letters.)
 
 Training (Gage 1994; Sennrich et al. 2016) starts with the 256 bytes as tokens. The pair of adjacent
 tokens that occurs most often becomes a new token, and so on until the vocabulary is full. The text

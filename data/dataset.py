@@ -275,8 +275,8 @@ def release_pages(ids: np.ndarray) -> None:
 def check_dtype(path: Path, ids: np.ndarray) -> None:
     """Raise FolioError if the ids of a shard seem to have twice as many bytes as expected, or more.
 
-    Read as uint16, an id of 32 bits is a small number and a zero. For folders whose meta.json does
-    not state the number of tokens.
+    Read as uint16, an id of 32 bits is a small number and a zero. This check is for folders whose
+    meta.json does not state the number of tokens.
     """
     is_npy = np.fromfile(path, dtype="u1", count=6).tobytes() == b"\x93NUMPY"
     even, odd = ids[:1000:2], ids[1:1000:2]

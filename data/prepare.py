@@ -218,8 +218,8 @@ def write_tokens(
 ) -> dict[str, int]:
     """Write the token ids of all texts to one file; returns the number of tokens and characters.
 
-    If they are not 0, two more numbers follow: of characters that the vocabulary lacks, and of
-    bytes that the tokens stand for beyond the bytes of the texts.
+    Two more numbers follow if they are not 0: how many characters the vocabulary lacks, and by how
+    many bytes the text of the tokens is longer than the given text (negative: shorter).
     """
     tokens = characters = unknown = text_bytes = token_bytes = 0
     byte_lengths = tokenizer.byte_lengths

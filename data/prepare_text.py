@@ -204,7 +204,7 @@ def open_corpus(inputs: list[Path], config: PrepareTextConfig, tmp_dir: Path) ->
 
 
 def measure(document: Iterable[str]) -> tuple[int, int, bytes]:
-    """The characters of a document, how often it has the name of end-of-text, and a hash."""
+    """The number of characters of a document, how often END_OF_TEXT is in it, and a hash."""
     size, n_marks, text_hash = 0, 0, hashlib.blake2b(digest_size=16)
     for piece in document:
         size += len(piece)

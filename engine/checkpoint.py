@@ -8,7 +8,7 @@
     settings.json           every setting of the run, for readers
     resume.pt               everything that resuming needs, from the latest checkpoint
     log.csv, loss.png       the metrics and their plot
-    start_id.txt            which start of train.py writes here
+    start_id.txt            a random id of the process that trains here
 
 So `AutoModelForCausalLM.from_pretrained(folder)` opens a run of Folio's, and load_model() opens a
 folder of GPT-2's weights by any other program.
@@ -108,7 +108,8 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         vocab_size: that of the tokenizer, if the folder's table of embeddings has rows of padding.
         block_size: at most the model's; positions beyond it are cut off.
     Raises FolioError if a file is missing or damaged, if the architecture is not GPT-2's, or if the
-    weights do not match config.json; ValueError for other sizes than those of the weights.
+    weights do not match config.json; ValueError if n_layer, n_head, n_embd or bias in overrides is
+    not that of the weights.
     """
     folder = user_path(folder)
     saved_config, tensors = read_config(folder), read_weights(folder)
@@ -207,7 +208,9 @@ def save_model_card(
             old = path.read_bytes().decode(errors="replace")
         if old != with_checksum(old.rpartition(CHECKSUM_NOTE)[0]):
             kept = rename_to_backup(path).name
-            print_or_discard(f"{path}: changed, or of an earlier version; kept as {kept}")
+            print_or_discard(
+                f"{path}: was changed, or is of an earlier version of Folio; kept as {kept}"
+            )
     write_text(path, with_checksum(card))
 
 

@@ -397,7 +397,8 @@ def capture_cuda_graph(
     returns a copy of what it has computed. Starting some hundred kernels one by one would take
     longer than computing them for one token.
     generator: makes the random numbers of step(); on the GPU. Each replay draws new numbers. The
-    recording leaves its state unchanged. (None: the global generator, whose state changes.)
+    recording leaves the state of this generator unchanged. With None, the global generator makes
+    them, and its state changes.
     """
     state = None if generator is None else generator.get_state()
     with torch.cuda.device(stream.device):

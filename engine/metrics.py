@@ -269,7 +269,8 @@ class MetricsLogger:
             self.warn_once(f"{first_line(error)}; training continues")
 
     def _keep_old_log(self, path: Path) -> None:
-        """Replace log.csv, and keep the old one. If this process is killed, log.csv is there."""
+        """Replace log.csv and keep the old file. There is a log.csv at each moment, so that a kill
+        loses no row."""
         backup = backup_path(path)
         try:
             try:
@@ -284,14 +285,17 @@ class MetricsLogger:
         self.warn_once(f"eval_tokens has changed: {where}")
 
     def _rename_later_snapshots(self) -> None:
-        """After resuming: a killed process may have saved snapshots after the checkpoint. They are
-        of a part of training that is now repeated, perhaps with other settings."""
+        """Rename the snapshots that are newer than the checkpoint from which this run goes on.
+
+        A killed process has saved them. Training now repeats their steps, perhaps with other
+        settings.
+        """
         for path in sorted(self.folder.glob("step_*")):
             step = path.name.removeprefix("step_")
             if path.is_dir() and step.isdecimal() and int(step) > self.start_step:
                 try:
                     backup = rename_to_backup(path)
-                    self.print(f"renamed the snapshot {path.name} of an earlier try: {backup.name}")
+                    self.print(f"{path.name} is newer than the checkpoint: now {backup.name}")
                 except FolioError as error:
                     self.warn_once(str(error))
 
@@ -392,9 +396,9 @@ def show_progress(
 
 
 def is_terminal() -> bool:
-    """Whether progress bars can be shown: on stderr, if it and stdout are terminals.
+    """Whether progress bars can be shown: stdout and stderr must be terminals.
 
-    After `| tee log.txt`, lines would arrive on the terminal late, in the middle of a bar.
+    With `| tee log.txt`, a line of stdout would reach the terminal late, in the middle of a bar.
     """
     return all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
 
@@ -461,7 +465,7 @@ def explain_wandb_error() -> Iterator[None]:
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """Raise FolioError if a package that the settings need is not installed, or without account."""
+    """Raise FolioError if the settings need a package that is not installed, or a wandb account."""
     for setting, package in (("wandb_log", "wandb"), ("tensorboard", "tensorboard")):
         if getattr(config, setting) and importlib.util.find_spec(package) is None:
             raise FolioError(f"--{setting}: {package} is not installed; run: pip install {package}")

@@ -141,7 +141,8 @@ def is_run_from(folder: Path, source: str) -> bool:
     """Whether the run in `folder` may be that of a restarted job with --init_from=source.
 
     A job with the wrong tokenizer, for example, ends with an error. torchrun then restarts it. If
-    the job finetunes gpt2, and the run in the folder has started from scratch, the run is older.
+    the job finetunes gpt2, but the run in the folder has started from scratch, then the job has not
+    made this run.
     """
     if source in ("scratch", "resume"):
         return True
@@ -240,7 +241,7 @@ def check_source(config: TrainConfig, tokenizer: Tokenizer) -> None:
     source = None if resumed or config.eval_only else read_run_settings(folder)
     names = ("dataset", "seed", "block_size")  # these determine the windows of a step
     if source and all(source.get(name) == getattr(config, name) for name in names):
-        print("the batches of its own training come again; --seed=NUMBER gives others")
+        print("training repeats the batches of these weights; --seed=NUMBER gives other batches")
 
 
 def build_model(

@@ -753,7 +753,7 @@ def test_resuming_with_other_eval_tokens_measures_the_best_weights_again(
 def test_evaluations_on_other_windows_leave_the_log_when_eval_tokens_changes_and_returns(
     tiny_flags, tmp_path, run_train
 ):
-    """log.csv then has the best weights' loss on the first windows, and no loss on the others."""
+    """log.csv then has only losses on the first windows."""
     run_train(*tiny_flags, "--max_iters=4")
     first = read_log(tmp_path / "run")[-1]["val_loss"]
     rates = ("--learning_rate=0", "--muon_learning_rate=0")  # so that no later weights are better
@@ -981,7 +981,7 @@ def test_finetuning_uses_the_architecture_of_the_weights(
 def test_finetuning_on_the_batches_of_the_first_training_is_told(tiny_flags, tmp_path, run_train):
     run_train(*tiny_flags)
     flags = (*tiny_flags, f"--init_from={tmp_path / 'run'}", "--max_iters=1")
-    note = "the batches of its own training come again"
+    note = "training repeats the batches of these weights"
     assert note in run_train(*flags, f"--out_dir={tmp_path / 'a'}")
     assert note not in run_train(*flags, f"--out_dir={tmp_path / 'b'}", "--seed=2")
 
