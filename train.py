@@ -25,7 +25,7 @@ from tqdm import tqdm
 from configurator import FolioError, parse_overrides, run_main
 from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
 from data.dataset import derive_seed, evaluation_batches, prefetch, training_batch
-from engine.checkpoint import WEIGHTS_FILE, load_model
+from engine.checkpoint import WEIGHTS_FILE
 from engine.cpu_threads import ThreadAdapter, one_thread
 from engine.device import ComputeDevice, choose_device, explain_out_of_memory, start_reading
 from engine.distributed import Distributed, is_restarted
@@ -40,7 +40,7 @@ from engine.run import (
     check_same_device, check_source, is_patience_exhausted, load_dataset, make_room, resolve_config,
     resume, save_best, save_run, save_snapshot, start_run_folder, wrap_model,
 )  # fmt: skip
-from engine.run_folder import lock_run_folder, resolve_out_dir, weights_metadata
+from engine.run_folder import lock_run_folder, resolve_out_dir
 from engine.train_config import TrainConfig
 from model import GPT
 
@@ -117,7 +117,6 @@ def train(
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         threads = ThreadAdapter(device, config.num_threads, dist.world_size, logger.print)
         logger.print(banner(config, state, dataset, model, device, folder))
-        find_best(config, state, dataset, device, dist, threads, logger)
         due = what_is_due(state, config)
         while True:
             evaluation = None  # validation loss and bits per byte, if evaluated at this step
@@ -176,13 +175,13 @@ def what_is_due(state: TrainState, config: TrainConfig) -> Due:
     def is_due(interval: int) -> bool:
         return state.step % interval == 0 or state.step >= config.max_iters
 
-    # -1: there is no checkpoint yet, or find_best() needs a new one at once.
-    needs_checkpoint = is_due(config.checkpoint_interval or config.eval_interval)
-    needs_checkpoint |= state.last_checkpoint_step == -1
     return Due(
         row=state.step % config.log_interval == 0,
         evaluation=is_due(config.eval_interval) and state.last_eval_step != state.step,
-        checkpoint=needs_checkpoint and state.last_checkpoint_step != state.step,
+        checkpoint=(
+            is_due(config.checkpoint_interval or config.eval_interval)
+            and state.last_checkpoint_step != state.step
+        ),
         sample=config.sample_tokens > 0 and is_due(config.eval_interval * config.sample_interval),
         snapshot=config.snapshot_interval > 0 and state.step % config.snapshot_interval == 0,
     )
@@ -382,68 +381,18 @@ def record_evaluation(
         state.best_val_loss, state.best_step = val_loss, state.step
     if state.best_step == state.step:
         state.evaluations_since_best = 0
-    elif state.step > max(state.best_step, 0):  # find_best() may have found weights of a later step
+    elif state.step > max(state.best_step, 0):  # the best weights may be newer: read_best_loss()
         state.evaluations_since_best += 1
-    state.best_eval_tokens = config.eval_tokens
     if not logger.enabled:
         return
     logger.check_folder()
     if (state.best_step, state.best_val_loss) == (state.step, val_loss):
         # Not in the `if` above: if the run was killed between saving weights and model card,
-        # find_best() has already set best_step. Then weights and model card are saved again.
+        # read_best_loss() has already set best_step. Then weights and model card are saved again.
         save_best(logger.folder, config, state, dataset, model, bits_per_byte)
     logger.log_row(val_loss, bits_per_byte)
     logger.print(f"\n{logger.evaluation_line()}")
     logger.maybe_plot()
-
-
-def find_best(
-    config: TrainConfig,
-    state: TrainState,
-    dataset: Dataset,
-    device: ComputeDevice,
-    dist: Distributed,
-    threads: ThreadAdapter,
-    logger: MetricsLogger,
-) -> None:
-    """After resuming: let the state describe the best weights that are in the run folder.
-
-    A new run has no such weights. (Skip this function in a first reading.)
-    If the run was killed between saving these weights and its checkpoint, they are newer than the
-    checkpoint. If eval_tokens has changed, they are evaluated again, and earlier losses leave
-    log.csv: losses on different windows cannot be compared. Weights that another program saved
-    without their loss are evaluated, too. If a signal interrupts this evaluation, the next resuming
-    repeats it.
-    """
-    folder = logger.folder
-    has_weights = dist.broadcast_from_main(lambda: (folder / WEIGHTS_FILE).exists())
-    saved = dist.broadcast_from_main(lambda: weights_metadata(folder))
-    are_windows_new = state.last_eval_step >= 0 and state.best_eval_tokens != config.eval_tokens
-    if are_windows_new:
-        state.last_checkpoint_step = -1  # save at once: log.csv changes with the checkpoint
-    if not has_weights or ("val_loss" not in saved and state.best_step < 0):
-        state.best_val_loss, state.best_step = math.inf, -1  # no weights that were evaluated
-        if are_windows_new:
-            logger.replace_evaluations(state.best_step)
-        return
-    state.best_step = saved.get("step", state.best_step)
-    eval_tokens = saved.get("eval_tokens", state.best_eval_tokens)  # of saved["val_loss"]
-    if "val_loss" in saved:
-        state.best_val_loss = saved["val_loss"]
-    is_measured = "val_loss" in saved and eval_tokens == config.eval_tokens
-    if are_windows_new or not is_measured:
-        best_model = load_model(folder, vocab_size=dataset.tokenizer.vocab_size)
-        best_model.to(device.torch_device, device.param_dtype)
-        compiled = torch.compile(best_model) if device.compile else best_model
-        evaluation = evaluate(compiled, dataset, config, device, dist, threads)
-        if evaluation is not None:
-            state.best_val_loss, state.best_eval_tokens = evaluation[0], config.eval_tokens
-            if are_windows_new:
-                logger.replace_evaluations(state.best_step, *evaluation)
-                if logger.enabled:  # the same weights, with their new loss
-                    save_best(folder, config, state, dataset, best_model, evaluation[1])
-    else:
-        state.best_eval_tokens = config.eval_tokens
 
 
 def evaluate_only(

@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import itertools
 import math
-import os
 import shutil
 import sys
 import textwrap
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from configurator import ROOT, FolioError, first_line, for_terminal, print_or_discard, wrap
 from data.dataset import Dataset
-from data.files import backup_path, rename_to_backup, shell_command, write_text
+from data.files import rename_to_backup, shell_command, write_text
 from data.prepare import plural
 from data.shakespeare import replacement_warning
 from engine.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, measured_on
@@ -33,7 +32,7 @@ from engine.log_file import (
 )  # fmt: skip
 from engine.plot import plot_losses
 from engine.run import TrainState, is_patience_exhausted
-from engine.run_folder import lock_id, lock_run_folder, newest_run, shown_path
+from engine.run_folder import newest_run, shown_path
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
@@ -73,10 +72,8 @@ class MetricsLogger:
         self.folder, self.config, self.state, self.enabled = Path(folder), config, state, enabled
         self.peak_tokens_per_second = peak_tokens_per_second
         self.rows: list[LogRow] = []
-        self.rows_at_start: list[LogRow] = []  # in log.csv
         self.has_new_rows = False
         self.log_is_complete = False  # whether log.csv has exactly these rows
-        self.has_other_windows = False  # whether log.csv has losses on other windows
         self.metrics: StepMetrics | None = None  # of the latest step
         self.start_step, self.start_tokens = state.step, state.tokens  # when this process started
         self.first_step: tuple[int, float] | None = None  # (step, seconds) after its first step
@@ -89,7 +86,7 @@ class MetricsLogger:
 
     def __enter__(self) -> "MetricsLogger":
         if self.enabled:
-            self.lock_id, self.start_id = lock_id(self.folder), uuid.uuid4().hex
+            self.start_id = uuid.uuid4().hex
             write_text(self.folder / START_ID_FILE, self.start_id)
             path = self.folder / LOG_FILE
             rows, all_valid = parse_log(path)
@@ -99,7 +96,6 @@ class MetricsLogger:
                 write_log(path, rows)
             # Later rows stay in log.csv until this process logs its first row: if it fails before,
             # nothing has changed.
-            self.rows_at_start = rows
             self.rows = [row for row in rows if row["step"] <= self.state.step]
             trackers = open_trackers(self.folder, self.config, self.state.step)
             self.trackers = self.exit_stack.enter_context(trackers)
@@ -127,29 +123,18 @@ class MetricsLogger:
 
         The lock prevents this, unless the lock file, or the folder around it, was deleted, moved or
         replaced, for example by a program that synchronizes folders; or unless the other process
-        is on another node, and each node has its own locks (as some network file systems do). If no
-        process holds the new lock file, and log.csv has no rows of another run, this process goes
-        on. So of two processes, the first one that writes a row goes on.
+        is on another node, and each node has its own locks (as some network file systems do). The
+        process that has started last goes on.
         """
         if not self.enabled:
             return
-        new_id, start_id = lock_id(self.folder), self.start_id
-        with contextlib.suppress(OSError):  # the folder was deleted or moved
+        with contextlib.suppress(OSError):  # the folder was deleted or moved, and is made again
             start_id = (self.folder / START_ID_FILE).read_text(encoding="utf-8", errors="replace")
-        has_lock = new_id in (None, self.lock_id)
-        if has_lock and start_id == self.start_id:
-            return
-        message = (
-            f"{self.folder}: was deleted or moved during this run, and another process has started "
-            "a run here; this run ends without saving"
-        )
-        if not has_lock:
-            self.exit_stack.enter_context(lock_run_folder(self.folder, message))
-        rows = read_log(self.folder / LOG_FILE)
-        if not (is_prefix(rows, self.rows) or is_prefix(rows, self.rows_at_start)):
-            raise FolioError(message)  # these are rows of another process
-        self.lock_id = new_id
-        write_text(self.folder / START_ID_FILE, self.start_id)
+            if start_id != self.start_id:
+                raise FolioError(
+                    f"{self.folder}: was deleted or moved during this run, and another process has "
+                    "started a run here; this run ends without saving"
+                )
 
     def print(self, text: str) -> None:
         """Print above the progress bars. Output to a closed stream is discarded."""
@@ -183,33 +168,12 @@ class MetricsLogger:
             self.bar.update(self.state.step - self.bar.n)
 
     def log_checkpoint(self, seconds: float) -> None:
-        """Print the size of resume.pt and the seconds it took, if more than one.
-
-        If replace_evaluations() has changed rows, log.csv is replaced now.
-        """
-        if self.has_other_windows:
-            self.log_is_complete = False
-            self._save_rows()
+        """Print the size of resume.pt and the seconds it took, if more than one."""
         if seconds > 1:
             size = (self.folder / CHECKPOINT_FILE).stat().st_size
             self.print(f"    checkpoint of {size / 1e9:.1f} GB written in {seconds:.1f} s")
 
     # --- log.csv ---
-
-    def replace_evaluations(
-        self, best_step: int, val_loss: float | None = None, bits_per_byte: float | None = None
-    ) -> None:
-        """After eval_tokens has changed: keep one evaluation, the new one of the best weights.
-
-        Losses on different windows cannot be compared. log.csv changes with the next checkpoint.
-        """
-        self.check_folder()
-        if self.enabled:
-            self._save_rows()  # with the earlier losses, until then
-        new = {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
-        for row in self.rows:
-            row |= new if row["step"] == best_step else dict.fromkeys(new)
-        self.has_other_windows = True
 
     def log_row(self, val_loss: float | None = None, bits_per_byte: float | None = None) -> None:
         """Write a row of log.csv and show the progress."""
@@ -258,31 +222,11 @@ class MetricsLogger:
             if self.log_is_complete and path.exists():
                 append_row(path, self.rows[-1])
             else:
-                if self.has_other_windows and path.exists():
-                    self._keep_old_log(path)
-                else:
-                    write_log(path, self.rows)
-                self.has_other_windows = False
+                write_log(path, self.rows)
             self.log_is_complete = True
         except (OSError, FolioError) as error:  # for example a spreadsheet that locks the file
             self.log_is_complete = False
             self.warn_once(f"{first_line(error)}; training continues")
-
-    def _keep_old_log(self, path: Path) -> None:
-        """Replace log.csv and keep the old file. There is a log.csv at each moment, so that a kill
-        loses no row."""
-        backup = backup_path(path)
-        try:
-            try:
-                os.link(path, backup)  # a second name of the old file: it needs no space
-            except OSError:  # this disk has no links
-                shutil.copyfile(path, backup)
-            write_log(path, self.rows)
-        except BaseException:
-            backup.unlink(missing_ok=True)
-            raise
-        where = f"earlier losses, on other windows, are in {backup.name}"
-        self.warn_once(f"eval_tokens has changed: {where}")
 
     def _rename_later_snapshots(self) -> None:
         """Rename the snapshots that are newer than the checkpoint from which this run goes on.
@@ -610,7 +554,7 @@ def summary(
 
     n_val_tokens: of the dataset; 0 if unknown.
     """
-    folder = Path(folder)
+    folder, measured = Path(folder), measured_on(config.eval_tokens, n_val_tokens)
     total = max(config.max_iters, state.step)
     status = "done" if state.step == total else "stopped"
     saved = "" if status == "done" else "; saved"
@@ -622,7 +566,7 @@ def summary(
     reached = f"{state.step:,} of {plural(total, 'step')}, {format_duration(state.seconds)}"
     lines = [
         "\n" + labeled(status, f"{reached} of training{saved}"),
-        labeled("best", describe_best(read_log(folder / LOG_FILE), state, n_val_tokens)),
+        labeled("best", describe_best(read_log(folder / LOG_FILE), state, measured)),
     ]
     if (folder / PLOT_FILE).exists():
         lines.append(f"curve    {relative_path(folder / PLOT_FILE)}")
@@ -636,8 +580,11 @@ def summary(
     return "\n".join(lines)
 
 
-def describe_best(rows: list[LogRow], state: TrainState, n_val_tokens: int = 0) -> str:
-    """The best evaluation, and whether the model overfitted after it."""
+def describe_best(rows: list[LogRow], state: TrainState, measured: str = "") -> str:
+    """The best evaluation, and whether the model overfitted after it.
+
+    measured: ' on the first 2,000 validation tokens', for example.
+    """
     if state.best_step < 0:
         return "no evaluation of trained weights yet"
     text = f"validation loss {state.best_val_loss:.4f}"
@@ -647,7 +594,7 @@ def describe_best(rows: list[LogRow], state: TrainState, n_val_tokens: int = 0) 
         best = None  # log.csv was replaced, or this step was repeated with other settings
     if best and best["bits_per_byte"]:
         text += f" ({best['bits_per_byte']:.3f} bits per byte)"
-    text += f"{measured_on(state.best_eval_tokens, n_val_tokens)} at step {state.best_step:,}"
+    text += f"{measured} at step {state.best_step:,}"
     if 0 in val_losses and val_losses[0]["val_loss"] < state.best_val_loss:
         text += f", worse than before training ({val_losses[0]['val_loss']:.4f})"
     last = val_losses[max(val_losses)] if val_losses else None
@@ -671,12 +618,6 @@ def sample_command(folder: Path) -> str:
 
 
 # --- Formatting ---
-
-
-def is_prefix(rows: list[LogRow], of: list[LogRow]) -> bool:
-    """Whether `rows` are the first rows of `of`, by step and seconds."""
-    pairs = [[(row["step"], row["seconds"]) for row in r] for r in (rows, of[: len(rows)])]
-    return pairs[0] == pairs[1]
 
 
 def labeled(label: str, text: str) -> str:

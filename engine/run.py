@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from configurator import (
-    FolioError, configure, first_line, format_value, print_or_discard, read_settings, to_json, wrap,
+    FolioError, configure, first_line, format_value, print_or_discard, to_json, wrap,
 )  # fmt: skip
 from data.dataset import Dataset, open_dataset
 from data.files import write_text
@@ -28,8 +28,8 @@ from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
 )  # fmt: skip
 from engine.checkpoint import (
-    CHECKPOINT_FILE, check_sizes, load_checkpoint, load_model, padding_token, save_checkpoint,
-    save_model, save_model_card,
+    CHECKPOINT_FILE, WEIGHTS_FILE, check_sizes, load_checkpoint, load_model, padding_token,
+    save_checkpoint, save_model, save_model_card,
 )  # fmt: skip
 from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
@@ -37,7 +37,7 @@ from engine.hf_format import find_weights, model_without_memory, read_config
 from engine.optimizer import CombinedOptimizer
 from engine.run_folder import (
     SETTINGS_FILE, describe_run, make_folder, move_old_run_aside, read_run_settings,
-    remove_temporary_files, resolve_model_dir, resolve_out_dir, shown_path,
+    remove_temporary_files, resolve_model_dir, resolve_out_dir, shown_path, weights_metadata,
 )  # fmt: skip
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
@@ -61,7 +61,6 @@ class TrainState:
     best_val_loss: float = math.inf  # nats per token
     best_step: int = -1  # the step of best_val_loss
     evaluations_since_best: int = 0  # without a better loss
-    best_eval_tokens: int = 0  # eval_tokens of best_val_loss, and of all losses in log.csv
     last_eval_step: int = -1  # the step of the latest evaluation
     last_checkpoint_step: int = -1  # the step of the latest checkpoint
     unlogged_losses: float = 0.0  # sum of training losses since the last row of log.csv
@@ -80,7 +79,7 @@ def is_patience_exhausted(state: TrainState, config: TrainConfig) -> bool:
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias")  # settings that the weights determine
 FROM_WEIGHTS = (*ARCHITECTURE, "block_size", "dropout")  # taken from a model that is finetuned
 # Changing one of these would make the weights unusable, or the losses incomparable.
-FIXED_ON_RESUME = (*ARCHITECTURE, "block_size", "pad_vocab_to", "optimizer")
+FIXED_ON_RESUME = (*ARCHITECTURE, "block_size", "pad_vocab_to", "optimizer", "eval_tokens")
 SET_AT_EACH_START = ("init_from", "out_dir", "eval_only")  # no settings of the run itself
 
 
@@ -126,7 +125,7 @@ def resume_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
         old = saved.get(name, new)
         if new == old or name in SET_AT_EACH_START:
             continue
-        if name in FIXED_ON_RESUME:
+        if name in FIXED_ON_RESUME and not (name == "eval_tokens" and overrides.get("eval_only")):
             raise FolioError(
                 f"--{name}={new}: resuming cannot change {name}, which is {old} in {folder}; "
                 "use --init_from=scratch for a new run"
@@ -146,8 +145,7 @@ def is_run_from(folder: Path, source: str) -> bool:
     """
     if source in ("scratch", "resume"):
         return True
-    started_from = saved_settings(folder).get("init_from")
-    return started_from in (source, "resume")  # earlier versions saved "resume" after resuming
+    return saved_settings(folder).get("init_from") == source
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
@@ -157,25 +155,18 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     even if a process was killed while it saved. settings.json is a copy for readers. If somebody
     has edited settings.json, or if writing it has failed, the differences are printed.
     """
-    checkpoint, shown = load_checkpoint(folder), {}
-    try:
-        shown = read_settings(folder / SETTINGS_FILE)
-    except FolioError as error:
-        if "settings" not in checkpoint:
-            raise
-        print(f"{error}; {CHECKPOINT_FILE} has the settings")
-    # Older checkpoints have the settings of the architecture alone.
-    saved = checkpoint.get("settings", checkpoint.get("architecture", {}))
+    saved = load_checkpoint(folder).get("settings")
     if not isinstance(saved, dict):
         path = folder / CHECKPOINT_FILE
         raise FolioError(f"{path}: damaged (its settings are {format_value(saved)})")
+    shown = read_run_settings(folder) or {}
     for name, value in saved.items():
         if shown.get(name, value) != value and name not in SET_AT_EACH_START:
             print(
                 f"{SETTINGS_FILE} has {name} = {shown[name]}, but {CHECKPOINT_FILE} {value}, which "
                 "is used (flags change settings)"
             )
-    return shown | saved
+    return saved
 
 
 def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
@@ -373,8 +364,8 @@ def save_best(
 ) -> None:
     """Save the weights that have the best validation loss so far, and the model card."""
     numbers = {"step": state.best_step, "val_loss": state.best_val_loss}
-    measured = {"eval_tokens": state.best_eval_tokens, "val_checksum": dataset.val.checksum()}
-    save_model(model, folder, dataset.tokenizer, **numbers, **measured)
+    checksum = dataset.val.checksum()
+    save_model(model, folder, dataset.tokenizer, val_checksum=checksum, **numbers)
     numbers |= {"bits_per_byte": bits_per_byte, "n_val_tokens": len(dataset.val)}
     config = dataclasses.replace(config, init_from=state.init_from)  # not "resume"
     save_model_card(folder, config, dataset.meta, **numbers)
@@ -434,9 +425,13 @@ def resume(
     processes; wrap_model() sends the weights.
     """
     folder = resolve_out_dir(config.out_dir)
-    state = dist.broadcast_from_main(
-        lambda: restore(load_checkpoint(folder), config, model, optimizer, scaler, dataset)
-    )
+
+    def restore_state() -> TrainState:
+        state = restore(load_checkpoint(folder), config, model, optimizer, scaler, dataset)
+        read_best_loss(folder, state)
+        return state
+
+    state = dist.broadcast_from_main(restore_state)
     parts = (optimizer, scaler)
     states = [part.state_dict() for part in parts] if dist.is_main else None
     states = dist.broadcast_tensors(states, device.torch_device)
@@ -462,7 +457,7 @@ def restore(
     folder, device = resolve_out_dir(config.out_dir), next(model.parameters()).device
     try:
         before, now = saved["dataset"], fingerprint(dataset)
-        if before not in (now, now[:3]):  # older checkpoints lack the checksums
+        if before != now:
             raise FolioError(
                 f"--dataset={config.dataset}: not the dataset with which {folder} was started "
                 f"(SHA-256, tokens of both splits, checksums: {before} before, {now} now); "
@@ -479,7 +474,7 @@ def restore(
             group.update({key: value for key, value in current.items() if key != "params"})
         if saved["scaler"]:  # empty unless the run was saved in float16
             scaler.load_state_dict(saved["scaler"])
-        state = TrainState(**{**missing_in_older_checkpoints(saved), **saved["train_state"]})
+        state = TrainState(**saved["train_state"])
         for field in dataclasses.fields(state):
             value = getattr(state, field.name)
             if type(value) is not type(field.default) or (field.name == "step" and value < 0):
@@ -493,15 +488,22 @@ def restore(
         ) from None
 
 
-def missing_in_older_checkpoints(saved: dict[str, Any]) -> dict[str, Any]:
-    """Fields of TrainState that earlier versions of Folio did not save."""
-    saved["train_state"].pop("val_loss", None)  # a field that they did save
-    settings, train_state = saved.get("settings", {}), saved["train_state"]
-    steps = train_state["step"] - max(train_state["best_step"], 0)
-    return {
-        "init_from": settings.get("init_from", "scratch"),
-        "evaluations_since_best": max(steps, 0) // settings.get("eval_interval", max(steps, 1)),
-    }
+def read_best_loss(folder: Path, state: TrainState) -> None:
+    """Let the state describe the best weights that are in the run folder.
+
+    If the run was killed between saving these weights and its checkpoint, they are newer than the
+    checkpoint. Raises FolioError if another program has replaced them: then their loss is unknown.
+    """
+    saved = weights_metadata(folder)
+    if {"step", "val_loss"} <= saved.keys():
+        state.best_step, state.best_val_loss = saved["step"], saved["val_loss"]
+    elif state.best_step >= 0 and (folder / WEIGHTS_FILE).exists():
+        raise FolioError(
+            f"{folder / WEIGHTS_FILE}: another program has replaced the best weights of this run; "
+            "move this file away"
+        )
+    else:  # no weights that were evaluated
+        state.best_step, state.best_val_loss = -1, math.inf
 
 
 def check_optimizer_state(optimizer: Optimizer) -> None:

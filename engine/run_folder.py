@@ -18,7 +18,7 @@ from typing import Any
 import safetensors
 
 from configurator import ROOT, FolioError, did_you_mean, first_line, read_settings
-from data.files import explain_os_error, file_id, file_lock, rename_to_backup, user_path
+from data.files import explain_os_error, file_lock, rename_to_backup, user_path
 from data.hub import GPT2_MODELS, hub_model, is_hub_name
 from engine.hf_format import WEIGHTS_FILE
 from engine.log_file import LOG_FILE, read_log
@@ -144,7 +144,7 @@ def describe_run(folder: str | Path) -> str:
 
 
 def weights_metadata(folder: str | Path) -> dict[str, int | float]:
-    """The numbers that train.py keeps with the weights: step, val_loss, eval_tokens, val_checksum.
+    """The numbers that train.py keeps with the weights: step, val_loss, val_checksum.
 
     val_checksum: ShardedTokens.checksum() of the validation split on which val_loss was measured.
 
@@ -162,7 +162,7 @@ def weights_metadata(folder: str | Path) -> dict[str, int | float]:
         raise FolioError(
             f"{path}: cannot be read ({first_line(error)}); repair it, or move it away"
         ) from None
-    types = {"step": int, "val_loss": float, "eval_tokens": int, "val_checksum": int}
+    types = {"step": int, "val_loss": float, "val_checksum": int}
     for name, number_type in types.items():
         with contextlib.suppress(KeyError, ValueError):
             number = number_type(metadata[name])
@@ -198,14 +198,6 @@ def lock_path(folder: Path) -> Path:
     """The lock file of a run folder."""
     is_mount = os.path.ismount(folder)
     return folder / LOCK_FILE if is_mount else folder.with_name(f".{folder.name}{LOCK_FILE}")
-
-
-def lock_id(folder: Path) -> tuple[int, int] | None:
-    """Identifies the lock file; None if there is none.
-
-    If the file, or the folder around it, was deleted, moved or replaced, another file can be here.
-    """
-    return file_id(lock_path(folder))
 
 
 def remove_temporary_files(folder: str | Path) -> None:

@@ -18,13 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import FolioError
 from engine import metrics
+from engine.checkpoint import measured_on
 from engine.log_file import COLUMNS, parse_log
 from engine.metrics import (
     START_ID_FILE, MetricsLogger, StepMetrics, banner, describe_best, flops_per_token,
     format_duration, indented, peak_flops, read_log, relative_path, show_evaluation, summary,
 )  # fmt: skip
 from engine.run import TrainState
-from engine.run_folder import lock_path, lock_run_folder
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
@@ -129,16 +129,6 @@ def test_a_resume_that_fails_before_its_first_row_leaves_the_log_as_it_is(make_l
     assert (tmp_path / "log.csv").read_bytes() == before
 
 
-def test_a_lock_file_may_be_replaced_before_the_first_row_of_a_resumed_run(make_logger, tmp_path):
-    with lock_run_folder(tmp_path), make_logger() as logger:
-        for step in (1, 2, 3, 4):
-            make_step(logger, step)
-    with lock_run_folder(tmp_path), make_logger(step=2) as logger:
-        replace_lock_file(tmp_path)
-        make_step(logger, 3)
-    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [1, 2, 3]
-
-
 def test_an_evaluation_after_resuming_completes_the_row_of_its_step(make_logger, tmp_path):
     with make_logger() as logger:
         make_step(logger, 2)
@@ -148,65 +138,24 @@ def test_an_evaluation_after_resuming_completes_the_row_of_its_step(make_logger,
     assert (row["train_loss"], row["val_loss"]) == (1.5, 1.25)
 
 
-def replace_lock_file(folder: Path) -> None:
-    """As programs do that synchronize folders: another file gets the name."""
-    new = lock_path(folder).with_name("new_file")
-    new.touch()
-    new.replace(lock_path(folder))
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows does not replace open files")
-def test_a_lock_file_that_was_replaced_is_locked_and_the_run_goes_on(make_logger, tmp_path):
-    with lock_run_folder(tmp_path), make_logger() as logger:
-        for step in (1, 2, 3):
-            make_step(logger, step)
-            with pytest.raises(FolioError, match="is training here"), lock_run_folder(tmp_path):
-                pass
-            if step == 1:
-                replace_lock_file(tmp_path)
-                (tmp_path / "log.csv").write_text(f"{HEADER}\n")  # an older file, from a backup
-    assert [row["step"] for row in logger.rows] == [1, 2, 3]
-    with lock_run_folder(tmp_path):  # free again
-        pass
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows does not delete open files")
-@pytest.mark.parametrize("has_ended", [False, True])
-def test_the_log_of_another_process_is_left_alone(make_logger, tmp_path, has_ended):
-    """The folder is deleted, a row cannot be written, and then another process trains here."""
-    with (
-        pytest.raises(FolioError, match="another process has started a run here"),
-        contextlib.ExitStack() as other_process,
-        lock_run_folder(tmp_path),
-        make_logger() as logger,
-    ):
-        shutil.rmtree(tmp_path)
-        make_step(logger, 1)
-        replace_lock_file(tmp_path)
-        other_process.enter_context(lock_run_folder(tmp_path))
-        tmp_path.mkdir()
-        (tmp_path / "log.csv").write_text(f"{HEADER}\n{ROW}\n")
-        if has_ended:
-            other_process.close()
-        make_step(logger, 2)
-    assert (tmp_path / "log.csv").read_text() == f"{HEADER}\n{ROW}\n"
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_of_two_processes_that_see_no_lock_the_first_one_to_write_goes_on(
-    make_logger, tmp_path, first
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_of_two_processes_that_see_no_lock_the_last_one_to_start_goes_on(
+    make_logger, tmp_path, is_resumed
 ):
-    """On a network disk whose locks each node has for itself: both lock the same file."""
-    with make_logger() as logger:
-        make_step(logger, 1)
-    with contextlib.ExitStack() as stack:
-        loggers = [stack.enter_context(make_logger(step=1)) for _ in range(2)]
-        loggers.insert(0, loggers.pop(first))
-        make_step(loggers[0], 2)
-        with pytest.raises(FolioError, match="another process has started a run here"):
-            make_step(loggers[1], 2)
-        make_step(loggers[0], 3)
-    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [1, 2, 3]
+    """The lock file was deleted, or on a network disk each node has its own locks."""
+    with pytest.raises(FolioError, match="another process has started"), make_logger() as first:
+        make_step(first, 1)
+        if not is_resumed:
+            shutil.rmtree(tmp_path)
+            make_step(first, 2)  # a row cannot be written, and training continues
+            tmp_path.mkdir()
+        with make_logger(step=1) as second:
+            make_step(second, 2)
+        before = (tmp_path / "log.csv").read_bytes()
+        make_step(first, 3)
+    assert (tmp_path / "log.csv").read_bytes() == before
+    steps = [row["step"] for row in read_log(tmp_path / "log.csv")]
+    assert steps == ([1, 2] if is_resumed else [2])
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -407,28 +356,6 @@ def test_a_line_printed_during_an_evaluation_does_not_continue_its_bar(make_logg
     # "\x1b[A": from the (cleared) line of the second bar to the line of the first one
     line = "\r\x1b[Athreads  1 instead of 2\n"
     assert terminal.getvalue().count(line) == 2, repr(terminal.getvalue())
-
-
-def test_a_log_that_cannot_be_replaced_leaves_no_copy(make_logger, tmp_path, monkeypatch, capsys):
-    """On a full disk, a copy for each row would take the room of the checkpoint."""
-    with make_logger() as logger:
-        make_step(logger, 2, val_loss=2.0)
-    before = (tmp_path / "log.csv").read_bytes()
-    with make_logger(2) as logger:
-        logger.replace_evaluations(2, 1.5, 1.5)
-
-        def disk_full(*_):
-            raise FolioError("no space left")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(metrics, "write_log", disk_full)
-            logger.log_checkpoint(0.1)
-            logger.log_checkpoint(0.1)
-        assert [path.name for path in tmp_path.glob("log.csv*")] == ["log.csv"]
-        assert (tmp_path / "log.csv").read_bytes() == before
-        logger.log_checkpoint(0.1)
-    assert (tmp_path / "log.csv.1").read_bytes() == before
-    assert capsys.readouterr().out.count("no space left") == 1
 
 
 def test_lines_of_a_sample_fit_the_terminal_and_empty_lines_stay(monkeypatch):
@@ -664,12 +591,13 @@ def test_the_summary_names_the_step_of_the_best_weights(make_logger):
 
 
 def test_the_summary_says_that_not_all_validation_tokens_were_used():
-    state = TrainState(best_step=5, best_val_loss=1.5, best_eval_tokens=2000)
+    state = TrainState(best_step=5, best_val_loss=1.5)
     text = "validation loss 1.5000{} at step 5"
-    assert describe_best([], state, 2001) == text.format(" on the first 2,000 validation tokens")
-    assert describe_best([], state, 2000) == text.format("")
-    state.best_eval_tokens = 0  # all
-    assert describe_best([], state, 2001) == text.format("")
+    for eval_tokens, n_val_tokens, note in (
+        (2000, 2001, " on the first 2,000 validation tokens"), (2000, 2000, ""), (0, 2001, ""),
+    ):  # fmt: skip
+        measured = measured_on(eval_tokens, n_val_tokens)
+        assert describe_best([], state, measured) == text.format(note)
 
 
 def test_finetuning_that_makes_the_loss_worse_is_named(make_logger):

@@ -27,11 +27,11 @@ from data.tokenizer import BPETokenizer, CharTokenizer
 from engine import checkpoint
 from engine import run as run_module
 from engine.checkpoint import (
-    CHECKPOINT_FILE, WEIGHTS_FILE, load_checkpoint, load_model, save_checkpoint, save_model,
+    CHECKPOINT_FILE, WEIGHTS_FILE, load_checkpoint, load_model, save_model,
 )  # fmt: skip
 from engine.device import ComputeDevice, choose_device
 from engine.distributed import Distributed
-from engine.metrics import StepMetrics
+from engine.metrics import START_ID_FILE, StepMetrics
 from engine.optimizer import make_optimizer
 from engine.run import TrainState, build_model, check_divisible, load_dataset, resolve_config
 from engine.run_folder import SETTINGS_FILE, lock_run_folder, weights_metadata
@@ -403,9 +403,7 @@ def test_a_run_resumes_without_its_settings_json(tiny_flags, tmp_path, run_train
     path = tmp_path / "run" / SETTINGS_FILE
     path.write_text(damage) if damage else path.unlink()
     flags = (f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--max_iters=8")
-    output = " ".join(run_train(*flags).split())
-    assert "settings cannot be read" in output and "resume.pt has the settings" in output
-    assert "moved or deleted" not in output
+    assert "moved or deleted" not in run_train(*flags)
     assert json.loads(path.read_text())["weight_decay"] == 0.3
 
 
@@ -588,15 +586,6 @@ def test_resuming_refuses_other_tokens_of_the_same_number(
     assert_one_line_error(call(train, *tiny_flags, "--init_from=resume"), "not the dataset with")
 
 
-def test_a_checkpoint_of_an_older_version_can_be_resumed(tiny_flags, tmp_path, run_train):
-    run_train(*tiny_flags, "--max_iters=4")
-    saved = load_checkpoint(tmp_path / "run")
-    del saved["settings"], saved["dataset"][3:]
-    saved["train_state"]["val_loss"] = 2.0
-    save_checkpoint(tmp_path / "run", saved)
-    assert "8 of 8 steps" in run_train(*tiny_flags, "--init_from=resume")
-
-
 def test_a_validation_loss_that_is_nan_does_not_prevent_saving(
     tiny_flags, tmp_path, call, monkeypatch
 ):
@@ -641,7 +630,7 @@ def test_best_weights_that_are_newer_than_the_checkpoint_are_kept(tiny_flags, tm
     """As after a kill between the two. They would lose to the older, higher loss."""
     run_train(*tiny_flags, "--max_iters=4")
     folder = tmp_path / "run"
-    save_model(load_model(folder), folder, step=8, val_loss=0.5, eval_tokens=64)
+    save_model(load_model(folder), folder, step=8, val_loss=0.5)
     before = (folder / WEIGHTS_FILE).read_bytes()
     output = run_train(*tiny_flags, "--init_from=resume")
     assert "(best 0.5000, step 8)" in output  # step 8 is evaluated again: another loss
@@ -665,13 +654,14 @@ def test_a_run_whose_folder_was_deleted_does_not_write_into_the_run_of_another_p
             shutil.rmtree(folder.parent)
             other_process.enter_context(lock_run_folder(folder))
             folder.mkdir()
+            (folder / START_ID_FILE).write_text("of another process")
             monkeypatch.setattr(train, "train_step", train_step)
             return train_step(*args)
 
         monkeypatch.setattr(train, "train_step", delete_folder)
         result = call(train, *tiny_flags, f"--out_dir={folder}", *intervals)
     assert_one_line_error(result, "another process has started a run here")
-    assert not any(folder.iterdir())
+    assert [path.name for path in folder.iterdir()] == [START_ID_FILE]
 
 
 def test_a_kill_between_weights_and_model_card_leaves_no_old_card(
@@ -717,154 +707,36 @@ def test_a_run_that_was_moved_continues_where_it_is_now(tiny_flags, tmp_path, ru
     assert not (tmp_path / "run").exists()
 
 
-def test_resuming_with_other_eval_tokens_measures_the_best_weights_again(
-    tiny_flags, tmp_path, run_train
+def test_resuming_with_other_eval_tokens_is_refused_but_measuring_is_not(
+    tiny_flags, tmp_path, run_train, call
 ):
-    """Losses on different windows cannot be compared: the best loss is that on the new windows."""
-    run_train(*tiny_flags, "--max_iters=4")
-    folder = tmp_path / "run"
-    before = load_file(folder / WEIGHTS_FILE)
-    state = load_checkpoint(folder)
-    state["train_state"]["best_val_loss"] = 0.01  # as if the first windows were very easy
-    save_checkpoint(folder, state)
-    rates = ("--learning_rate=0", "--muon_learning_rate=0")  # so that no later weights are better
-    output = run_train(
-        *tiny_flags, *rates, "--init_from=resume", "--max_iters=8", "--eval_tokens=128"
-    )
-    state = load_checkpoint(folder)["train_state"]
-    run = start_training(*tiny_flags, "--eval_tokens=128")
-    run.model = load_model(folder)
-    assert state["best_val_loss"] == pytest.approx(evaluate(run)[0])
-    assert state["best_step"] == 4 and "resuming with eval_tokens = 128 (was 64)" in output
-    # The log has no losses on the first windows any more: they could look better.
-    assert "earlier losses, on other windows, are in log.csv.1" in " ".join(output.split())
-    losses = {row["step"]: float(row["val_loss"]) for row in read_log(folder) if row["val_loss"]}
-    assert losses.keys() == {"4", "8"} and losses["4"] == state["best_val_loss"]
-    old_rows = csv.DictReader((folder / "log.csv.1").read_text().splitlines())
-    assert [row["step"] for row in old_rows if row["val_loss"]] == ["0", "4"]
-    run_train(*tiny_flags, *rates, "--init_from=resume", "--max_iters=12", "--eval_tokens=128")
-    assert not (folder / "log.csv.2").exists()  # the log has losses on these windows only
-    after = load_file(folder / WEIGHTS_FILE)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert weights_metadata(folder)["val_loss"] == state["best_val_loss"]
-
-
-def test_evaluations_on_other_windows_leave_the_log_when_eval_tokens_changes_and_returns(
-    tiny_flags, tmp_path, run_train
-):
-    """log.csv then has only losses on the first windows."""
-    run_train(*tiny_flags, "--max_iters=4")
-    first = read_log(tmp_path / "run")[-1]["val_loss"]
-    rates = ("--learning_rate=0", "--muon_learning_rate=0")  # so that no later weights are better
-    resume = (*tiny_flags, *rates, "--init_from=resume")
-    for eval_tokens, max_iters in ((128, 8), (64, 12)):
-        run_train(*resume, f"--max_iters={max_iters}", f"--eval_tokens={eval_tokens}")
-    losses = [(row["step"], row["val_loss"]) for row in read_log(tmp_path / "run")]
-    assert [(step, loss) for step, loss in losses if loss] == [("4", first), ("12", first)]
-
-
-def test_other_windows_are_saved_at_once_so_that_a_kill_leaves_no_mixed_log(
-    tiny_flags, tmp_path, run_train, call, monkeypatch
-):
-    run_train(*tiny_flags, "--max_iters=3")  # no multiple of the intervals
-    folder, step = tmp_path / "run", train.train_step
-    flags = ("--init_from=resume", "--eval_tokens=128", "--max_iters=9", "--checkpoint_interval=99")
-
-    def killed_at_step_6(*args):
-        if args[5] == 6:
-            raise SystemExit(137)
-        return step(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", killed_at_step_6)
-        call(train, *tiny_flags, *flags)
-    losses = {row["step"]: row["val_loss"] for row in read_log(folder) if row["val_loss"]}
-    assert losses.keys() == {"3", "4"}  # step 0, on the first windows, is in log.csv.1
-    assert load_checkpoint(folder)["settings"]["eval_tokens"] == 128
-    assert (folder / "log.csv.1").exists()
-
-
-def test_an_interrupted_measurement_on_other_windows_is_repeated(
-    tiny_flags, tmp_path, run_train, call, monkeypatch
-):
-    run_train(*tiny_flags, "--max_iters=4")
-    folder = tmp_path / "run"  # as if a kill had come between saving weights and checkpoint
-    save_model(load_model(folder), folder, step=4, val_loss=1.0, eval_tokens=128)
-    flags = (*tiny_flags, "--init_from=resume", "--eval_tokens=128", "--max_iters=8")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", lambda *_: None)  # a signal
-        patch.setattr(train, "train_step", lambda *_: sys.exit(130))
-        call(train, *flags)
-    run_train(*flags)
-    losses = [row["step"] for row in read_log(folder) if row["val_loss"]]
-    assert losses == ["4", "8"] and (folder / "log.csv.1").exists()
-
-
-def test_a_checkpoint_of_an_earlier_version_keeps_its_start_and_its_patience(
-    tiny_flags, tmp_path, run_train
-):
-    run_train(*tiny_flags, "--max_iters=4")
-    saved = load_checkpoint(tmp_path / "run")
-    for name in ("init_from", "evaluations_since_best"):
-        del saved["train_state"][name]
-    saved["train_state"] |= {"best_step": 1, "best_val_loss": 0.0}
-    saved["settings"] |= {"init_from": "gpt2", "eval_interval": 1}
-    save_checkpoint(tmp_path / "run", saved)
-    save_model(load_model(tmp_path / "run"), tmp_path / "run", step=1, val_loss=0.0, eval_tokens=64)
-    run_train(*tiny_flags, "--init_from=resume", "--max_iters=8", "--patience=4")
-    state = load_checkpoint(tmp_path / "run")["train_state"]
-    assert state["init_from"] == "gpt2"
-    assert state["evaluations_since_best"] == 4  # at steps 2, 3, 4 and 8
-
-
-def test_a_finished_run_may_be_measured_on_other_windows(tiny_flags, tmp_path, run_train):
-    """log.csv, settings.json, model card and weights then tell the new loss."""
+    """Losses on different windows cannot be compared: the best weights could be lost."""
     run_train(*tiny_flags)
-    folder = tmp_path / "run"
-    step = weights_metadata(folder)["step"]
-    output = run_train(*tiny_flags, "--init_from=resume", "--eval_tokens=128")
-    losses = [(row["step"], row["val_loss"]) for row in read_log(folder) if row["val_loss"]]
-    loss = weights_metadata(folder)["val_loss"]
-    assert losses == [(str(step), str(loss))] and f"{loss:.4f}" in output
-    assert f"{loss:.4f} nats" in (folder / "README.md").read_text()
-    assert json.loads((folder / "settings.json").read_text())["eval_tokens"] == 128
+    files = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    flags = (*tiny_flags, "--init_from=resume", "--eval_tokens=128", "--max_iters=12")
+    assert_one_line_error(call(train, *flags), "resuming cannot change eval_tokens, which is 64")
+    run = start_training(*tiny_flags, "--eval_tokens=128")
+    run.model.load_state_dict(load_checkpoint(tmp_path / "run")["model"])
+    expected = f"validation loss {evaluate(run)[0]:.4f} "
+    assert expected in run_train(*flags, "--eval_only")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
 
 
-def test_losses_before_the_first_best_weights_leave_the_log_when_eval_tokens_changes(
-    tiny_flags, tmp_path, run_train
+@pytest.mark.parametrize("numbers", [{}, {"step": "abc", "val_loss": "low"}, {"val_loss": "nan"}])
+def test_best_weights_of_another_program_are_not_overwritten_when_the_run_resumes(
+    tiny_flags, tmp_path, run_train, call, numbers
 ):
-    stop_after(1, tiny_flags)  # after the evaluation of step 0
-    run_train(*tiny_flags, "--init_from=resume", "--eval_tokens=128")
-    evaluated = [row["step"] for row in read_log(tmp_path / "run") if row["val_loss"]]
-    assert evaluated == ["4", "8"]
-
-
-def test_best_weights_without_their_loss_are_evaluated_when_the_run_resumes(
-    tiny_flags, tmp_path, run_train
-):
-    """Another program, or save_model() without numbers, has written them."""
+    """Their loss is unknown. Without them, the next evaluation saves weights."""
     run_train(*tiny_flags, "--max_iters=4")
-    folder = tmp_path / "run"
-    save_model(load_model(folder), folder)
-    before = (folder / WEIGHTS_FILE).read_bytes()
-    rates = ("--learning_rate=0", "--muon_learning_rate=0")  # so that no later weights are better
-    run_train(*tiny_flags, *rates, "--init_from=resume", "--max_iters=8")
-    state = load_checkpoint(folder)["train_state"]
-    run = start_training(*tiny_flags)
-    run.model = load_model(folder)
-    assert (state["best_val_loss"], state["best_step"]) == (evaluate(run)[0], 4)
-    assert (folder / WEIGHTS_FILE).read_bytes() == before
-
-
-@pytest.mark.parametrize("numbers", [{"step": "abc", "val_loss": "low"}, {"val_loss": "nan"}])
-def test_numbers_of_another_program_in_the_best_weights_are_ignored(
-    tiny_flags, tmp_path, run_train, numbers
-):
-    run_train(*tiny_flags, "--max_iters=4")
+    weights = tmp_path / "run" / WEIGHTS_FILE
     save_model(load_model(tmp_path / "run"), tmp_path / "run", **numbers)
-    run_train(*tiny_flags, "--init_from=resume")
-    assert weights_metadata(tmp_path / "run")["step"] == 8  # better weights are saved
+    before = weights.read_bytes()
+    result = call(train, *tiny_flags, "--init_from=resume", "--max_iters=8")
+    assert_one_line_error(result, WEIGHTS_FILE, "another program", "move this file away")
+    assert weights.read_bytes() == before
+    weights.unlink()
+    run_train(*tiny_flags, "--init_from=resume", "--max_iters=8")
+    assert weights_metadata(tmp_path / "run")["step"] == 8
 
 
 def test_best_weights_that_cannot_be_read_are_not_overwritten_when_the_run_resumes(
@@ -1132,21 +1004,6 @@ def test_a_signal_interrupts_a_long_evaluation_and_resuming_repeats_it(
     run_train(*flags, "--init_from=resume")
     assert_same_state(load_checkpoint(reference), load_checkpoint(tmp_path / "run"))
     assert without_times(read_log(reference)) == without_times(read_log(tmp_path / "run"))
-
-
-def test_a_signal_interrupts_the_evaluation_of_the_best_weights_after_resuming(
-    tiny_flags, tmp_path, run_train
-):
-    folder = tmp_path / "run"
-    run_train(*tiny_flags, "--max_iters=4")
-    before = load_checkpoint(folder)["train_state"]
-    flags = [*tiny_flags, "--init_from=resume", "--max_iters=8", "--eval_tokens=128"]
-    stopped = start((train_with_sigterm_in_evaluation, (1, flags), {})).wait()
-    assert stopped.exit_codes == [143], stopped.stderr
-    assert load_checkpoint(folder)["train_state"] == before
-    output = run_train(*flags)  # measures the best weights again
-    assert "8 of 8 steps" in output
-    assert load_checkpoint(folder)["train_state"]["best_eval_tokens"] == 128
 
 
 def train_with_sigterm_in_evaluation(number: int, flags: list[str]) -> None:
