@@ -37,10 +37,10 @@ from engine.metrics import (
 from engine.optimizer import make_optimizer, set_lr_multiplier, step_if_finite
 from engine.run import (
     OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, check_same_dataset,
-    check_same_device, check_source, is_patience_exhausted, load_dataset, make_room, resolve_config,
-    resume, save_best, save_run, save_snapshot, start_run_folder, wrap_model,
+    check_same_device, check_source, is_patience_exhausted, load_dataset, resolve_config, resume,
+    save_best, save_run, save_snapshot, start_run_folder, wrap_model,
 )  # fmt: skip
-from engine.run_folder import lock_run_folder, resolve_out_dir
+from engine.run_folder import lock_run_folder, move_old_run_aside, resolve_out_dir
 from engine.train_config import TrainConfig
 from model import GPT
 
@@ -77,7 +77,9 @@ def main() -> None:
         dataset = dist.main_process_first(lambda: load_dataset(config))
         check_same_dataset(dataset, dist)
         dist.broadcast_from_main(lambda: check_source(config, dataset.tokenizer))
-        dist.broadcast_from_main(lambda: make_room(folder, config))  # moves an older run aside
+        if config.init_from != "resume" and not config.eval_only:
+            # Now, because a restarted job resumes what it finds in the folder: its own run only.
+            dist.broadcast_from_main(lambda: move_old_run_aside(folder))
         model = build_model(config, dataset.tokenizer, device, dist)
         config = dataclasses.replace(config, bias=model.config.bias)  # True if weights have biases
         optimizer = make_optimizer(model, config, device.dtype, dist)

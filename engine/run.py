@@ -3,7 +3,7 @@
 config = resolve_config(overrides)                # which settings, and where to start from
 dataset = load_dataset(config)
 check_source(config, tokenizer)                   # do the weights to start from fit the data?
-make_room(folder, config)                         # an older run in this folder is moved aside
+move_old_run_aside(folder)                        # unless it is resumed
 model = build_model(config, tokenizer, device)    # new weights, or weights of a model
 state = resume(config, model, optimizer, ...)     # if resuming: continue where it stopped
 start_run_folder(folder, config, dataset)         # settings.json and the tokenizer
@@ -36,7 +36,7 @@ from engine.distributed import Distributed, map_tensors
 from engine.hf_format import find_weights, model_without_memory, read_config
 from engine.optimizer import CombinedOptimizer
 from engine.run_folder import (
-    SETTINGS_FILE, describe_run, make_folder, move_old_run_aside, read_run_settings,
+    SETTINGS_FILE, describe_run, make_folder, read_run_settings,
     remove_temporary_files, resolve_model_dir, resolve_out_dir, shown_path, weights_metadata,
 )  # fmt: skip
 from engine.train_config import TrainConfig
@@ -108,7 +108,14 @@ def resolve_config(
     elif source == "resume":
         config = resume_config(folder, overrides)
     else:
-        config = finetune_config(resolve_model_dir(source), overrides)
+        source_folder = resolve_model_dir(source)
+        is_inside = folder in (source_folder, *source_folder.parents)
+        if is_inside and not overrides.get("eval_only"):
+            raise FolioError(
+                f"--init_from={source}: this model is in the run folder itself; give the new run "
+                "another --out_dir"
+            )
+        config = finetune_config(source_folder, overrides)
     check_divisible(config, world_size)
     if config.max_iters <= config.warmup_iters and not config.eval_only:
         print(
@@ -310,31 +317,13 @@ def wrap_model(
     return wrapped
 
 
-def make_room(folder: Path, config: TrainConfig) -> None:
-    """Move an older run here aside, unless it is resumed or has the weights to start with.
-
-    This comes before the model is built and training starts: if they fail, a restarted job finds
-    no older run that it would resume.
-    """
-    if config.init_from == "resume" or config.eval_only:
-        return
-    if config.init_from != "scratch":
-        source = resolve_model_dir(config.init_from)
-        if folder in (source, *source.parents):  # start_run_folder() moves it when it has been read
-            return
-    move_old_run_aside(folder)
-
-
 def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
     """Create the run folder; save settings and tokenizer.
 
-    make_room() has left an older run here only if its weights are the start: it is moved aside now.
     When resuming, changed settings are saved with the first checkpoint: until then, nothing has
     been trained with them.
     """
-    if config.init_from != "resume":
-        move_old_run_aside(folder)
-        make_folder(folder)
+    make_folder(folder)
     if not (folder / SETTINGS_FILE).exists():
         write_text(folder / SETTINGS_FILE, to_json(config))
     remove_temporary_files(folder)
