@@ -29,18 +29,18 @@ from engine.checkpoint import WEIGHTS_FILE
 from engine.cpu_threads import ThreadAdapter, one_thread
 from engine.device import ComputeDevice, choose_device, explain_out_of_memory, start_reading
 from engine.distributed import Distributed, is_restarted
+from engine.flops import peak_tokens_per_second
 from engine.inference import InferenceModel, is_small, read_ids
-from engine.metrics import (
-    MetricsLogger, StepMetrics, banner, check_trackers, indented, peak_tokens_per_second,
-    show_evaluation, show_progress, summary,
-)  # fmt: skip
+from engine.metrics import MetricsLogger, StepMetrics, show_evaluation, show_progress
 from engine.optimizer import make_optimizer, set_lr_multiplier, step_if_finite
+from engine.report import banner, indented, summary
 from engine.run import (
     OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, check_same_dataset,
     check_same_device, check_source, is_patience_exhausted, load_dataset, resolve_config, resume,
     save_best, save_run, save_snapshot, start_run_folder, wrap_model,
 )  # fmt: skip
 from engine.run_folder import lock_run_folder, move_old_run_aside, resolve_out_dir
+from engine.trackers import check_trackers
 from engine.train_config import TrainConfig
 from model import GPT
 

@@ -26,6 +26,7 @@ from engine.hf_format import read_config
 from engine.log_file import LOG_FILE, LogRow, best_row, evaluations, read_log
 from engine.run_folder import SETTINGS_FILE, weights_metadata
 
+PLOT_FILE = "loss.png"  # in each run folder
 MEASURED_ON = ("vocabulary", "checksum of val.bin", "eval_tokens")  # settings of a run
 XAxis = Literal["step", "tokens", "seconds"]
 FORMATS = (".png", ".pdf", ".svg")

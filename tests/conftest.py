@@ -6,6 +6,7 @@ runs no tests: without torch it starts its workers seconds earlier.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from data.tokenizer import BPETokenizer
+    from engine.metrics import MetricsLogger
     from model import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -239,3 +241,34 @@ def assert_one_line_error(result: subprocess.CompletedProcess, *expected: str) -
     assert "Traceback" not in result.stderr
     for words in expected:
         assert words in result.stderr
+
+
+# --- Metrics ---
+
+
+@pytest.fixture
+def make_logger(tmp_path):
+    """make_logger(step): a logger of a run that has done so many steps."""
+    from engine.metrics import MetricsLogger
+    from engine.run import TrainState
+    from engine.train_config import TrainConfig
+
+    def make(step: int = 0, **options) -> MetricsLogger:
+        state = TrainState(step=step, tokens=step * 100, seconds=step * 0.5)
+        return MetricsLogger(tmp_path, TrainConfig(max_iters=10), state, **options)
+
+    return make
+
+
+def make_step(
+    logger: MetricsLogger, step: int, val_loss: float | None = None, train_loss: float | None = None
+) -> None:
+    """Log a step of 100 tokens and 0.5 seconds, as train.py does."""
+    from engine.metrics import StepMetrics
+
+    state = logger.state
+    state.step, state.tokens, state.seconds = step, step * 100, step * 0.5
+    logger.log_steps([StepMetrics(train_loss or 3.0 / step, 1.0, 1e-3)])
+    if val_loss is not None and val_loss < state.best_val_loss:
+        state.best_val_loss, state.best_step = val_loss, step
+    logger.log_row(val_loss, None if val_loss is None else val_loss / math.log(2))

@@ -5,7 +5,7 @@
     python -m tests.benchmarks.gpu --tiny                   # a small model, on any machine
 
 The step is train.py's train_step(), compiled, in bfloat16, on random tokens. The first steps, which
-compile and allocate memory, are not counted. MFU is explained in engine/metrics.py. A trace opens
+compile and allocate memory, are not counted. MFU is explained in engine/flops.py. A trace opens
 in chrome://tracing or https://ui.perfetto.dev.
 """
 
@@ -23,7 +23,7 @@ import torch
 from configurator import FolioError, NonNegativeInt, PositiveInt, configure, run_main
 from data.dataset import ShardedTokens
 from engine.device import AutoBool, choose_device
-from engine.metrics import peak_tokens_per_second
+from engine.flops import peak_tokens_per_second
 from engine.train_config import TrainConfig
 from model import GPTConfig
 from tests.benchmarks.measuring import report_results, split_csv, synchronize

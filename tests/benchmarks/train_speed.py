@@ -6,7 +6,7 @@
 All candidates train a model of the same size on the same random tokens, and make complete steps:
 batch, forward, backward, clipping, optimizer. The limit is the speed of one large float32 matrix
 product, measured in the same rounds. A candidate reaches the fraction of it that is its tokens per
-second times its FLOPs per token (flops_per_token() in engine/metrics.py), divided by the limit.
+second times its FLOPs per token (flops_per_token() in engine/flops.py), divided by the limit.
 """
 
 import tempfile
@@ -22,7 +22,8 @@ from configurator import NonNegativeFloat, PositiveInt, configure, run_main
 from data.dataset import ShardedTokens, prefetch
 from engine.device import ComputeDevice, choose_device
 from engine.distributed import Distributed
-from engine.metrics import StepMetrics, flops_per_token
+from engine.flops import flops_per_token
+from engine.metrics import StepMetrics
 from engine.optimizer import make_optimizer
 from engine.run import wrap_model
 from engine.train_config import TrainConfig
