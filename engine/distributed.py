@@ -82,7 +82,9 @@ class Distributed:
             return
         if error is None or isinstance(error, SystemExit):
             torch_dist.destroy_process_group()
-        elif is_peer_failure(error):
+        elif isinstance(error, RuntimeError) and (  # of a collective
+            isinstance(error, torch_dist.DistError) or "gloo" in str(error)
+        ):
             raise FolioError(
                 f"process {self.rank} of {self.world_size}: another process died (its own error "
                 "is further up), or the connection failed; continue from the latest checkpoint "
@@ -224,7 +226,7 @@ class Distributed:
         model: what wrap_ddp returned. With one process there is nothing to do.
         """
         if self.world_size > 1:
-            as_ddp(model).require_backward_grad_sync = enabled
+            model.require_backward_grad_sync = enabled
 
     def warm_up_ddp(self, model: torch.nn.Module, loss_fn: Callable[[], torch.Tensor]) -> None:
         """Run one forward and backward pass, and clear the gradients.
@@ -235,7 +237,7 @@ class Distributed:
         """
         if self.world_size > 1:
             loss_fn().backward()
-            as_ddp(model).zero_grad(set_to_none=False)  # gradients stay in DDP's buffers
+            model.zero_grad(set_to_none=False)  # gradients stay in DDP's buffers
 
 
 def map_tensors(nested: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -247,12 +249,6 @@ def map_tensors(nested: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(nested, list | tuple):
         return type(nested)(map_tensors(value, fn) for value in nested)
     return nested
-
-
-def as_ddp(model: torch.nn.Module) -> DistributedDataParallel:
-    if not isinstance(model, DistributedDataParallel):
-        raise TypeError(f"expected the module that wrap_ddp returned, not {type(model).__name__}")
-    return model
 
 
 def check_one_process_per_gpu(gpus: Sequence[str]) -> None:
@@ -321,13 +317,6 @@ def name_this_attempt(store: torch_dist.Store, rank: int, world_size: int) -> st
     return own_id
 
 
-def is_peer_failure(error: BaseException) -> bool:
-    """True if this is the error of a collective in which another process is missing."""
-    if not isinstance(error, RuntimeError):
-        return False
-    return isinstance(error, torch_dist.DistError) or "gloo" in str(error)
-
-
 def is_restarted() -> bool:
     """True if torchrun or SLURM has started this job before.
 
@@ -378,14 +367,11 @@ class GracefulShutdown:
         return self.exit_status
 
     def __enter__(self) -> "GracefulShutdown":
-        names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-        signums = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        handlers = {signum: signal.getsignal(signum) for signum in signums}
-        self._previous_handlers = {
-            signum: handler for signum, handler in handlers.items() if handler != signal.SIG_IGN
-        }
-        for signum in self._previous_handlers:
-            signal.signal(signum, self._handle)
+        self._previous_handlers = {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            signum = getattr(signal, name, None)  # Windows has no SIGHUP
+            if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:
+                self._previous_handlers[signum] = signal.signal(signum, self._handle)
         return self
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:

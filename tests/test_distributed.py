@@ -74,14 +74,6 @@ def test_shard_takes_every_nth_item():
     assert dist.shard(["a", "b", "c", "d", "e"]) == ["b", "e"]
 
 
-def test_gradient_sync_of_a_model_that_is_not_ddp_is_an_error():
-    """torch.compile(DDP(model)) would ignore the request silently."""
-    dist = Distributed()
-    dist.world_size = 2
-    with pytest.raises(TypeError, match="the module that wrap_ddp returned, not Linear"):
-        dist.set_grad_sync(torch.nn.Linear(2, 2), False)
-
-
 def test_world_size_alone_does_not_start_a_process_group(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # some schedulers set it for each process
     with Distributed() as dist:
