@@ -8,10 +8,8 @@ linear layers as (in, out), torch as (out, in); its GPT-2 always has biases; and
 embeddings has no rows of padding.
 """
 
-import dataclasses
 import hashlib
 import json
-import pickle
 import re
 import zipfile
 from collections.abc import Iterable
@@ -80,15 +78,7 @@ def read_config(folder: str | Path) -> GPTConfig:
             **{key: found[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
         }
         dropout, bias = found.get("resid_pdrop", 0.1), found.get("bias", True)
-        required = {
-            **REQUIRED_GPT2_VALUES,
-            "n_inner": (None, 4 * found["n_embd"]),
-            # Other names for the sizes. transformers uses these if config.json has both names.
-            "num_hidden_layers": (found["n_layer"],),
-            "num_attention_heads": (found["n_head"],),
-            "hidden_size": (found["n_embd"],),
-            "max_position_embeddings": (found["n_positions"],),
-        }
+        required = REQUIRED_GPT2_VALUES | {"n_inner": (None, 4 * found["n_embd"])}
         mismatched = [
             key for key, allowed in required.items() if found.get(key, allowed[0]) not in allowed
         ]
@@ -102,26 +92,18 @@ def read_config(folder: str | Path) -> GPTConfig:
         raise FolioError(f"{path}: invalid GPT-2 config ({error} is missing)") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FolioError(f"{path}: invalid GPT-2 config ({error})") from None
-    if mismatched == ["tie_word_embeddings"] and has_lm_head(folder):
-        mismatched = []  # from_hf_state_dict() checks that it equals the embedding
     if mismatched:
         values = ", ".join(f"{key}={found[key]!r}" for key in mismatched)
         raise FolioError(f"{path}: unsupported architecture ({values}); Folio runs GPT-2 only")
-    if not all(type(size) is int and size < 2**24 for size in sizes.values()):
+    are_integers = all(type(size) is int and size < 2**24 for size in sizes.values())
+    if not are_integers or sizes["n_layer"] > 1000:  # building so many blocks would take minutes
         raise FolioError(f"{path}: implausible sizes: {sizes}")
-    if sizes["n_layer"] > 1000:  # building so many blocks would take minutes
-        raise FolioError(f"{path}: implausible n_layer={sizes['n_layer']}")
     if type(bias) is not bool or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         raise FolioError(f"{path}: invalid GPT-2 config ({bias=}, resid_pdrop={dropout!r})")
     try:
         return GPTConfig(**sizes, dropout=float(dropout), bias=bias)
     except ValueError as error:
         raise FolioError(f"{path}: {error}") from None
-
-
-def has_lm_head(folder: str | Path) -> bool:
-    """Whether the weights hold a matrix under the name lm_head.weight."""
-    return "lm_head.weight" in hf_names(read_weights(folder)).values()
 
 
 # --- Names and layout of the weights ---
@@ -162,8 +144,6 @@ def from_hf_state_dict(
         tensor = tensors[stored_name]
         if name.endswith(MASKS):
             continue
-        if name in state_dict:
-            raise FolioError(f"{folder}: two weights are called {name} (one is {stored_name})")
         if name.endswith(TRANSPOSED) and tensor.dim() == 2:
             tensor = tensor.t().contiguous()
         state_dict[name] = tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -179,7 +159,11 @@ def from_hf_state_dict(
         for name in [name for name in state_dict if name.endswith(BIASES)]:
             if not state_dict[name].any():
                 del state_dict[name]
-    check_names_and_shapes(state_dict, config, folder)
+    try:  # only to check names and shapes: assign=True copies no tensor
+        model_without_memory(config).load_state_dict(state_dict, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:1000]
+        raise FolioError(f"{folder}: the weights do not match config.json: {reason}") from None
     return state_dict
 
 
@@ -197,35 +181,6 @@ def hf_names(stored_names: Iterable[str]) -> dict[str, str]:
     return {
         stored: f"transformer.{name}" if name.startswith(bare) else name
         for stored, name in names.items()
-    }
-
-
-def check_names_and_shapes(
-    state_dict: dict[str, torch.Tensor], config: GPTConfig, folder: str | Path
-) -> None:
-    """Raises FolioError that lists the first 20 differences from GPT(config)."""
-    expected = parameter_shapes(config)
-    problems = [f"{name} is missing" for name in expected if name not in state_dict]
-    problems += [f"{name} is unknown" for name in state_dict if name not in expected]
-    problems += [
-        f"{name} is {list(state_dict[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in state_dict and state_dict[name].shape != shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise FolioError(
-            f"{folder}: the weights do not match config.json: {'; '.join(problems[:20])}{more}"
-        )
-
-
-def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """The names and shapes of the parameters of GPT(config). All blocks have the same ones."""
-    model = model_without_memory(dataclasses.replace(config, n_layer=1))
-    return {
-        name.replace(".h.0.", f".h.{layer}."): parameter.shape
-        for layer in range(config.n_layer)
-        for name, parameter in model.named_parameters()
     }
 
 
@@ -258,7 +213,10 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for path in find_weights(folder):
         is_torch = path.suffix == Path(TORCH_WEIGHTS_FILE).suffix
-        tensors |= load_torch_weights(path) if is_torch else load_safetensors(path)
+        # mmap=False: the tensors are copies.
+        tensors |= load_torch_file(path, mmap=False) if is_torch else load_safetensors(path)
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise FolioError(f"{folder}: the file of weights holds more than the weights of a model")
     return tensors
 
 
@@ -271,28 +229,24 @@ def find_weights(folder: str | Path) -> list[Path]:
         index = folder / f"{name}.index.json"
         if index.exists():
             return shards_of(index)
-    others = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".h5", ".msgpack")]
-    others += [path.name for path in folder.glob("*.safetensors")]
+    suffixes = (".bin", ".h5", ".msgpack", ".safetensors")
+    others = [path.name for path in folder.iterdir() if path.suffix in suffixes]
     found = f"; it holds {', '.join(sorted(others))}" if others else ""
     raise FolioError(f"{folder}: there are no weights ({WEIGHTS_FILE}) here{found}")
 
 
 def shards_of(index: Path) -> list[Path]:
-    """The files that model.safetensors.index.json names; FolioError if one is missing."""
+    """The files that model.safetensors.index.json names; FolioError if one cannot be read."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = [index.parent / Path(name).name for name in sorted(set(weight_map.values()))]
-        missing = [shard.name for shard in shards if not shard.exists()]  # OSError: name too long
     except OSError as error:
         raise FolioError(f"{index}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise FolioError(f"{index}: damaged, or not an index of weights ({reason})") from None
-    if missing:
-        raise FolioError(
-            f"{index.parent}: {', '.join(missing)} is missing; {index.name} names {len(shards)} "
-            "files, and all of them are needed"
-        )
+    for shard in shards:
+        check_readable(shard)
     return shards
 
 
@@ -328,18 +282,6 @@ def sha256_of(tensors: dict[str, torch.Tensor]) -> str:
     return sha256.hexdigest()
 
 
-def load_torch_weights(path: Path) -> dict[str, torch.Tensor]:
-    """load_torch_file() for a file that holds nothing but tensors. They are copies."""
-    tensors = load_torch_file(path, mmap=False)
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise FolioError(
-                f"{path}: not the weights alone: {name!r} is a {type(tensor).__name__}, not a "
-                "tensor (only the state_dict of a model should be in this file)"
-            )
-    return tensors
-
-
 def load_torch_file(path: Path, mmap: bool = True) -> dict[str, Any]:
     """Load a dict that torch.save() wrote, on the CPU. Nothing in the file is executed.
 
@@ -355,14 +297,11 @@ def load_torch_file(path: Path, mmap: bool = True) -> dict[str, Any]:
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"the checksum of {damaged} is wrong")
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
-    except (MemoryError, KeyboardInterrupt):
+    except MemoryError:
         raise
-    except pickle.UnpicklingError as error:
-        reason = first_line(error)
-        raise FolioError(f"{path}: damaged, or not only weights and numbers ({reason})") from None
     except Exception as error:  # whatever the unpickler stumbles over, the file is at fault
         reason = first_line(error)
-        raise FolioError(f"{path}: damaged ({reason})") from None
+        raise FolioError(f"{path}: damaged, or not only weights and numbers ({reason})") from None
     if not isinstance(loaded, dict):
         raise FolioError(f"{path}: damaged (it holds a {type(loaded).__name__}, not a dict)")
     return loaded

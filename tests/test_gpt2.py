@@ -132,13 +132,6 @@ def save_head_only(folder: Path) -> None:
     safetensors.torch.save_model(model, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
 
 
-def save_untied_head(folder: Path, difference: float = 0.0) -> None:
-    model = their_model(len(their_tokenizer(folder)), tie_word_embeddings=False)
-    with torch.no_grad():
-        model.lm_head.weight.copy_(model.transformer.wte.weight + difference)
-    model.save_pretrained(folder)
-
-
 def save_bin_only(folder: Path) -> None:
     model = their_model(len(their_tokenizer(folder)))
     model.save_pretrained(folder)
@@ -148,11 +141,8 @@ def save_bin_only(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "save",
-    [
-        save_with_added_tokens, save_with_padded_table, save_head_only, save_bin_only,
-        save_untied_head,
-    ],
-)  # fmt: skip
+    [save_with_added_tokens, save_with_padded_table, save_head_only, save_bin_only],
+)
 def test_folders_of_other_programs_give_the_logits_and_ids_of_transformers(tmp_path, save):
     save(tmp_path)
     model, tokenizer = load_model_and_tokenizer(tmp_path)
@@ -193,12 +183,6 @@ def test_a_model_with_added_tokens_is_finetuned_on_a_new_text(call, data_folder,
     assert model.config.vocab_size == len(after) == len(before)
 
 
-def test_an_untied_head_that_differs_is_the_named_reason(tmp_path):
-    save_untied_head(tmp_path, difference=0.1)
-    with pytest.raises(FolioError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
-        load_model(tmp_path)
-
-
 @pytest.mark.parametrize(
     "rename",
     [
@@ -217,7 +201,7 @@ def test_names_lose_what_other_programs_add_to_them(rename):
 
 def test_a_torch_file_with_more_than_weights_is_refused(tmp_path):
     torch.save({"state_dict": {}, "step": 3}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(FolioError, match="not the weights alone: 'state_dict'"):
+    with pytest.raises(FolioError, match="holds more than the weights"):
         read_weights(tmp_path)
 
 
