@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from configurator import ROOT, FolioError, PositiveInt, configure, run_main
-from data.dataset import DATA_DIR, open_dataset
+from data.dataset import open_dataset
 from data.prepare import encode_prompt
 from data.tokenizer import CharTokenizer, Tokenizer
 from engine.checkpoint import load_model, load_model_and_tokenizer
@@ -112,17 +112,10 @@ def validation_tokens(folder: Path, tokenizer: Tokenizer, count: int) -> np.ndar
     settings = read_run_settings(run_of(folder))
     if settings is None:
         raise FolioError("this model is not from a run of Folio: give a text with --start=...")
-    name = settings["dataset"]
-    path = DATA_DIR / user_path(name)
-    if not path.is_dir():
-        raise FolioError(f"the dataset {name!r} of this run is not here: give a text with --start")
-    has_tokenizer = (path / "tokenizer.json").exists()  # nanoGPT's folders have none
-    dataset = open_dataset(name, block_size=1, tokenizer=None if has_tokenizer else tokenizer)
-    if dataset.tokenizer != tokenizer:
-        raise FolioError(
-            f"the dataset {name!r} was prepared again with another vocabulary: give a text with "
-            "--start"
-        )
+    try:
+        dataset = open_dataset(settings["dataset"], block_size=1, tokenizer=tokenizer)
+    except FolioError as error:  # it is not here, or was prepared again with another vocabulary
+        raise FolioError(f"give a text with --start; the dataset of this run: {error}") from None
     return np.asarray(dataset.val.shards[0][:count])
 
 
@@ -203,7 +196,6 @@ def explain(model: GPT, ids: torch.Tensor) -> dict[str, Any]:
     logits = model(idx)[0].float()  # (T, V)
     if not logits.isfinite().all():
         raise FolioError("the logits of this model are not finite: its training has diverged")
-    targets = torch.cat((ids[1:], ids.new_full((1,), -1)))
     losses = cross_entropy(logits[:-1], ids[1:], reduction="none").tolist()
     lower = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     return {
@@ -213,7 +205,7 @@ def explain(model: GPT, ids: torch.Tensor) -> dict[str, Any]:
         "channels": values[0].size(-1),
         "losses": [rounded(loss) for loss in losses],
         **likeliest_logits(logits, ids),
-        "layers": [layer_predictions(model, stream[0], targets) for stream in streams],
+        "layers": [layer_predictions(model, stream[0], ids) for stream in streams],
     }
 
 
@@ -233,8 +225,8 @@ def likeliest_logits(logits: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def layer_predictions(model: GPT, stream: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
-    """What the model would predict from a residual stream (T, C), if it ended here.
+def layer_predictions(model: GPT, stream: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
+    """What the model would predict from the residual stream (T, C) of ids (T,), if it ended here.
 
     The final layer norm and the output layer are applied to it. For each position: the three
     likeliest ids, their probabilities, and the probability of the actual next token. For the
@@ -243,12 +235,12 @@ def layer_predictions(model: GPT, stream: torch.Tensor, targets: torch.Tensor) -
     logits = model.lm_head(model.transformer.ln_f(stream)).float()  # (T, V)
     probs = logits.softmax(dim=-1)
     top = probs.topk(min(3, probs.size(-1)))
-    actual = [probs[t, i].item() if i >= 0 else None for t, i in enumerate(targets.tolist())]
+    actual = probs[:-1].gather(1, ids[1:, None])[:, 0].tolist()
     return {
         "ids": top.indices.tolist(),
         "probs": [[rounded(p) for p in row] for row in top.values.tolist()],
-        "actual": [p if p is None else rounded(p) for p in actual],
-        "mean_loss": cross_entropy(logits[:-1], targets[:-1]).item(),
+        "actual": [*map(rounded, actual), None],  # the page has no token after the last one
+        "mean_loss": cross_entropy(logits[:-1], ids[1:]).item(),
     }
 
 
