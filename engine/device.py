@@ -123,9 +123,11 @@ def choose_device(
     """
     torch_device = find_device(device, local_rank, world_size)
     chosen_dtype = choose_dtype(dtype, torch_device)
-    dtype_note = ""
+    chosen_compile, compile_note = choose_compile(compile, torch_device)
+    name, dtype_note = "Apple GPU", ""
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
+        name = torch.cuda.get_device_name(torch_device)
         if chosen_dtype == torch.float16 and dtype == "auto":
             dtype_note = " (this GPU has no fast bfloat16)"
         elif chosen_dtype == torch.float32:
@@ -135,12 +137,9 @@ def choose_device(
         keep_freed_memory()
         if num_threads:
             torch.set_num_threads(num_threads)
-    chosen_compile, compile_note = choose_compile(compile, torch_device)
+        threads = torch.get_num_threads()
+        name = "1 thread" if threads == 1 else f"{threads} threads"
 
-    result = ComputeDevice(torch_device, chosen_dtype, chosen_compile, "")  # for its name
-    threads = torch.get_num_threads()
-    cpu_name = "1 thread" if threads == 1 else f"{threads} threads"
-    name = {"cuda": result.name, "mps": "Apple GPU"}.get(torch_device.type, cpu_name)
     processes = f"{world_size} processes, each on " if world_size > 1 else ""
     dtype_name = str(chosen_dtype).removeprefix("torch.")
     on_or_off = "on" if chosen_compile else "off"

@@ -53,11 +53,9 @@ def make_optimizer(
     embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     use_muon = config.optimizer == "muon"
+    decayed = embeddings if use_muon else embeddings + block_matrices
     groups = [
-        {
-            "params": embeddings if use_muon else embeddings + block_matrices,
-            "weight_decay": config.weight_decay,
-        },
+        {"params": decayed, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     # fused: one pass over all parameters instead of a dozen small operations for each.
