@@ -20,11 +20,11 @@ from typing import Any, Literal
 if not __package__:  # started as a file: python engine/plot.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from configurator import FolioError, parse_inputs, read_settings, run_main
+from configurator import FolioError, parse_inputs, run_main
 from data.files import atomic_write, user_path
 from engine.hf_format import read_config
 from engine.log_file import LOG_FILE, LogRow, best_row, evaluations, read_log
-from engine.run_folder import SETTINGS_FILE, weights_metadata
+from engine.run_folder import read_run_settings, weights_metadata
 
 PLOT_FILE = "loss.png"  # in each run folder
 MEASURED_ON = ("vocabulary", "checksum of val.bin", "eval_tokens")  # settings of a run
@@ -78,14 +78,12 @@ def read_run(folder: str | Path) -> LoggedRun:
     rows = read_log(folder / LOG_FILE)
     if not rows:
         raise FolioError(f"{folder}: {LOG_FILE} is missing or has no rows; give folders of runs")
-    settings = {}
-    if (folder / SETTINGS_FILE).exists():
-        settings = read_settings(folder / SETTINGS_FILE)
+    settings = read_run_settings(folder) or {}
     with contextlib.suppress(FolioError):  # no weights yet
         # Datasets of one name may hold other texts. The losses of different vocabularies, or on
         # different texts, cannot be compared.
         settings["vocabulary"] = read_config(folder).vocab_size
-        checksum = weights_metadata(folder).get("val_checksum")  # older runs have none
+        checksum = weights_metadata(folder).get("val_checksum")  # None: not evaluated
         settings["checksum of val.bin"] = "" if checksum is None else f"{checksum:08x}"
     return LoggedRun(settings, rows)
 
@@ -211,10 +209,11 @@ def plot_run(
         best = min(val, key=lambda point: point[1])
         if best != val[-1]:  # overfitting begins here
             axes.axvline(best[0], color=color, lw=0.8, ls=":")
-        # Behind the end of the curve there is room; elsewhere, the number stands above the curve.
+        # Behind the end of the curve there is room; elsewhere, the number stands above the curve,
+        # to the right of the dotted line.
         place = {"xytext": (6, 0), "va": "center"}
         if best != val[-1]:
-            place = {"xytext": (0, 8), "ha": "center"}
+            place = {"xytext": (4, 8)}
         axes.annotate(f"{best[1]:.3f}", best, textcoords="offset points", color=color, **place)
 
 
