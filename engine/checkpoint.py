@@ -290,14 +290,15 @@ def save_checkpoint(folder: str | Path, state: dict[str, Any]) -> None:
             raise
 
 
-def load_checkpoint(folder: str | Path) -> dict[str, Any]:
+def load_checkpoint(folder: str | Path, verify: bool = True) -> dict[str, Any]:
     """What save_checkpoint() wrote, on the CPU. Nothing in the file is executed.
 
+    verify: compare the checksums of the file, which reads all of it.
     Raises FolioError if there is no checkpoint, or if it is damaged.
     """
     path = find_checkpoint(folder)
     try:
-        return load_torch_file(path)
+        return load_torch_file(path, verify=verify)
     except FolioError as error:
         raise FolioError(f"{error}; {advice_without_checkpoint(path)}") from None
 

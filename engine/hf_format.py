@@ -282,17 +282,18 @@ def sha256_of(tensors: dict[str, torch.Tensor]) -> str:
     return sha256.hexdigest()
 
 
-def load_torch_file(path: Path, mmap: bool = True) -> dict[str, Any]:
+def load_torch_file(path: Path, mmap: bool = True, verify: bool = True) -> dict[str, Any]:
     """Load a dict that torch.save() wrote, on the CPU. Nothing in the file is executed.
 
     mmap: the tensors are parts of the file, memory-mapped. Copy tensors that are needed for longer:
     they change when a program writes into the file.
+    verify: compare the checksums of the file, which reads all of it.
     Raises FolioError if the file cannot be read, is damaged, or holds anything but plain data.
     """
     check_readable(path)
     try:
         is_zip = zipfile.is_zipfile(path)  # else of a very old torch, which is not memory-mapped
-        if is_zip:  # torch.load does not verify the checksums of a zip file
+        if is_zip and verify:  # torch.load does not verify the checksums of a zip file
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"the checksum of {damaged} is wrong")

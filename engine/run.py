@@ -162,7 +162,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     even if a process was killed while it saved. settings.json is a copy for readers. If somebody
     has edited settings.json, or if writing it has failed, the differences are printed.
     """
-    saved = load_checkpoint(folder).get("settings")
+    saved = load_checkpoint(folder, verify=False).get("settings")  # resume() verifies
     if not isinstance(saved, dict):
         path = folder / CHECKPOINT_FILE
         raise FolioError(f"{path}: damaged (its settings are {format_value(saved)})")
