@@ -179,7 +179,10 @@ class Muon(torch.optim.Optimizer):
                     gradient.masked_fill_(found_inf > 0, 0)  # NaN * 0 would be NaN
                 found_inf = found_inf.to(gradients[0].dtype)
             keep = 1 if found_inf is None else 1 - found_inf  # 0: change no weight
-            buffers = [self.momentum_buffer(p) for p in params]
+            for p in params:
+                if not self.state[p]:  # the first step
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]  # running means
             beta, lr = group["momentum"], group["lr"]
             # buffer = beta * buffer + (1 - beta) * gradient
             torch._foreach_lerp_(buffers, gradients, 1 - beta)
@@ -197,13 +200,6 @@ class Muon(torch.optim.Optimizer):
                 # in x if the matrix is tall. (lessons/optimizers.py computes three examples.)
                 step_size = lr * max(1, rows / columns) ** 0.5
                 torch._foreach_sub_(weights, orthogonal.unbind(), alpha=step_size)
-
-    def momentum_buffer(self, param: torch.Tensor) -> torch.Tensor:
-        """The running mean of the gradients of a parameter; zeros before the first step."""
-        state = self.state[param]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(param)
-        return state["momentum_buffer"]
 
     def orthogonalize_sharded(self, matrices: torch.Tensor) -> torch.Tensor:
         """(n, rows, columns) -> (n, rows, columns): orthogonalize(), sharded over the processes.
