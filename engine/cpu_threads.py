@@ -65,8 +65,9 @@ class ThreadAdapter:
         own = (now.own - self.start.own) / wall  # cores in use, such as 1.9 of 2
         other = (now.total - self.start.total) / wall - own
         self.start = now
+        n_cores = len(os.sched_getaffinity(0))  # that this process may use
         threads = torch.get_num_threads()
-        new = fitting_num_threads(threads, self.max_threads, len(own_cpus()), own, other)
+        new = fitting_num_threads(threads, self.max_threads, n_cores, own, other)
         self.n_windows = self.n_windows + 1 if new != threads else 0
         if self.n_windows < (self.REDUCE_AFTER if new < threads else self.RESTORE_AFTER):
             return
@@ -129,20 +130,13 @@ class CpuUsage(NamedTuple):
         return CpuUsage(time.monotonic(), time.process_time(), total_cpu_seconds())
 
 
-def own_cpus() -> set[int]:
-    """The CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
-
-
 def total_cpu_seconds() -> float:
-    """CPU seconds that all programs have used on own_cpus() since the start of Linux.
+    """CPU seconds that all programs have used on the cores of this process since Linux started.
 
     Reads lines such as "cpu0 user nice system idle iowait irq softirq ..." of /proc/stat (proc(5)),
     but not nice: programs that run with a low priority give way to this one.
     """
     fields = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
-    names = {f"cpu{number}" for number in own_cpus()}
+    names = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     ticks = sum(int(f[1]) + int(f[3]) + int(f[6]) + int(f[7]) for f in fields if f[0] in names)
     return ticks / os.sysconf("SC_CLK_TCK")

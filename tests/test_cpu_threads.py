@@ -1,5 +1,6 @@
 """Fewer CPU threads while other programs are busy."""
 
+import os
 import sys
 import time
 from types import SimpleNamespace
@@ -7,10 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import cpu_threads
-from engine.cpu_threads import (
-    CpuUsage, ThreadAdapter, fitting_num_threads, own_cpus, use_one_thread,
-)  # fmt: skip
+from engine.cpu_threads import CpuUsage, ThreadAdapter, fitting_num_threads, use_one_thread
 from engine.device import ComputeDevice
 
 
@@ -47,7 +45,7 @@ def fake_cpu(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: state.threads)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(state, "threads", n))
-    monkeypatch.setattr(cpu_threads, "own_cpus", lambda: {0, 1})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.setattr(CpuUsage, "now", lambda: state.usage)
     monkeypatch.setattr(time, "monotonic", lambda: state.usage.wall)
 
@@ -119,7 +117,8 @@ def test_cpu_time_of_all_programs_contains_that_of_this_one():
         pass
     after = CpuUsage.now()
     assert after.total - before.total >= 0.9 * (after.own - before.own) - 0.05
-    assert after.total - before.total <= len(own_cpus()) * (after.wall - before.wall) + 0.1
+    n_cores = len(os.sched_getaffinity(0))
+    assert after.total - before.total <= n_cores * (after.wall - before.wall) + 0.1
 
 
 def test_one_thread_is_used_unless_the_user_has_chosen_a_number(monkeypatch):

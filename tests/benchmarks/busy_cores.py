@@ -30,7 +30,7 @@ import torch
 
 from configurator import PositiveInt, configure, run_main
 from data.dataset import open_dataset
-from engine.cpu_threads import ThreadAdapter, own_cpus, use_one_thread
+from engine.cpu_threads import ThreadAdapter, use_one_thread
 from engine.device import choose_device
 from engine.inference import InferenceModel, is_small, read_ids
 from engine.log_file import LOG_FILE, read_log
@@ -91,7 +91,7 @@ def busy_loops(count: int) -> Iterator[None]:
 
 def settings_of(way: str) -> tuple[int, dict[str, str]]:
     """The number of threads (0: automatic) and the environment variables of a way."""
-    n_cores = len(own_cpus())
+    n_cores = len(os.sched_getaffinity(0))
     return {
         "auto": (0, {}),
         "all": (n_cores, {}),
