@@ -78,7 +78,15 @@ def read_config(folder: str | Path) -> GPTConfig:
             **{key: found[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
         }
         dropout, bias = found.get("resid_pdrop", 0.1), found.get("bias", True)
-        required = REQUIRED_GPT2_VALUES | {"n_inner": (None, 4 * found["n_embd"])}
+        required = {
+            **REQUIRED_GPT2_VALUES,
+            "n_inner": (None, 4 * found["n_embd"]),
+            # Other names for the sizes. transformers uses these if config.json has both names.
+            "num_hidden_layers": (found["n_layer"],),
+            "num_attention_heads": (found["n_head"],),
+            "hidden_size": (found["n_embd"],),
+            "max_position_embeddings": (found["n_positions"],),
+        }
         mismatched = [
             key for key, allowed in required.items() if found.get(key, allowed[0]) not in allowed
         ]

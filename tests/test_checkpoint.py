@@ -483,6 +483,7 @@ def test_all_weights_that_do_not_fit_are_listed(tmp_path):
     [
         {"model_type": "llama"}, {"activation_function": "relu"}, {"n_inner": 7},
         {"scale_attn_by_inverse_layer_idx": True}, {"add_cross_attention": True},
+        {"num_attention_heads": 4}, {"num_hidden_layers": 1},
         {"n_embd": 10**12}, {"n_layer": 10**7}, {"n_layer": -1}, {"n_layer": 0}, {"n_head": 3},
         {"vocab_size": "13"}, {"vocab_size": True}, {"bias": "no"}, {"activation_function": []},
         {"tie_word_embeddings": False}, {"resid_pdrop": 7}, {"n_positions": None},
