@@ -19,35 +19,18 @@ from pathlib import Path
 from typing import NoReturn
 
 from configurator import FolioError
-from data.files import explain_os_error, join_names, shell_command, user_path
+from data.files import explain_os_error, join_names, user_path
 
 PIECE_BYTES = 2**20  # read at a time
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
-# Formats that are not text, and the Python code that prints a file of each as .jsonl lines.
-ROWS = (  # 'x', 'xb': an existing file is not overwritten
-    "import csv, json, sys; csv.field_size_limit(2**31 - 1); out = open(sys.argv[2], 'x'); "
-    "[print(json.dumps(row), file=out) for row in "
-    "csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''){})]"
-)
-TO_JSONL = {
-    # One value, or several below one another: a list of rows, a row, or a text.
-    ".json": "import json, re, sys; t = open(sys.argv[1], encoding='utf-8-sig').read(); "
-    "out = open(sys.argv[2], 'x'); "
-    "[print(json.dumps({'text': x} if isinstance(x, str) else x), file=out) for rows in "
-    r"json.loads('[' + re.sub(r'}\s*\n\s*{', '},{', t) + ']') "
-    "for x in (rows if isinstance(rows, list) else [rows])]",
-    ".csv": ROWS.format(""),
-    ".tsv": ROWS.format(r", delimiter='\t'"),
-    ".parquet": "import json, sys, pyarrow.parquet as p; out = open(sys.argv[2], 'x'); "
-    "[print(json.dumps(row, default=str), file=out) "
-    "for row in p.read_table(sys.argv[1]).to_pylist()]",
+# What to do with files of other formats.
+ADVICE = {
+    **dict.fromkeys(
+        (".json", ".csv", ".tsv", ".parquet"),
+        'convert it to .jsonl first, with one object {"text": "..."} in each line',
+    ),
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zip", ".tar", ".tgz"), "unpack it first"),
 }
-# Compressed files and archives, and the Python module that unpacks them.
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
-DECOMPRESS = (
-    "import shutil, sys, {0}; shutil.copyfileobj({0}.open(sys.argv[1]), open(sys.argv[2], 'xb'))"
-)
-ARCHIVES = {".zip": "zipfile", ".tar": "tarfile", ".tgz": "tarfile"}
 
 
 # --- Which files ---
@@ -78,8 +61,8 @@ def files_of_input(path: Path, tmp_dir: Path) -> list[Path]:
         return text_files_in(path)
     if not path.exists():
         raise FolioError(f"{path}: no such file or folder")
-    if command := conversion_command(path):
-        raise FolioError(f"{path}: not a text file; convert it first: {command}")
+    if advice := format_advice(path):
+        raise FolioError(f"{path}: not a text file; {advice}")
     file = path if path.is_file() else copy_pipe(path, tmp_dir)
     if not is_text(file):
         raise FolioError(f"{path}: contains NUL bytes, so it is not UTF-8 text")
@@ -115,7 +98,7 @@ def raise_error(error: OSError) -> NoReturn:
 
 def is_text(path: Path) -> bool:
     """Whether it is a file, of no other format, that does not begin like a binary file."""
-    if not path.is_file() or conversion_command(path):
+    if not path.is_file() or format_advice(path):
         return False
     with explain_os_error(path, "cannot read"), open(path, "rb") as file:
         return b"\0" not in file.read(8192)
@@ -131,17 +114,9 @@ def group_by_content(files: Iterable[Path]) -> list[list[Path]]:
     return [*groups.values()]
 
 
-def conversion_command(path: Path) -> str:
-    """The command that turns a file of another format into text; "" if none is needed."""
-    suffix, source = path.suffix.lower(), shell_command(str(path))
-    target = shell_command(str(path.with_suffix(".jsonl" if suffix in TO_JSONL else "")))
-    if suffix in TO_JSONL:
-        return f'python -c "{TO_JSONL[suffix]}" {source} {target}'
-    if suffix in COMPRESSED:
-        return f'python -c "{DECOMPRESS.format(COMPRESSED[suffix])}" {source} {target}'
-    if suffix in ARCHIVES:
-        return f"python -m {ARCHIVES[suffix]} -e {source} {target}"
-    return ""
+def format_advice(path: Path) -> str | None:
+    """What to do with a file of another format; None if it is not known as one."""
+    return ADVICE.get(path.suffix.lower())
 
 
 # --- Which documents ---
