@@ -1,6 +1,6 @@
-"""Read documents from text files, folders, .jsonl files and pipes.
+"""Read documents from text files, folders and .jsonl files.
 
-    for document in read_documents(find_files(["novels/", "chat.jsonl"], tmp_dir)):
+    for document in read_documents(find_files(["novels/", "chat.jsonl"])):
         for piece in document:             # strings of about a megabyte
             ...
 
@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -22,7 +21,6 @@ from configurator import FolioError
 from data.files import explain_os_error, join_names, user_path
 
 PIECE_BYTES = 2**20  # read at a time
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 # What to do with files of other formats.
 ADVICE = {
     **dict.fromkeys(
@@ -36,18 +34,17 @@ ADVICE = {
 # --- Which files ---
 
 
-def find_files(inputs: Iterable[str | Path], tmp_dir: str | Path) -> list[Path]:
+def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     """The text files among the inputs and inside their folders, each content once.
 
     Hidden files in folders and empty files are ignored. Copies of a file, binary files and other
     formats are skipped and named.
-    tmp_dir: for copies of pipes, because a pipe can be read only once.
     Raises FolioError if an input does not exist, cannot be read, or is not a text file.
     """
     files: list[Path] = []
     for path in map(user_path, inputs):
         with explain_os_error(path, "cannot read"):
-            files += files_of_input(path, Path(tmp_dir))
+            files += files_of_input(path)
     if not files:
         raise FolioError(f"{', '.join(map(str, inputs))}: no text files found")
     groups = group_by_content(files)
@@ -56,25 +53,18 @@ def find_files(inputs: Iterable[str | Path], tmp_dir: str | Path) -> list[Path]:
     return [group[0] for group in groups]
 
 
-def files_of_input(path: Path, tmp_dir: Path) -> list[Path]:
+def files_of_input(path: Path) -> list[Path]:
     if path.is_dir():
         return text_files_in(path)
     if not path.exists():
         raise FolioError(f"{path}: no such file or folder")
     if advice := format_advice(path):
         raise FolioError(f"{path}: not a text file; {advice}")
-    file = path if path.is_file() else copy_pipe(path, tmp_dir)
-    if not is_text(file):
+    if not path.is_file():
+        raise FolioError(f"{path}: a pipe can be read only once; save its text in a file first")
+    if not is_text(path):
         raise FolioError(f"{path}: contains NUL bytes, so it is not UTF-8 text")
-    return [file]
-
-
-def copy_pipe(path: Path, tmp_dir: Path) -> Path:
-    copy = tmp_dir / f"{len(list(tmp_dir.iterdir()))}{path.suffix}"
-    problem = f"cannot copy {path} to this file"
-    with explain_os_error(copy, problem), open(path, "rb") as pipe, open(copy, "wb") as file:
-        shutil.copyfileobj(pipe, file)
-    return copy
+    return [path]
 
 
 def text_files_in(folder: Path) -> list[Path]:
@@ -142,15 +132,8 @@ def read_documents(
 
 
 def is_jsonl(path: Path) -> bool:
-    """Whether the suffix says so; without a suffix (a pipe), whether the first line does."""
-    if path.suffix:
-        return path.suffix.lower() in JSONL_SUFFIXES
-    with explain_os_error(path, "cannot read"), open(path, "rb") as file:
-        first_line = next(filter(bytes.strip, file), b"")
-        try:
-            return isinstance(json.loads(first_line), dict)
-        except (ValueError, RecursionError):
-            return False
+    """Whether each line of the file is a JSON object."""
+    return path.suffix.lower() in (".jsonl", ".ndjson", ".jsonlines")
 
 
 def read_jsonl(path: Path, json_key: str) -> Iterator[str]:

@@ -20,7 +20,6 @@ if not __package__:  # started as a file: python data/prepare_text.py
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from configurator import ROOT, FolioError, PositiveInt, Range, parse_inputs, run_main
 from data.documents import find_files, group_by_content, is_jsonl, read_documents
-from data.files import explain_os_error, join_names, user_path
+from data.files import join_names, user_path
 from data.hub import is_hub_name
 from data.prepare import (
     TOKENIZER_TYPES,
@@ -78,20 +77,17 @@ def main() -> None:
     folder = dataset_folder(config.dataset)
     check_replaceable(folder)
     check_tokenizer_type(config.tokenizer)
-    with explain_os_error("temporary folder (TMPDIR)", "cannot be created"):
-        temporary = tempfile.TemporaryDirectory()
-    with temporary as tmp_dir:
-        corpus = open_corpus(inputs, config, Path(tmp_dir))
-        tokenizer = choose_tokenizer(corpus, config)
-        splits = {split: with_progress(corpus.pieces(split), split) for split in ("train", "val")}
-        if not tokenizer.can_encode_in_pieces:
-            splits = {split: join_pieces(pieces) for split, pieces in splits.items()}
-        paths = [*inputs, *filter(None, [config.val])]
-        source = join_names([os.path.abspath(user_path(path)) for path in paths])
-        with dataset_lock(folder):
-            meta = write_dataset(
-                folder, tokenizer, splits, {"source": source, "documents": len(corpus.sizes)}
-            )
+    corpus = open_corpus(inputs, config)
+    tokenizer = choose_tokenizer(corpus, config)
+    splits = {split: with_progress(corpus.pieces(split), split) for split in ("train", "val")}
+    if not tokenizer.can_encode_in_pieces:
+        splits = {split: join_pieces(pieces) for split, pieces in splits.items()}
+    paths = [*inputs, *filter(None, [config.val])]
+    source = join_names([os.path.abspath(user_path(path)) for path in paths])
+    with dataset_lock(folder):
+        meta = write_dataset(
+            folder, tokenizer, splits, {"source": source, "documents": len(corpus.sizes)}
+        )
     print(summary(folder, meta, plural(len(corpus.sizes), "document")))
     print(f"next: {next_command(config, tokenizer, meta)}")
 
@@ -160,12 +156,12 @@ class Corpus:
         return (piece for document in self.read() for piece in document)
 
 
-def open_corpus(inputs: list[Path], config: PrepareTextConfig, tmp_dir: Path) -> Corpus:
+def open_corpus(inputs: list[Path], config: PrepareTextConfig) -> Corpus:
     """Find and measure all documents. FolioError if there is no text."""
-    files = find_files(inputs, tmp_dir)
+    files = find_files(inputs)
     val_files: list[Path] = []
     if config.val:
-        val_files = find_files([config.val], tmp_dir)
+        val_files = find_files([config.val])
         for _, *copies in group_by_content([*files, *val_files]):
             if copies:
                 raise FolioError(f"--val={config.val}: {copies[0]} is also given for training")

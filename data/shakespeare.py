@@ -12,7 +12,7 @@ from typing import Any
 
 from configurator import FolioError
 from data.download import DownloadError, download
-from data.documents import JSONL_SUFFIXES, format_advice
+from data.documents import format_advice, is_jsonl
 from data.files import atomic_write, explain_os_error, file_lock, rename_to_backup, shell_command
 from data.prepare import (
     TOKENIZER_TYPES,
@@ -54,7 +54,7 @@ def prepare_shakespeare(
 
 def refuse_other_formats(path: Path) -> None:
     """Raises FolioError for tables and archives, whose braces and commas would become the text."""
-    if path.suffix.lower() in JSONL_SUFFIXES or format_advice(path):
+    if is_jsonl(path) or format_advice(path):
         raise FolioError(f"{path}: not a text file; use `python -m data.prepare_text`")
 
 

@@ -1,4 +1,4 @@
-"""Documents from text files, folders, .jsonl files and pipes."""
+"""Documents from text files, folders, .jsonl files."""
 
 import errno
 import itertools
@@ -7,7 +7,6 @@ import os
 import random
 import re
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -21,8 +20,8 @@ from tests.test_tokenizer import toy_bpe
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 
 
-def texts_in(*paths, tmp_dir=None, **options) -> list[str]:
-    files = find_files(paths, tmp_dir or paths[0].parent)
+def texts_in(*paths, **options) -> list[str]:
+    files = find_files(paths)
     return ["".join(document) for document in read_documents(files, **options)]
 
 
@@ -49,7 +48,7 @@ def test_a_file_that_is_given_twice_or_linked_is_read_once(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
     os.link(tmp_path / "a.txt", tmp_path / "c.txt")
-    assert texts_in(tmp_path / "a.txt", tmp_path, tmp_path / "a.txt", tmp_dir=tmp_path) == ["a"]
+    assert texts_in(tmp_path / "a.txt", tmp_path, tmp_path / "a.txt") == ["a"]
     names = ", ".join(f"{tmp_path / name}.txt = {tmp_path / 'a.txt'}" for name in "abca")
     assert capsys.readouterr().out == f"skipped 4 (each text is read once): {names}\n"
 
@@ -77,30 +76,10 @@ def test_links_in_a_folder_that_are_not_followed_are_named(tmp_path, capsys):
 
 
 @posix_only
-def test_a_pipe_of_json_lines_is_read_as_lines(tmp_path):
-    """In the shell: zcat chat.jsonl.gz | python -m data.prepare_text /dev/stdin"""
+def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "copies").mkdir()
-    long_text = "word " * 250_000  # longer than what is read at a time
-    lines = f'\n{{"text": "{long_text}"}}\n{{"text": "two"}}\n'
-    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(lines,))
-    writer.start()
-    assert texts_in(tmp_path / "pipe", tmp_dir=tmp_path / "copies") == [long_text, "two"]
-    writer.join()
-    (tmp_path / "verse").write_text("[1] a verse\n")  # no JSON
-    assert texts_in(tmp_path / "verse") == ["[1] a verse\n"]
-
-
-@posix_only
-def test_a_pipe_is_read_once_into_a_file(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "copies").mkdir()
-    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("from a pipe",))
-    writer.start()
-    files = find_files([tmp_path / "pipe"], tmp_path / "copies")
-    writer.join()
-    for _ in range(2):
-        assert ["".join(document) for document in read_documents(files)] == ["from a pipe"]
+    with pytest.raises(FolioError, match="pipe: a pipe can be read only once"):
+        texts_in(tmp_path / "pipe")
 
 
 def test_nul_bytes_behind_the_beginning_of_a_text_are_refused(tmp_path):
@@ -110,25 +89,13 @@ def test_nul_bytes_behind_the_beginning_of_a_text_are_refused(tmp_path):
         texts_in(tmp_path / "text")
 
 
-@posix_only
-def test_a_pipe_of_binary_data_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "copies").mkdir()
-    data = "To be".encode("utf-16")
-    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
-    writer.start()
-    with pytest.raises(FolioError, match="pipe: contains NUL bytes"):
-        find_files([tmp_path / "pipe"], tmp_path / "copies")
-    writer.join()
-
-
 def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(FolioError, match=f"{tmp_path}: cannot read this folder .Permission denied"):
-        find_files([tmp_path], tmp_path)
+        find_files([tmp_path])
 
 
 def test_a_missing_file_and_a_folder_without_texts_are_one_line(tmp_path):

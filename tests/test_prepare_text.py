@@ -1,11 +1,9 @@
 """Your own text: documents, their split, the tokenizer, and the printed next command."""
 
 import json
-import os
 import runpy
 import shlex
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -173,21 +171,6 @@ def test_an_end_of_text_that_would_be_ordinary_text_is_told(prepare, tmp_path):
     assert "occurs" not in prepare(path, "--dataset=b", f"--document_separator={END}").stdout
 
 
-def test_a_pipe_is_read_once_for_all_purposes(prepare, tmp_path):
-    """In the shell: python -m data.prepare_text 1.txt <(cat 2.txt) --dataset=mine"""
-    (tmp_path / "1.txt").write_text("first " * 20)
-    os.mkfifo(tmp_path / "pipe")
-    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("second " * 20,))
-    writer.start()
-    result = prepare(tmp_path / "1.txt", tmp_path / "pipe", "--dataset=mine")
-    writer.join()
-    assert result.returncode == 0, result.stderr
-    texts = prepared_texts("mine")
-    assert texts["train"] + texts["val"] == "first " * 20 + END + "second " * 20 + END
-    source = open_dataset("mine", block_size=1).meta["source"]
-    assert source == f"{tmp_path / '1.txt'}, {tmp_path / 'pipe'}"
-
-
 @pytest.mark.parametrize(
     ("name", "added"), [("a.txt", "more"), ("a.jsonl", '{"text": "more"}\n'), ("a.jsonl", "cut")]
 )
@@ -339,11 +322,6 @@ def test_two_programs_that_prepare_the_same_dataset_do_not_mix_their_files(tmp_p
 
 
 # --- Errors ---
-
-
-def test_no_temporary_folder_is_one_line(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
-    assert_one_line_error(prepare(tmp_path, "--dataset=bad"), "TMPDIR", "No such file")
 
 
 def test_bad_input_is_one_line(prepare, tmp_path, data_folder):
