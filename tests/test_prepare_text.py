@@ -171,26 +171,6 @@ def test_an_end_of_text_that_would_be_ordinary_text_is_told(prepare, tmp_path):
     assert "occurs" not in prepare(path, "--dataset=b", f"--document_separator={END}").stdout
 
 
-@pytest.mark.parametrize(
-    ("name", "added"), [("a.txt", "more"), ("a.jsonl", '{"text": "more"}\n'), ("a.jsonl", "cut")]
-)
-def test_a_text_that_grows_while_it_is_read_is_refused(
-    prepare, tmp_path, data_folder, monkeypatch, name, added
-):
-    (tmp_path / name).write_text('{"text": "one more"}\n' * 9)
-    choose = prepare_text.choose_tokenizer
-
-    def choose_and_add(*args):
-        with open(tmp_path / name, "a") as file:
-            file.write(added)
-        return choose(*args)
-
-    monkeypatch.setattr(prepare_text, "choose_tokenizer", choose_and_add)
-    result = prepare(tmp_path / name, "--dataset=mine")
-    assert_one_line_error(result, "a.jsonl:10: not" if added == "cut" else "the text has changed")
-    assert [path for path in data_folder.iterdir() if path.is_dir()] == []
-
-
 # --- Tokenizers ---
 
 
