@@ -90,7 +90,6 @@ class HFTokenizer(Tokenizer):
         self._added = {token.content: i for i, token in added_tokens.items()}
         with tokenizers_errors_as(ValueError):
             self._prefix = prompt_prefix(self._backend)
-        self._lacked: dict[str, bool] = {}  # character -> whether encode() leaves it out
         self.eos_token = self.special_tokens.get("eos_token", END_OF_TEXT)
         eos = added_tokens.get(self._added.get(self.eos_token))
         is_eos = eos is not None and (eos.special or "eos_token" in self.special_tokens)
@@ -102,32 +101,6 @@ class HFTokenizer(Tokenizer):
             # Its encode() would also find the position of each token, with more time and memory.
             ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return np.array(ids, dtype=np.int64)
-
-    def count_unknown(self, text: str, ids: np.ndarray) -> int:
-        if self._unk_id is None:  # then the tokenizer leaves such characters out
-            return sum(text.count(character) for character in set(text) if self._lacks(character))
-        unknown = ids == self._unk_id
-        if not unknown.any():
-            return 0
-        offsets = np.array(self._backend.encode(text, add_special_tokens=False).offsets)  # (n, 2)
-        return int((offsets[unknown, 1] - offsets[unknown, 0]).sum())
-
-    @cached_property
-    def _unk_id(self) -> int | None:
-        """The token for text that the vocabulary lacks, such as [UNK]."""
-        model = self.to_dict()["model"]
-        if model["type"] == "Unigram":
-            return model["unk_id"]
-        return self._backend.token_to_id(model.get("unk_token") or "")
-
-    def _lacks(self, character: str) -> bool:
-        if character not in self._lacked:
-            normalizer = self._backend.normalizer
-            text = normalizer.normalize_str(character) if normalizer else character
-            if self._backend.pre_tokenizer:  # it may split the text at white space
-                text = text.strip()
-            self._lacked[character] = bool(text) and not len(self.encode(character))
-        return self._lacked[character]
 
     def encode_prompt(self, text: str) -> np.ndarray:
         ids = self.encode(text)

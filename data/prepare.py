@@ -194,17 +194,12 @@ def write_dataset(
     if message:
         print(message)
     for split in splits:
-        if unknown := meta.get(f"{split}_unknown_characters"):
-            print(
-                f"WARNING  the vocabulary lacks {100 * unknown / meta[f'{split}_characters']:.3g}% "
-                f"of the characters in the {split} split; so bits per byte are not comparable"
-            )
-        elif changed := meta.get(f"{split}_changed_bytes"):
+        if changed := meta.get(f"{split}_changed_bytes"):
             print(
                 f"WARNING  the tokens of the {split} split stand for {abs(changed):,} bytes "
-                f"{'fewer' if changed < 0 else 'more'} than its text: the tokenizer changes case, "
-                "spaces or accents, or recognizes special tokens in the text; so bits per byte are "
-                "not comparable"
+                f"{'fewer' if changed < 0 else 'more'} than its text: the vocabulary lacks "
+                "characters of the text, or the tokenizer changes case, spaces or accents, or "
+                "recognizes special tokens in the text; so bits per byte are not comparable"
             )
     return meta
 
@@ -218,20 +213,16 @@ def write_tokens(
 ) -> dict[str, int]:
     """Write the token ids of all texts to one file; returns the number of tokens and characters.
 
-    Two more numbers follow if they are not 0: how many characters the vocabulary lacks, and by how
-    many bytes the text of the tokens is longer than the given text (negative: shorter).
+    If the tokens stand for another number of bytes than the texts have, the difference follows.
     """
-    tokens = characters = unknown = text_bytes = token_bytes = 0
+    tokens = characters = text_bytes = token_bytes = 0
     byte_lengths = tokenizer.byte_lengths
     with open(path, "wb") as file:
         for text, ids in encode_in_order(texts, tokenizer):
-            # A larger id would wrap around and become another token.
-            assert len(ids) == 0 or ids.max() <= np.iinfo(dtype).max
             file.write(ids.astype(dtype).tobytes())
             tokens += len(ids)
             characters += len(text or "")
             if text:
-                unknown += tokenizer.count_unknown(text, ids)
                 text_bytes += len(text.encode())
                 token_bytes += int(byte_lengths[ids].sum())
         file.flush()
@@ -240,10 +231,9 @@ def write_tokens(
         raise FolioError(f"the text is too short: the {split} split has fewer than 2 tokens")
     counts = {f"{split}_tokens": tokens, f"{split}_characters": characters}
     changed_bytes = token_bytes - text_bytes
-    if abs(changed_bytes) <= max(text_bytes / 1000, 10):  # a space before the first word, perhaps
-        changed_bytes = 0
-    optional = {f"{split}_unknown_characters": unknown, f"{split}_changed_bytes": changed_bytes}
-    return counts | {name: number for name, number in optional.items() if number}
+    if abs(changed_bytes) > max(text_bytes / 1000, 10):  # less: a space before the first word
+        counts[f"{split}_changed_bytes"] = changed_bytes
+    return counts
 
 
 def encode_in_order(

@@ -30,13 +30,6 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray:
         """The token ids of a text: 'hole' -> array([1, 3, 2, 0]), int64."""
 
-    def count_unknown(self, text: str, ids: np.ndarray) -> int:
-        """Number of characters that the vocabulary lacks; ids: encode(text).
-
-        Our own tokenizers have none: encode() refuses such a text.
-        """
-        return 0
-
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes of a token, which may be a part of a character: for decode(),

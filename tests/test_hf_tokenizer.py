@@ -319,30 +319,6 @@ def test_byte_lengths_add_up_to_the_bytes_of_a_text(tmp_path):
         assert tokenizer.byte_lengths[tokenizer.encode(text)].sum() == len(text) + 1
 
 
-def characters_without_unk() -> Tokenizer:
-    return Tokenizer(models.BPE({"a": 0, "b": 1, " ": 2}, []))
-
-
-def characters_with_unk() -> Tokenizer:
-    return Tokenizer(models.BPE({"a": 0, "b": 1, " ": 2, "?": 3}, [], unk_token="?", fuse_unk=True))
-
-
-@pytest.mark.parametrize(
-    ("make", "text", "unknown"),
-    [
-        (characters_without_unk, "ab xyz b\n☃", 5),
-        (characters_with_unk, "ab xyz b☃", 4),
-        (word_piece, "star ☃☃ 42☃ twinkle", 5),  # a word with an unknown character is unknown
-        (unigram, "star ☃☃ twinkle", 2),
-        (byte_fallback, "star ☃☃ 42☃", 0),
-        (byte_level, "star ☃☃ 42☃", 0),
-    ],
-)
-def test_characters_outside_the_vocabulary_are_counted(make, text, unknown, tmp_path):
-    tokenizer = load_tokenizer(save(make(), tmp_path))
-    assert tokenizer.count_unknown(text, tokenizer.encode(text)) == unknown
-
-
 def test_text_that_cannot_be_encoded_is_refused(tmp_path):
     tokenizer = word_level()
     tokenizer.model = models.WordLevel({"star": 0})
