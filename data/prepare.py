@@ -160,9 +160,7 @@ def write_dataset(
 
     splits: pieces of text, each encoded by itself; None is the end of a document.
     source_meta: what meta.json says about the text's source ("source", "sha256", ...).
-    The folder appears complete or not at all. An existing dataset is replaced if its meta.json
-    is equal, or if it was made from the replacement text and the new one is not; otherwise it is
-    renamed to folder.1, ...
+    The folder appears complete or not at all. An existing dataset is renamed to folder.1, ...
     Raises FolioError if a split has no text, or a character that is not in the vocabulary.
     """
     folder = Path(folder)
@@ -187,12 +185,13 @@ def write_dataset(
             meta["vocab_size"] = tokenizer.vocab_size
             meta["tokenizer_sha256"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
             write_json(tmp_dir / "meta.json", meta)
-            message = replace_dataset(tmp_dir, folder, meta)
+            backup = rename_to_backup(folder) if folder.exists() else None
+            os.replace(tmp_dir, folder)
         finally:
             shutil.rmtree(tmp_dir, ignore_errors=True)
     # Printed last: a closed or full stdout must not undo anything.
-    if message:
-        print(message)
+    if backup:
+        print(f"renamed the existing dataset to {backup}")
     for split in splits:
         if changed := meta.get(f"{split}_changed_bytes"):
             print(
@@ -268,46 +267,10 @@ def check_replaceable(folder: Path) -> None:
         raise FolioError(f"{folder}: exists and is not a dataset; choose another --dataset")
 
 
-def replace_dataset(tmp_dir: Path, folder: Path, meta: dict[str, Any]) -> str:
-    """Rename tmp_dir to folder. An existing dataset is renamed first, and deleted if superseded.
-
-    Returns what to print about the existing dataset; "" for nothing.
-    """
-    backup = None
-    if folder.exists():
-        check_replaceable(folder)
-        old = read_meta_or_empty(folder)
-        was_replacement = "replacement_for" in old and "replacement_for" not in meta
-        superseded = old == meta or was_replacement
-        backup = rename_to_backup(folder)
-    os.replace(tmp_dir, folder)
-    if backup is None:
-        return ""
-    return delete_dataset(backup) if superseded else f"renamed the existing dataset to {backup}"
-
-
-def delete_dataset(folder: Path) -> str:
-    """Delete the files of a dataset, and the folder if no other files are in it: else says so."""
-    for name in (*DATASET_FILES, "tokenizer_config.json"):
-        (folder / name).unlink(missing_ok=True)
-    if any(folder.iterdir()):
-        return f"other files of the old dataset are now in {folder}"
-    folder.rmdir()
-    return ""
-
-
-def read_meta_or_empty(folder: Path) -> dict[str, Any]:
-    """read_meta(), or {} if it is corrupt: a corrupt dataset can be prepared again."""
-    try:
-        return read_meta(folder)
-    except FolioError:
-        return {}
-
-
 def shards_folder(name: str, source: str) -> Path:
     """data/NAME for shards that are downloaded one by one. FolioError if it is another dataset."""
     folder = dataset_folder(name)
-    other_source = read_meta_or_empty(folder).get("source", source) != source
+    other_source = read_meta(folder).get("source", source) != source
     if other_source or (folder / "train.bin").exists():
         raise FolioError(f"{folder}: holds another dataset; choose another --dataset")
     with explain_os_error(folder, "cannot create this folder"):
@@ -323,7 +286,7 @@ def complete_shards(folder: str | Path, source: str) -> dict[str, Any]:
     All shards count, also shards of earlier downloads. Raises FolioError if one is damaged.
     """
     folder, tokenizer = Path(folder), BPETokenizer.gpt2()
-    meta = read_meta_or_empty(folder)  # may name the commit on the hub
+    meta = read_meta(folder)  # may name the commit on the hub
     meta |= {"source": source, "vocab_size": tokenizer.vocab_size, "dtype": "uint16"}
     for split in ("train", "val"):
         shards = [memmap_shard(path, "<u2") for path in folder.glob(f"{split}_*.bin")]

@@ -126,14 +126,12 @@ def test_none_is_the_end_of_a_document(tmp_path):
     assert train_tokens("none", CharTokenizer(" elorw")) == [2, 3, 5, 1, 4]
 
 
-def test_the_same_text_replaces_its_dataset_and_another_text_renames_it(tmp_path, capsys):
+def test_an_existing_dataset_is_renamed(tmp_path, capsys):
     folder = tmp_path / "mine"
-    prepared(folder, LINE * 9)
-    prepared(folder, LINE * 9)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    prepared(folder, "that is the question\n" * 9)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "mine.1"]
-    assert "renamed the existing dataset to" in capsys.readouterr().out
+    for text in (LINE, LINE, "that is the question\n"):
+        prepared(folder, text * 9)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "mine.1", "mine.2"]
+    assert f"renamed the existing dataset to {folder}.2\n" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_dataset_is_refused_before_the_text_is_read(tmp_path):
@@ -142,15 +140,6 @@ def test_a_folder_that_is_no_dataset_is_refused_before_the_text_is_read(tmp_path
     texts = map(pytest.fail, ["the text was read"])
     with pytest.raises(FolioError, match="exists and is not a dataset"):
         write_dataset(tmp_path / "mine", CharTokenizer("ab"), {"train": texts}, {})
-
-
-def test_equal_ids_of_another_vocabulary_are_another_dataset(tmp_path):
-    for text in (LINE, LINE.upper()):
-        splits = {"train": [text * 9], "val": [text]}
-        write_dataset(tmp_path / "mine", CharTokenizer.from_text(text), splits, {})
-    assert "t" in (tmp_path / "mine.1" / "tokenizer.json").read_text()
-    ids = [(tmp_path / name / "train.bin").read_bytes() for name in ("mine", "mine.1")]
-    assert ids[0] == ids[1]
 
 
 @posix_only
@@ -162,19 +151,6 @@ def test_a_dataset_may_be_a_link_to_a_folder_elsewhere(tmp_path, monkeypatch):
         prepared(dataset_folder("mine"), text * 9)
     assert (tmp_path / "data" / "mine").is_symlink()
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["mine", "mine.1"]
-
-
-def test_other_files_in_the_folder_of_a_dataset_are_never_deleted(tmp_path, capsys):
-    folder = tmp_path / "set"
-    tokenizer = CharTokenizer.from_text("ab")
-    for _ in range(2):
-        write_dataset(folder, tokenizer, {"train": ["ab" * 50], "val": ["ab" * 9]}, {})
-        (folder / "input.txt").write_text("my own text")
-    assert (tmp_path / "set.1" / "input.txt").read_text() == "my own text"
-    assert [path.name for path in (tmp_path / "set.1").iterdir()] == ["input.txt"]
-    assert (
-        f"other files of the old dataset are now in {tmp_path / 'set.1'}" in capsys.readouterr().out
-    )
 
 
 def test_a_full_stdout_does_not_undo_the_preparation(tmp_path, monkeypatch):
