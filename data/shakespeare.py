@@ -6,14 +6,13 @@ network. Losses on it are not comparable. The next preparation with a network us
 """
 
 import hashlib
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from configurator import FolioError
 from data.download import DownloadError, download
 from data.documents import format_advice, is_jsonl
-from data.files import atomic_write, explain_os_error, file_lock, rename_to_backup, shell_command
+from data.files import atomic_write, rename_to_backup, shell_command
 from data.prepare import (
     TOKENIZER_TYPES,
     dataset_folder,
@@ -46,16 +45,11 @@ def prepare_shakespeare(
     cannot be downloaded.
     """
     folder = dataset_folder(dataset)
-    if input_file:
-        refuse_other_formats(Path(input_file))
+    # The braces and commas of a table would become the text.
+    if input_file and (is_jsonl(Path(input_file)) or format_advice(Path(input_file))):
+        raise FolioError(f"{input_file}: not a text file; use `python -m data.prepare_text`")
     with dataset_lock(folder):
         return write_shakespeare(folder, tokenizer_type, input_file, vocab_size)
-
-
-def refuse_other_formats(path: Path) -> None:
-    """Raises FolioError for tables and archives, whose braces and commas would become the text."""
-    if is_jsonl(path) or format_advice(path):
-        raise FolioError(f"{path}: not a text file; use `python -m data.prepare_text`")
 
 
 def ensure_shakespeare(dataset: str) -> None:
@@ -77,15 +71,11 @@ def write_shakespeare(
     vocab_size: int = 1024,
 ) -> dict[str, Any]:
     """prepare_shakespeare() for a process that holds the dataset's lock."""
-    if input_file:
-        text, source_meta = read_text(input_file), {"source": str(Path(input_file).resolve())}
-    else:
-        text, source_meta = load_shakespeare()
-    raw = text.encode()
-    source_meta["sha256"] = hashlib.sha256(raw).hexdigest()
-    if source_meta["sha256"] == SHA256:
-        source_meta["source"] = SHAKESPEARE
-        cache_shakespeare(raw)
+    cache = dataset_folder("shakespeare") / "input.txt"
+    # Another process may prepare Shakespeare with another tokenizer.
+    with dataset_lock(cache):
+        text, source_meta = load_text(cache, input_file)
+    source_meta["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     splits = split_text(text, val_fraction=0.1)
     # Characters come from all of the text; BPE learns from the training split only.
     texts = splits["train"] if tokenizer_type == "bpe" else [text]
@@ -93,56 +83,34 @@ def write_shakespeare(
     return write_dataset(folder, tokenizer, splits, {**source_meta, "tokenizer": tokenizer_type})
 
 
-def load_shakespeare() -> tuple[str, dict[str, Any]]:
-    """The text and its source: from the cache, else downloaded, else the replacement text."""
-    path = cached_text_path()
-    with cache_lock(path):
-        if is_shakespeare(path):
-            return read_text(path), {"source": SHAKESPEARE}
-        print(f"downloading tiny Shakespeare to {path}")
+def load_text(cache: Path, input_file: str | Path | None) -> tuple[str, dict[str, Any]]:
+    """The text and its source: a file, or Shakespeare, or the replacement text.
+
+    cache: where Shakespeare is kept for the other tokenizers and for lessons/.
+    """
+    if input_file:
+        text = read_text(input_file)
+        if not is_shakespeare(text.encode()):
+            return text, {"source": str(Path(input_file).resolve())}
+    elif cache.exists() and is_shakespeare(cache.read_bytes()):
+        return read_text(cache), {"source": SHAKESPEARE}
+    else:
+        print(f"downloading tiny Shakespeare to {cache}")
         try:
-            downloaded = download(URL, path.with_name(f".{path.name}.download"), SHA256)
-            keep_other_text(path)
-            downloaded.replace(path)
-            return read_text(path), {"source": SHAKESPEARE}
+            text = download(URL, SHA256).decode()
         except DownloadError as error:
-            if not REPLACEMENT_TEXT.exists():
-                raise FolioError(f"{error}; --input_file=FILE uses a text you have") from None
             print(f"download failed: {error}")
             source_meta = {"source": "the replacement text", "replacement_for": SHAKESPEARE}
             return read_text(REPLACEMENT_TEXT), source_meta
+    if cache.exists() and not is_shakespeare(cache.read_bytes()):
+        print(f"renamed the other text {cache} to {rename_to_backup(cache)}")
+    with atomic_write(cache) as temporary:
+        temporary.write_bytes(text.encode())
+    return text, {"source": SHAKESPEARE}
 
 
-def cached_text_path() -> Path:
-    """Where the downloaded text is kept for the other tokenizers."""
-    return dataset_folder("shakespeare") / "input.txt"
-
-
-def is_shakespeare(path: Path) -> bool:
-    with explain_os_error(path, "cannot read this text"):
-        return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
-
-
-def cache_shakespeare(raw: bytes) -> None:
-    path = cached_text_path()
-    with cache_lock(path):
-        if not is_shakespeare(path):
-            keep_other_text(path)
-            with atomic_write(path) as temporary:
-                temporary.write_bytes(raw)
-
-
-def keep_other_text(path: Path) -> None:
-    """Rename a text of the user that stands in the place of the cache."""
-    if path.exists():
-        with explain_os_error(path, "cannot be renamed"):
-            print(f"renamed the other text {path} to {rename_to_backup(path)}")
-
-
-def cache_lock(path: Path) -> AbstractContextManager[None]:
-    """One process at a time downloads or writes the text; every other process waits."""
-    message = f"another process is writing {path}; waiting for it"
-    return file_lock(path.with_name(f".{path.name}.lock"), message, wait=True)
+def is_shakespeare(raw: bytes) -> bool:
+    return hashlib.sha256(raw).hexdigest() == SHA256
 
 
 def replacement_warning(meta: dict[str, Any]) -> str:

@@ -2,14 +2,12 @@
 
 import hashlib
 import http.server
-import sys
 import threading
 import time
 
 import pytest
 
-from configurator import FolioError
-from data.download import DownloadError, download
+from data.download import RETRIES, DownloadError, download
 
 BODY = bytes(range(256)) * 1600  # 409,600 bytes
 CUT = 200_000  # bytes that are sent before a connection is lost
@@ -53,52 +51,42 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def fetch(server: Server, path, sha256: str = SHA256):
-    return download(server.url, path, sha256, read_timeout=0.5, backoff=0.01)
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr("data.download.TIMEOUTS", (10.0, 0.5))
+    monkeypatch.setattr("data.download.RETRIES", RETRIES.new(backoff_factor=0.01))
 
 
 @pytest.mark.parametrize(
-    "plans",
-    [["whole"], [500, "whole"], [503, 429, "whole"], ["cut", "whole"], ["silence", "whole"]],
-    ids=str,
+    "plans", [["whole"], [500, "whole"], [503, 429, "whole"], ["silence", "whole"]], ids=str
 )
-def test_temporary_failures_are_retried(plans, tmp_path):
-    path = fetch(Server(*plans), tmp_path / "file")
-    assert path.read_bytes() == BODY
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+def test_temporary_failures_are_retried(plans):
+    assert download(Server(*plans).url, SHA256) == BODY
 
 
 @pytest.mark.parametrize(
     ("plans", "message", "num_requests"),
     [
-        ([404], "HTTP 404", 1),
-        ([500], r"HTTP 500 .*\(3 attempts\)", 3),
+        ([404], "404 .*Not Found", 1),
+        ([500], "500 .*Internal Server Error", 3),
         (["html"], "wrong SHA-256", 1),
-        (["cut"], r"connection was lost \(3 attempts\)", 3),
+        (["cut"], "IncompleteRead", 1),
     ],
     ids=str,
 )
-def test_permanent_failures_are_one_line_and_leave_no_file(plans, message, num_requests, tmp_path):
+def test_permanent_failures_are_one_line(plans, message, num_requests):
     server = Server(*plans)
-    with pytest.raises(DownloadError, match=message):
-        fetch(server, tmp_path / "file")
+    with pytest.raises(DownloadError, match=message) as error:
+        download(server.url, SHA256)
     assert server.num_requests == num_requests
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_with_another_hash_is_refused(tmp_path):
-    server = Server("whole")
-    with pytest.raises(DownloadError, match="wrong SHA-256"):
-        fetch(server, tmp_path / "file", sha256="0" * 64)
-    assert list(tmp_path.iterdir()) == []
-    assert server.num_requests == 1
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:9", "no-such-host.invalid"])
-def test_without_a_network_there_is_no_retry(tmp_path, host):
+def test_without_a_network_there_is_no_retry(host):
     start = time.monotonic()
     with pytest.raises(DownloadError, match=f"^no connection to {host}$"):
-        download(f"http://{host}/file", tmp_path / "file", SHA256)
+        download(f"http://{host}/file", SHA256)
     assert time.monotonic() - start < 2
 
 
@@ -109,32 +97,8 @@ def test_without_a_network_there_is_no_retry(tmp_path, host):
         ("REQUESTS_CA_BUNDLE", "/nowhere"),
     ],
 )  # fmt: skip
-def test_a_proxy_or_certificates_that_cannot_be_used_are_one_line(
-    tmp_path, monkeypatch, name, value
-):
+def test_a_proxy_or_certificates_that_cannot_be_used_are_one_line(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     monkeypatch.setenv("NO_PROXY", "")
     with pytest.raises(DownloadError, match=r"^no-such-host\.invalid: "):
-        download("https://no-such-host.invalid/file", tmp_path / "file", SHA256)
-
-
-def test_an_existing_file_stays_if_the_download_fails(tmp_path):
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(DownloadError):
-        fetch(Server(404), tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "old"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot limit the size of a file")
-def test_a_full_disk_is_one_line(tmp_path):
-    import resource
-
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    server = Server("whole")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
-    try:
-        with pytest.raises(FolioError, match="File too large"):
-            fetch(server, tmp_path / "file")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert list(tmp_path.iterdir()) == []
+        download("https://no-such-host.invalid/file", SHA256)
