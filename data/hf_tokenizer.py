@@ -19,11 +19,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from configurator import FolioError
 from data.tokenizer_base import BYTE_DECODER, END_OF_TEXT, Tokenizer, decode_bytes
@@ -192,26 +192,6 @@ class HFTokenizer(Tokenizer):
         return self._backend.to_str(), self.eos_token_id, self._backend.encode_special_tokens
 
 
-def bert_tokenizer_json(vocab_file: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The contents of tokenizer.json that transformers' BertTokenizer makes of a vocab.txt.
-
-    vocab_file: one token in each line. config: of tokenizer_config.json.
-    """
-    lines = vocab_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    config = with_class_defaults(config)
-    names = named_tokens(config)
-    special = ("unk_token", "sep_token", "cls_token", "pad_token", "mask_token")
-    with tokenizers_errors_as(ValueError):
-        tokenizer = tokenizers.BertWordPieceTokenizer(
-            {token: i for i, token in enumerate(lines)},
-            **{name: names[name] for name in special},
-            lowercase=config["do_lower_case"],
-            strip_accents=config["strip_accents"],
-            handle_chinese_chars=config["tokenize_chinese_chars"],
-        )
-    return json.loads(tokenizer.to_str())
-
-
 def prompt_prefix(backend: tokenizers.Tokenizer) -> np.ndarray:
     """The tokens that tokenizer.json puts before each text, such as [CLS]."""
     for text in ("a", *backend.get_vocab()):
@@ -308,13 +288,15 @@ def check_consistency(contents: dict[str, Any], config: dict[str, Any]) -> None:
     for token in {t["content"] for t in listed_tokens(config) if t.get("special")} & added.keys():
         if config.get("split_special_tokens") and not added[token]["special"]:
             raise ValueError(f"only tokenizer_config.json calls the token {token!r} special")
-    splitter = dict(contents["pre_tokenizer"] or {})
-    splitter.pop("trim_offsets", None)  # does not change the ids
-    prefix_space = splitter.get("add_prefix_space", False)
+    found = parts_without_vocabulary(contents)
+    prefix_space = found["pre_tokenizer"].get("add_prefix_space", False)
     if config.get("add_prefix_space", prefix_space) != prefix_space:
         raise ValueError("tokenizer.json and tokenizer_config.json differ in add_prefix_space")
-    found = {**contents, **model, "pre_tokenizer": splitter, "model": model["type"]}
-    expected = expected_parts(name, config)
+    expected = found
+    if name == "GPT2Tokenizer":
+        expected = parts_without_vocabulary(byte_level_bpe_json({}, [], prefix_space))
+    elif name == "BertTokenizer":
+        expected = parts_without_vocabulary(bert_json(None, config))
     wrong = [key for key, value in expected.items() if (found.get(key) or None) != (value or None)]
     if decoder and name in CLASS_DEFAULTS:
         wrong += added.keys() - decoder.keys()
@@ -325,33 +307,45 @@ def check_consistency(contents: dict[str, Any], config: dict[str, Any]) -> None:
         )
 
 
-def expected_parts(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The parts of tokenizer.json that decide about the ids, as the class builds them."""
-    if name == "GPT2Tokenizer":
-        options = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
-        return {
-            "normalizer": None,
-            "pre_tokenizer": {
-                "type": "ByteLevel",
-                "add_prefix_space": config["add_prefix_space"],
-                "use_regex": True,
-            },
-            "model": "BPE",
-            **dict.fromkeys((*options, "byte_fallback", "ignore_merges"), None),
-        }
-    if name == "BertTokenizer":
-        return {
-            "normalizer": {
-                "type": "BertNormalizer",
-                "clean_text": True,
-                "handle_chinese_chars": config["tokenize_chinese_chars"],
-                "strip_accents": config["strip_accents"],
-                "lowercase": config["do_lower_case"],
-            },
-            "pre_tokenizer": {"type": "BertPreTokenizer"},
-            "model": "WordPiece",
-            "unk_token": named_tokens(config)["unk_token"],
-            "continuing_subword_prefix": "##",
-            "max_input_chars_per_word": 100,
-        }
-    return {}
+def parts_without_vocabulary(contents: dict[str, Any]) -> dict[str, Any]:
+    """The parts of tokenizer.json that decide about the ids, except for the vocabulary."""
+    model = contents["model"]
+    splitter = {**(contents["pre_tokenizer"] or {}), "trim_offsets": None}  # not about the ids
+    return {
+        "normalizer": contents["normalizer"],
+        "pre_tokenizer": splitter,
+        "model": model["type"],
+        **{key: value for key, value in model.items() if key not in ("type", "vocab", "merges")},
+    }
+
+
+# --- tokenizer.json as classes of transformers build it ---
+
+
+def byte_level_bpe_json(
+    vocab: dict[str, int], merges: list[tuple[str, ...]], add_prefix_space: bool = False
+) -> dict[str, Any]:
+    """The contents of tokenizer.json for a BPE of GPT-2's kind."""
+    with tokenizers_errors_as(ValueError):
+        backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    backend.decoder = decoders.ByteLevel()
+    if END_OF_TEXT in vocab:
+        backend.add_special_tokens([END_OF_TEXT])
+    return json.loads(backend.to_str())
+
+
+def bert_json(vocab: dict[str, int] | None, config: dict[str, Any]) -> dict[str, Any]:
+    """The contents of tokenizer.json for BertTokenizer. config: of tokenizer_config.json."""
+    config = with_class_defaults(config)
+    names = named_tokens(config)
+    special = ("unk_token", "sep_token", "cls_token", "pad_token", "mask_token")
+    with tokenizers_errors_as(ValueError):
+        tokenizer = tokenizers.BertWordPieceTokenizer(
+            vocab,
+            **{name: names[name] for name in special},
+            lowercase=config["do_lower_case"],
+            strip_accents=config["strip_accents"],
+            handle_chinese_chars=config["tokenize_chinese_chars"],
+        )
+    return json.loads(tokenizer.to_str())

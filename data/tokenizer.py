@@ -31,7 +31,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from configurator import FolioError
 from data.files import explain_os_error, user_path, write_json, write_text
 from data.hf_tokenizer import (
-    CLASS_OF_MODEL_TYPE, GENERIC_CLASSES, HFTokenizer, bert_tokenizer_json, class_name,
+    CLASS_OF_MODEL_TYPE, GENERIC_CLASSES, HFTokenizer, bert_json, byte_level_bpe_json, class_name,
     listed_tokens, tokenizers_errors_as, with_class_defaults,
 )  # fmt: skip
 from data.tokenizer_base import (
@@ -292,7 +292,8 @@ def read_tokenizer_json(folder: Path, config: dict[str, Any]) -> Any:
     except FileNotFoundError:
         if (folder / "vocab.txt").exists() and class_name(config) == "BertTokenizer":
             with explain_os_error(folder / "vocab.txt", "cannot be read"):
-                return bert_tokenizer_json(folder / "vocab.txt", config)
+                lines = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n")
+            return bert_json({token: i for i, token in enumerate(lines.split("\n"))}, config)
         if not (folder / "vocab.json").exists():
             raise FolioError(missing_tokenizer(folder)) from None
     vocab = read_json(folder / "vocab.json")
@@ -418,14 +419,3 @@ def adds_nothing(post_processor: dict[str, Any] | None) -> bool:
     if not post_processor or post_processor["type"] == "ByteLevel":
         return True
     return post_processor["type"] == "TemplateProcessing" and not post_processor["special_tokens"]
-
-
-def byte_level_bpe_json(vocab: dict[str, int], merges: list[tuple[str, ...]]) -> dict[str, Any]:
-    """The contents of tokenizer.json for a BPE of GPT-2's kind."""
-    with tokenizers_errors_as(ValueError):
-        backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    if END_OF_TEXT in vocab:
-        backend.add_special_tokens([END_OF_TEXT])
-    return json.loads(backend.to_str())
