@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from configurator import FolioError, did_you_mean, format_value
-from data.files import explain_os_error, file_id, shell_command, user_path
+from data.files import explain_os_error, shell_command, user_path
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
 
 DATA_DIR = Path(__file__).resolve().parent
@@ -241,23 +241,23 @@ def memmap_shard(path: str | Path, dtype: np.dtype | str) -> np.ndarray:
     """
     path, dtype = Path(path), np.dtype(dtype)
     with explain_os_error(path, "cannot be read"):
-        size = path.stat().st_size
-        if size == 0 or (size == HEADER_BYTES and has_header(path)):
-            raise FolioError(f"{path}: empty; prepare the dataset again")
+        size, offset = path.stat().st_size, 0
         if has_header(path):
+            dtype, offset = np.dtype("<u2"), HEADER_BYTES
             count = int(np.fromfile(path, dtype="<i4", count=3)[2])
             if size != HEADER_BYTES + 2 * count:
                 raise FolioError(
                     f"{path}: the header states {count:,} tokens, but the file has "
                     f"{(size - HEADER_BYTES) // 2:,}; delete the file and download it again"
                 )
-            return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES))
+        if size == offset:
+            raise FolioError(f"{path}: empty; prepare the dataset again")
         if size % dtype.itemsize:
             raise FolioError(
                 f"{path}: {size:,} bytes are not a multiple of the size of {dtype.name}; "
                 "prepare the dataset again"
             )
-        return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset))
 
 
 def release_pages(ids: np.ndarray) -> None:
@@ -278,12 +278,13 @@ def check_dtype(path: Path, ids: np.ndarray) -> None:
     Read as uint16, an id of 32 bits is a small number and a zero. This check is for folders whose
     meta.json does not state the number of tokens.
     """
-    is_npy = np.fromfile(path, dtype="u1", count=6).tobytes() == b"\x93NUMPY"
-    even, odd = ids[:1000:2], ids[1:1000:2]
-    if is_npy or (len(odd) >= 32 and even.any() and not odd.any()):
+    # The last ids, because a .npy file begins with a header.
+    last = ids[-1000:]
+    even, odd = last[::2], last[1::2]
+    if len(odd) >= 32 and even.any() and not odd.any():
         raise FolioError(
-            f"{path}: seems to be a .npy file, or to hold ids of more than {8 * ids.itemsize} bits;"
-            ' write them as uint16, or as uint32 with {"dtype": "uint32"} in meta.json'
+            f"{path}: seems to hold ids of more than {8 * ids.itemsize} bits; "
+            'write them as uint16, or as uint32 with {"dtype": "uint32"} in meta.json'
         )
 
 
@@ -324,19 +325,9 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
     window of block_size + 1 tokens, or if an id is outside the vocabulary.
     """
     folder = DATA_DIR / user_path(name)
-    before = file_id(folder)
-    try:
-        dataset = read_dataset(folder, str(name), block_size, tokenizer)
-    finally:
-        if file_id(folder) != before:  # the files are of two datasets
-            raise FolioError(f"{folder}: was replaced while it was opened; start again") from None
-    return dataset
-
-
-def read_dataset(folder: Path, name: str, block_size: int, tokenizer: Tokenizer | None) -> Dataset:
-    tokenizer = find_tokenizer(folder, name, tokenizer)
+    tokenizer = find_tokenizer(folder, str(name), tokenizer)
     meta = read_meta(folder)
-    check_tokenizer(folder, tokenizer, meta)
+    check_tokenizer(folder / "tokenizer.json", meta)
     train = ShardedTokens(folder, "train", meta, tokenizer.vocab_size)
     val = ShardedTokens(folder, "val", meta, tokenizer.vocab_size)
     for tokens in (train, val):
@@ -390,18 +381,14 @@ def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenize
     return given
 
 
-def check_tokenizer(folder: Path, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
-    """Raises FolioError if meta.json describes another tokenizer than that of the folder."""
-    found: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
-    path = folder / "tokenizer.json"
-    if path.exists():
+def check_tokenizer(path: Path, meta: dict[str, Any]) -> None:
+    """Raises FolioError if meta.json describes another tokenizer.json than the file `path`."""
+    if path.exists() and "tokenizer_sha256" in meta:
         text = path.read_text(encoding="utf-8")
-        found["tokenizer_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    for name, value in found.items():
-        if meta.get(name, value) != value:
+        if hashlib.sha256(text.encode()).hexdigest() != meta["tokenizer_sha256"]:
             raise FolioError(
-                f"{path}: not the tokenizer of this dataset ({name} is {value}, but meta.json "
-                f"states {format_value(meta[name])}); prepare the dataset again"
+                f"{path}: not the tokenizer of this dataset (meta.json states another SHA-256); "
+                "prepare the dataset again"
             )
 
 
