@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configurator import FolioError, NonNegativeInt, configure, first_line, run_main
+from configurator import FolioError, NonNegativeInt, configure, run_main
 from data.dataset import read_meta
 from data.download import DownloadError
 from data.files import explain_os_error, write_json
@@ -71,9 +71,7 @@ def main() -> None:
             if not shard_path(folder, "train", number).exists():  # written after "val"
                 print(f"downloading file {number + 1} of {len(filenames)}: {filename}", flush=True)
                 prepare_file(folder, number, filename, commit, tokenizer)
-        with explain_os_error(folder / "downloads", "cannot delete this folder"):
-            if (folder / "downloads").exists():
-                shutil.rmtree(folder / "downloads")
+        shutil.rmtree(folder / "downloads", ignore_errors=True)
         meta = complete_shards(folder, SOURCE)
     print(summary(folder, meta, plural(len(filenames), "file")))
     flags = [f"--dataset={config.dataset}"]
@@ -102,8 +100,7 @@ def prepare_file(
     folder: Path, number: int, filename: str, commit: str, tokenizer: BPETokenizer
 ) -> None:
     """Write val_NNNN.bin and train_NNNN.bin from one parquet file, and delete that file."""
-    downloads = folder / "downloads"
-    parquet = hub_file(REPO_ID, filename, commit, downloads)
+    parquet = hub_file(REPO_ID, filename, commit, folder / "downloads")
     for split in ("val", "train"):
         path = shard_path(folder, split, number)
         temporary = path.with_name(f".{path.name}.tmp")
@@ -111,8 +108,7 @@ def prepare_file(
             texts = iter_split(read_documents(parquet), split)
             write_tokens(temporary, split, texts, tokenizer, np.dtype("<u2"))
             os.replace(temporary, path)
-    with explain_os_error(parquet, "cannot delete this file"):
-        parquet.unlink()
+    parquet.unlink()
 
 
 def iter_split(documents: Iterator[str], split: str) -> Iterator[str | None]:
@@ -124,18 +120,12 @@ def iter_split(documents: Iterator[str], split: str) -> Iterator[str | None]:
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of a parquet file. FolioError, and the file is deleted, if it is corrupt."""
-    import pyarrow
+    """The documents of a parquet file."""
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=["text"]):
-                yield from batch.column("text").to_pylist()
-    except (pyarrow.ArrowException, KeyError) as error:
-        path.unlink()
-        reason = first_line(error)
-        raise FolioError(f"{path}: corrupt file deleted ({reason}); try again") from None
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=["text"]):
+            yield from batch.column("text").to_pylist()
 
 
 if __name__ == "__main__":
