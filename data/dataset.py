@@ -408,15 +408,9 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     Raises FolioError if it is unreadable or damaged.
     """
     path = Path(folder) / "meta.json"
-    try:
-        meta = read_json(path)
-    except FileNotFoundError:
-        return {}
-    if (
-        not isinstance(meta, dict)
-        or meta.get("dtype", "uint16") not in ("uint16", "uint32")
-        or not isinstance(meta.get("sha256", ""), str)
-    ):
+    meta = read_json(path)
+    is_valid_dtype = meta.get("dtype", "uint16") in ("uint16", "uint32")
+    if not is_valid_dtype or not isinstance(meta.get("sha256", ""), str):
         raise FolioError(
             f"{path}: damaged (dtype must be uint16 or uint32, sha256 a string); "
             "prepare the dataset again"

@@ -99,10 +99,7 @@ def next_command(config: PrepareTextConfig, tokenizer: Tokenizer, meta: dict[str
         name = "finetune_shakespeare" if config.tokenizer == "gpt2" else name
         return train_command(name, meta, flags)
     folder = tokenizer_folder(config.tokenizer)
-    try:
-        model = read_json(folder / "config.json")
-    except FileNotFoundError:
-        model = {}  # a dataset
+    model = read_json(folder / "config.json")  # empty for a dataset
     if model.get("model_type") != "gpt2":
         is_char = isinstance(tokenizer, CharTokenizer)
         return train_command(f"shakespeare_{'char' if is_char else 'bpe'}", meta, flags)

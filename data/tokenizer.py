@@ -270,32 +270,31 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, **settings: Any) ->
     write_json(folder / "tokenizer_config.json", {**tokenizer.config_dict(), **settings})
 
 
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file.
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} if the file does not exist.
 
-    Raises FileNotFoundError if it does not exist, FolioError if it is unreadable or damaged.
+    Raises FolioError if it is unreadable or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise FolioError(f"{path}: cannot be read ({error.strerror})") from None
+        with explain_os_error(path, "cannot be read"):
+            contents = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (ValueError, RecursionError) as error:
         raise FolioError(f"{path}: damaged, not valid JSON ({error})") from None
+    if not isinstance(contents, dict):
+        raise FolioError(f"{path}: damaged, not a JSON object")
+    return contents
 
 
-def read_tokenizer_json(folder: Path, config: dict[str, Any]) -> Any:
+def read_tokenizer_json(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The contents of tokenizer.json, or of the older files in the same form."""
-    try:
-        return read_json(folder / "tokenizer.json")
-    except FileNotFoundError:
-        if (folder / "vocab.txt").exists() and class_name(config) == "BertTokenizer":
-            with explain_os_error(folder / "vocab.txt", "cannot be read"):
-                lines = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n")
-            return bert_json({token: i for i, token in enumerate(lines.split("\n"))}, config)
-        if not (folder / "vocab.json").exists():
-            raise FolioError(missing_tokenizer(folder)) from None
+    if contents := read_json(folder / "tokenizer.json"):
+        return contents
+    if (folder / "vocab.txt").exists() and class_name(config) == "BertTokenizer":
+        with explain_os_error(folder / "vocab.txt", "cannot be read"):
+            lines = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n")
+        return bert_json({token: i for i, token in enumerate(lines.split("\n"))}, config)
+    if not (folder / "vocab.json").exists():
+        raise FolioError(missing_tokenizer(folder))
     vocab = read_json(folder / "vocab.json")
     with explain_os_error(folder / "merges.txt", "cannot be read"):
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -324,26 +323,17 @@ def missing_tokenizer(folder: Path) -> str:
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """The contents of tokenizer_config.json, completed from other files as transformers does."""
-
-    def read(name: str) -> dict[str, Any]:
-        try:
-            contents = read_json(folder / name)
-        except FileNotFoundError:
-            return {}
-        if not isinstance(contents, dict):
-            raise FolioError(f"{folder / name}: damaged, not a JSON object")
-        return contents
-
-    config, model_config = read("tokenizer_config.json"), read("config.json")
+    config = read_json(folder / "tokenizer_config.json")
     if not config.get("tokenizer_class"):
+        model_config = read_json(folder / "config.json")
         model_type = model_config.get("model_type")
         # Other model types imply other classes. check_consistency() in data/hf_tokenizer.py refuses
         # them by this name.
         implied = CLASS_OF_MODEL_TYPE.get(model_type, f"of model_type {model_type}")
         config["tokenizer_class"] = model_config.get("tokenizer_class") or implied
     if "added_tokens_decoder" not in config:  # written before 2023
-        config |= read("special_tokens_map.json")
-        added = read("added_tokens.json")
+        config |= read_json(folder / "special_tokens_map.json")
+        added = read_json(folder / "added_tokens.json")
         config["added_tokens"] = sorted(added, key=added.get)
     return config
 
