@@ -239,7 +239,7 @@ def encode_in_order(
     texts: Iterable[str | None], tokenizer: Tokenizer
 ) -> Iterator[tuple[str | None, np.ndarray]]:
     """Yields each text with its token ids, in order; a few texts are encoded in parallel."""
-    end_of_document = end_of_document_ids(tokenizer)
+    end_of_document = tokenizer.separator_ids
 
     def encode(text: str | None) -> tuple[str | None, np.ndarray]:
         return text, end_of_document if text is None else tokenizer.encode(text)
@@ -248,17 +248,6 @@ def encode_in_order(
     with ThreadPoolExecutor() as pool:
         while batch := list(itertools.islice(texts, batch_size)):
             yield from pool.map(encode, batch)
-
-
-def end_of_document_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """What separates documents: end-of-text; without such a token a newline; else nothing."""
-    if tokenizer.eos_token_id is not None:
-        return np.array([tokenizer.eos_token_id])
-    try:
-        newline = tokenizer.encode("\n")  # BERT's tokenizer, for example, loses white space
-        return newline if tokenizer.decode(newline) == "\n" else newline[:0]
-    except FolioError:
-        return np.array([], dtype=np.int64)
 
 
 def check_replaceable(folder: Path) -> None:

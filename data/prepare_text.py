@@ -37,7 +37,6 @@ from data.prepare import (
     check_tokenizer_type,
     dataset_folder,
     dataset_lock,
-    end_of_document_ids,
     make_tokenizer,
     plural,
     summary,
@@ -235,7 +234,7 @@ def choose_tokenizer(corpus: Corpus, config: PrepareTextConfig) -> Tokenizer:
         texts = sample_evenly(train_pieces, BPE_CHARACTERS / max(sum(corpus.cuts), 1))
     tokenizer = make_tokenizer(config.tokenizer, texts, config.vocab_size, corpus.separated)
     if corpus.separated and tokenizer.eos_token_id is None:
-        separator = "newlines" if len(end_of_document_ids(tokenizer)) else "nothing"
+        separator = "newlines" if len(tokenizer.separator_ids) else "nothing"
         print(f"{separator} between documents: this vocabulary has no end-of-text token")
     return tokenizer
 

@@ -83,15 +83,21 @@ class Tokenizer(ABC):
         return dict.fromkeys(names, self.eos_token_id)
 
     @property
+    def separator_ids(self) -> np.ndarray:
+        """What separates documents: end-of-text; without such a token a newline; else nothing."""
+        if self.eos_token_id is not None:
+            return np.array([self.eos_token_id])
+        try:
+            newline = self.encode("\n")  # BERT's tokenizer, for example, loses white space
+            return newline if self.decode(newline) == "\n" else newline[:0]
+        except FolioError:  # a character vocabulary without the newline
+            return np.array([], dtype=np.int64)
+
+    @property
     def start_token_id(self) -> int:
         """The token to start a text without a prompt: end-of-text, else a newline, else token 0."""
-        if self.eos_token_id is not None:
-            return self.eos_token_id
-        try:
-            newline = self.encode("\n")
-        except FolioError:  # a character vocabulary without the newline
-            return 0
-        return int(newline[0]) if len(newline) else 0
+        separator = self.separator_ids
+        return int(separator[0]) if len(separator) else 0
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """The ids from which to generate a continuation, int64: at least one."""
