@@ -153,6 +153,10 @@ LARGE_BYTES = 2**26  # the pages of larger datasets are released after each batc
 CHECKED_IDS = 2**16  # ids of each shard that are checked at the start; each batch is checked, too
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
 class ShardedTokens:
     """The tokens of all shards of one split, "train" or "val".
 
@@ -164,8 +168,7 @@ class ShardedTokens:
         folder = Path(folder)
         self.name = f"{folder / split}*.bin"  # train.bin, or train_000001.bin, ...
         self.vocab_size = vocab_size
-        default_dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-        dtype = np.dtype(meta.get("dtype", default_dtype)).newbyteorder("<")
+        dtype = np.dtype(meta.get("dtype", token_dtype(vocab_size))).newbyteorder("<")
         whole = folder / f"{split}.bin"
         shards = folder.glob(f"{split}_*.bin")
         numbered = [path for path in shards if path.stem.removeprefix(f"{split}_").isdecimal()]

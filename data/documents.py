@@ -62,8 +62,6 @@ def files_of_input(path: Path) -> list[Path]:
         raise FolioError(f"{path}: not a text file; {advice}")
     if not path.is_file():
         raise FolioError(f"{path}: a pipe can be read only once; save its text in a file first")
-    if not is_text(path):
-        raise FolioError(f"{path}: contains NUL bytes, so it is not UTF-8 text")
     return [path]
 
 

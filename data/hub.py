@@ -51,11 +51,7 @@ def hub_tokenizer(name: str) -> Path:
     """
     repo_id = f"openai-community/{name}" if name in GPT2_MODELS else name
     with explain_hub_errors(repo_id, "; a folder that you have: --tokenizer=FOLDER"):
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo_id, allow_patterns=CONFIG_FILES, tqdm_class=DelayedProgressBar
-            )
-        )
+        return download_files(repo_id, CONFIG_FILES)
 
 
 def hub_model(name: str) -> Path:
@@ -70,16 +66,21 @@ def hub_model(name: str) -> Path:
         if not has_cached_weights(repo_id) and has_cached_weights(name):
             repo_id = name  # transformers caches gpt2 under both names
         for weights in (SAFETENSORS, PYTORCH_BINS):
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    repo_id, allow_patterns=CONFIG_FILES + weights, tqdm_class=DelayedProgressBar
-                )
-            )
+            folder = download_files(repo_id, CONFIG_FILES + weights)
             if any((folder / weight).exists() for weight in weights):
                 return folder
         raise OSError(
             f"no weights (.safetensors or .bin), neither here nor on {constants.ENDPOINT}"
         )
+
+
+def download_files(repo_id: str, names: list[str]) -> Path:
+    """The folder in the cache with those files of a model that exist on the hub."""
+    return Path(
+        huggingface_hub.snapshot_download(
+            repo_id, allow_patterns=names, tqdm_class=DelayedProgressBar
+        )
+    )
 
 
 class DelayedProgressBar(tqdm):

@@ -19,7 +19,7 @@ import numpy as np
 from configurator import ROOT, FolioError, did_you_mean
 from data import dataset as dataset_module
 from data.bpe import train_bpe
-from data.dataset import memmap_shard, read_meta
+from data.dataset import memmap_shard, read_meta, token_dtype
 from data.documents import read_pieces
 from data.files import (
     explain_os_error,
@@ -165,7 +165,6 @@ def write_dataset(
     """
     folder = Path(folder)
     check_replaceable(folder)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     tmp_dir = folder.with_name(f".{folder.name}.tmp")
     with explain_os_error(tmp_dir, "cannot write this dataset"):
         shutil.rmtree(tmp_dir, ignore_errors=True)
@@ -177,12 +176,13 @@ def write_dataset(
             counts, sha256 = {}, hashlib.sha256()
             for split, texts in splits.items():
                 path = tmp_dir / f"{split}.bin"
-                counts |= write_tokens(path, split, texts, tokenizer, dtype)
+                counts |= write_tokens(path, split, texts, tokenizer)
                 with open(path, "rb") as file:
                     hashlib.file_digest(file, lambda: sha256)  # continues sha256 with this file
             # The SHA-256 of the tokens identifies a text whose own SHA-256 is not given.
-            meta = {"sha256": sha256.hexdigest(), **source_meta, **counts, "dtype": dtype.name}
+            meta = {"sha256": sha256.hexdigest(), **source_meta, **counts}
             meta["vocab_size"] = tokenizer.vocab_size
+            meta["dtype"] = token_dtype(tokenizer.vocab_size).name
             meta["tokenizer_sha256"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
             write_json(tmp_dir / "meta.json", meta)
             backup = rename_to_backup(folder) if folder.exists() else None
@@ -204,11 +204,7 @@ def write_dataset(
 
 
 def write_tokens(
-    path: str | Path,
-    split: str,
-    texts: Iterable[str | None],
-    tokenizer: Tokenizer,
-    dtype: np.dtype,
+    path: str | Path, split: str, texts: Iterable[str | None], tokenizer: Tokenizer
 ) -> dict[str, int]:
     """Write the token ids of all texts to one file; returns the number of tokens and characters.
 
@@ -218,7 +214,7 @@ def write_tokens(
     byte_lengths = tokenizer.byte_lengths
     with open(path, "wb") as file:
         for text, ids in encode_in_order(texts, tokenizer):
-            file.write(ids.astype(dtype).tobytes())
+            file.write(ids.astype(token_dtype(tokenizer.vocab_size)).tobytes())
             tokens += len(ids)
             characters += len(text or "")
             if text:

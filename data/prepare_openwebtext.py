@@ -21,8 +21,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from configurator import FolioError, NonNegativeInt, configure, run_main
 from data.dataset import read_meta
 from data.download import DownloadError
@@ -106,7 +104,7 @@ def prepare_file(
         temporary = path.with_name(f".{path.name}.tmp")
         with explain_os_error(path, "cannot write this shard"):
             texts = iter_split(read_documents(parquet), split)
-            write_tokens(temporary, split, texts, tokenizer, np.dtype("<u2"))
+            write_tokens(temporary, split, texts, tokenizer)
             os.replace(temporary, path)
     parquet.unlink()
 
