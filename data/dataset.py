@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from configurator import FolioError, did_you_mean, format_value
-from data.files import explain_os_error, shell_command, user_path
+from data.files import explain_os_error, user_path
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
 
 DATA_DIR = Path(__file__).resolve().parent
@@ -352,12 +352,10 @@ def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenize
     """The dataset's own tokenizer or, in a folder without tokenizer.json, the given one."""
     if not name:
         raise FolioError("--dataset is empty; give the name of a folder in data/")
-    try:
+    if not folder.is_dir():
+        raise FolioError(f"dataset {name!r} not found in {DATA_DIR}{dataset_hint(name)}")
+    with explain_os_error(folder, "cannot be read"):
         files = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        raise FolioError(f"dataset {name!r} not found in {DATA_DIR}{dataset_hint(name)}") from None
-    except OSError as error:
-        raise FolioError(f"{folder}: cannot be read ({error.strerror})") from None
     if "tokenizer.json" in files:
         own = load_tokenizer(folder)
         if given not in (None, own):
@@ -366,13 +364,10 @@ def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenize
     if name in PREPARE_COMMANDS and "train.bin" not in files:
         raise FolioError(f"{folder}: incomplete; continue with {PREPARE_COMMANDS[name]}")
     if "meta.pkl" in files:
-        text = folder / "input.txt" if "input.txt" in files else "TEXT.txt"
-        command = shell_command(
-            "python", "-m", "data.prepare_text", str(text), f"--dataset=folio_{folder.name}"
-        )
         raise FolioError(
             f"{folder / 'meta.pkl'}: nanoGPT's vocabulary of characters; it is a pickle, which can "
-            f"run any code, so Folio does not open it; prepare the text again: {command}"
+            "run any code, so Folio does not open it; prepare the text again: "
+            "python -m data.prepare_text FILE --dataset=NAME"
         )
     if given is None and not any(file.endswith(".bin") for file in files):
         raise FolioError(f"{folder}: not a dataset{dataset_hint(name)}")
