@@ -281,12 +281,11 @@ def check_dtype(path: Path, ids: np.ndarray) -> None:
     Read as uint16, an id of 32 bits is a small number and a zero. This check is for folders whose
     meta.json does not state the number of tokens.
     """
-    # The last ids, because a .npy file begins with a header.
-    last = ids[-1000:]
-    even, odd = last[::2], last[1::2]
-    if len(odd) >= 32 and even.any() and not odd.any():
+    is_npy = np.fromfile(path, dtype="u1", count=6).tobytes() == b"\x93NUMPY"
+    even, odd = ids[:1000:2], ids[1:1000:2]
+    if is_npy or (len(odd) >= 32 and even.any() and not odd.any()):
         raise FolioError(
-            f"{path}: seems to hold ids of more than {8 * ids.itemsize} bits; "
+            f"{path}: seems to be a .npy file, or to hold ids of over {8 * ids.itemsize} bits; "
             'write them as uint16, or as uint32 with {"dtype": "uint32"} in meta.json'
         )
 

@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from configurator import FolioError
-from data.files import explain_os_error, join_names, user_path
+from data.files import explain_os_error, join_names, shell_command, user_path
 
 PIECE_BYTES = 2**20  # read at a time
 # What to do with files of other formats.
-ADVICE = {
-    **dict.fromkeys(
-        (".json", ".csv", ".tsv", ".parquet"),
-        'convert it to .jsonl first, with one object {"text": "..."} in each line',
-    ),
-    **dict.fromkeys((".gz", ".bz2", ".xz", ".zip", ".tar", ".tgz"), "unpack it first"),
-}
+READ_BY_PANDAS = {".json": "json", ".csv": "csv", ".tsv": "table", ".parquet": "parquet"}
+UNPACK = {
+    ".gz": "python -m gzip -d", ".bz2": "bunzip2", ".xz": "unxz", ".zip": "python -m zipfile -e",
+    ".tar": "python -m tarfile -e", ".tgz": "python -m tarfile -e",
+}  # fmt: skip
 
 
 # --- Which files ---
@@ -102,9 +100,19 @@ def group_by_content(files: Iterable[Path]) -> list[list[Path]]:
     return [*groups.values()]
 
 
-def format_advice(path: Path) -> str | None:
-    """What to do with a file of another format; None if it is not known as one."""
-    return ADVICE.get(path.suffix.lower())
+def format_advice(path: Path) -> str:
+    """What to do with a file of another format; "" if it is not known as one."""
+    suffix = path.suffix.lower()
+    if suffix in READ_BY_PANDAS:
+        return (
+            'convert it to .jsonl, with an object {"text": "..."} in each line; for example in '
+            f"Python: import pandas; pandas.read_{READ_BY_PANDAS[suffix]}({str(path)!r})"
+            f".to_json({str(path.with_suffix('.jsonl'))!r}, orient='records', lines=True)"
+        )
+    if suffix in UNPACK:
+        folder = " ." if suffix == ".zip" else ""
+        return f"unpack it: {UNPACK[suffix]} {shell_command(str(path))}{folder}"
+    return ""
 
 
 # --- Which documents ---
