@@ -486,12 +486,12 @@ def read_best_loss(folder: Path, state: TrainState) -> None:
     saved = weights_metadata(folder)
     if {"step", "val_loss"} <= saved.keys():
         state.best_step, state.best_val_loss = saved["step"], saved["val_loss"]
-    elif state.best_step >= 0 and (folder / WEIGHTS_FILE).exists():
+    elif (folder / WEIGHTS_FILE).exists() and "step" not in saved:
         raise FolioError(
             f"{folder / WEIGHTS_FILE}: another program has replaced the best weights of this run; "
             "move this file away"
         )
-    else:  # no weights that were evaluated
+    else:  # no weights, or weights that were saved at the end of a process and not evaluated
         state.best_step, state.best_val_loss = -1, math.inf
 
 

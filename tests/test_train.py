@@ -729,6 +729,26 @@ def test_resuming_with_other_eval_tokens_is_refused_but_measuring_is_not(
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
 
 
+def test_a_run_resumes_after_its_folder_was_moved_and_no_later_weights_were_better(
+    tiny_flags, tmp_path, run_train, call, monkeypatch
+):
+    """Then the folder has the last weights, which were not evaluated."""
+    train_step = train.train_step
+
+    def move_folder_and_stop(*args):
+        if args[5] == 5:
+            (tmp_path / "run").rename(tmp_path / "moved")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", move_folder_and_stop)
+        assert call(train, *tiny_flags).returncode == 143
+    assert weights_metadata(tmp_path / "run") == {"step": 6}
+    run_train(*tiny_flags, "--init_from=resume", "--max_iters=12")
+    assert weights_metadata(tmp_path / "run").keys() == {"step", "val_loss", "val_checksum"}
+
+
 @pytest.mark.parametrize("numbers", [{}, {"step": "abc", "val_loss": "low"}, {"val_loss": "nan"}])
 def test_best_weights_of_another_program_are_not_overwritten_when_the_run_resumes(
     tiny_flags, tmp_path, run_train, call, numbers
