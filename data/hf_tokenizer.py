@@ -6,9 +6,9 @@ our characters nor GPT-2's kind of BPE. The ids equal transformers' ids:
     AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
 
 So, unlike in our own tokenizers, an added token such as <|user|> is recognized in a text. Some
-tokenizers put tokens around each text, for example [CLS] text [SEP]. encode() leaves them out,
-because in a dataset only end-of-text separates documents; encode_prompt() puts [CLS] before the
-text.
+tokenizers put tokens around each text, for example [CLS] text [SEP]. encode() leaves them out. In a
+dataset, [CLS] begins each document, and end-of-text ends it (in some tokenizers, this is [SEP]).
+encode_prompt() puts [CLS] before the text.
 
 The ids depend on two files, tokenizer.json and tokenizer_config.json. If they contradict each
 other, the versions of transformers do not agree on the ids, and the folder is refused.
@@ -89,7 +89,7 @@ class HFTokenizer(Tokenizer):
         added_tokens = self._backend.get_added_tokens_decoder()  # id -> AddedToken
         self._added = {token.content: i for i, token in added_tokens.items()}
         with tokenizers_errors_as(ValueError):
-            self._prefix = prompt_prefix(self._backend)
+            self._prefix_ids = find_prefix(self._backend)
         self.eos_token = self.special_tokens.get("eos_token", END_OF_TEXT)
         eos = added_tokens.get(self._added.get(self.eos_token))
         is_eos = eos is not None and (eos.special or "eos_token" in self.special_tokens)
@@ -102,11 +102,9 @@ class HFTokenizer(Tokenizer):
             ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return np.array(ids, dtype=np.int64)
 
-    def encode_prompt(self, text: str) -> np.ndarray:
-        ids = self.encode(text)
-        if not len(ids):
-            return np.array([self.start_token_id])
-        return np.concatenate([self._prefix, ids])
+    @property
+    def prefix_ids(self) -> np.ndarray:
+        return self._prefix_ids
 
     @property
     def special_token_ids(self) -> dict[str, int | None]:
@@ -119,8 +117,8 @@ class HFTokenizer(Tokenizer):
 
     @property
     def start_token_id(self) -> int:
-        if len(self._prefix):
-            return int(self._prefix[0])
+        if len(self.prefix_ids):
+            return int(self.prefix_ids[0])
         if "bos_token" in self.special_tokens:
             return self._backend.token_to_id(self.special_tokens["bos_token"])
         return super().start_token_id
@@ -192,7 +190,7 @@ class HFTokenizer(Tokenizer):
         return self._backend.to_str(), self.eos_token_id, self._backend.encode_special_tokens
 
 
-def prompt_prefix(backend: tokenizers.Tokenizer) -> np.ndarray:
+def find_prefix(backend: tokenizers.Tokenizer) -> np.ndarray:
     """The tokens that tokenizer.json puts before each text, such as [CLS]."""
     for text in ("a", *backend.get_vocab()):
         with contextlib.suppress(Exception):  # not every text can be encoded

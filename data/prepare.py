@@ -234,8 +234,15 @@ def write_tokens(
 def encode_in_order(
     texts: Iterable[str | None], tokenizer: Tokenizer
 ) -> Iterator[tuple[str | None, np.ndarray]]:
-    """Yields each text with its token ids, in order; a few texts are encoded in parallel."""
-    end_of_document = tokenizer.separator_ids
+    """Yields each text with its token ids, in order; a few texts are encoded in parallel.
+
+    The first text of a document begins with the tokenizer's prefix_ids, unless the end of the
+    document before has the same ids.
+    """
+    end_of_document, is_first = tokenizer.separator_ids, True
+    prefix = tokenizer.prefix_ids
+    if np.array_equal(prefix, end_of_document):
+        prefix = prefix[:0]
 
     def encode(text: str | None) -> tuple[str | None, np.ndarray]:
         return text, end_of_document if text is None else tokenizer.encode(text)
@@ -243,7 +250,11 @@ def encode_in_order(
     texts, batch_size = iter(texts), 4 * (os.cpu_count() or 1)
     with ThreadPoolExecutor() as pool:
         while batch := list(itertools.islice(texts, batch_size)):
-            yield from pool.map(encode, batch)
+            for text, ids in pool.map(encode, batch):
+                if is_first and text is not None:
+                    ids = np.concatenate((prefix, ids))
+                yield text, ids
+                is_first = text is None
 
 
 def check_replaceable(folder: Path) -> None:

@@ -233,7 +233,7 @@ def choose_tokenizer(corpus: Corpus, config: PrepareTextConfig) -> Tokenizer:
         train_pieces = filter(None, corpus.pieces("train"))
         texts = sample_evenly(train_pieces, BPE_CHARACTERS / max(sum(corpus.cuts), 1))
     tokenizer = make_tokenizer(config.tokenizer, texts, config.vocab_size, corpus.separated)
-    if corpus.separated and tokenizer.eos_token_id is None:
+    if corpus.separated and tokenizer.eos_token_id is None and not len(tokenizer.prefix_ids):
         separator = "newlines" if len(tokenizer.separator_ids) else "nothing"
         print(f"{separator} between documents: this vocabulary has no end-of-text token")
     return tokenizer

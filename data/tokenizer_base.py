@@ -70,10 +70,15 @@ class Tokenizer(ABC):
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        """(vocab_size,) number of UTF-8 bytes of each token, int64; 0 for end-of-text."""
+        """(vocab_size,) number of UTF-8 bytes of each token, int64.
+
+        0 for end-of-text and for the tokens that begin each document.
+        """
         lengths = [len(self.token_bytes(i)) for i in range(self.vocab_size)]
         if self.eos_token_id is not None:
             lengths[self.eos_token_id] = 0
+        for i in self.prefix_ids:
+            lengths[i] = 0
         return np.array(lengths, dtype=np.int64)
 
     @property
@@ -94,6 +99,11 @@ class Tokenizer(ABC):
             return np.array([], dtype=np.int64)
 
     @property
+    def prefix_ids(self) -> np.ndarray:
+        """What begins each document and each prompt, such as [CLS]; nothing in most tokenizers."""
+        return np.array([], dtype=np.int64)
+
+    @property
     def start_token_id(self) -> int:
         """The token to start a text without a prompt: end-of-text, else a newline, else token 0."""
         separator = self.separator_ids
@@ -102,7 +112,9 @@ class Tokenizer(ABC):
     def encode_prompt(self, text: str) -> np.ndarray:
         """The ids from which to generate a continuation, int64: at least one."""
         ids = self.encode(text)
-        return ids if len(ids) else np.array([self.start_token_id])
+        if not len(ids):
+            return np.array([self.start_token_id])
+        return np.concatenate((self.prefix_ids, ids))
 
     def config_dict(self) -> dict[str, Any]:
         """The contents of tokenizer_config.json, for transformers."""

@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrained
 
 from configurator import FolioError
 from data.hf_tokenizer import HFTokenizer
+from data.dataset import open_dataset
+from data.prepare import write_dataset
 from data.tokenizer import BPETokenizer, load_tokenizer, save_tokenizer
 from tests.conftest import TINY_TEXT
 from tests.fuzzing import Count, fuzz_settings, mutations
@@ -317,6 +319,25 @@ def test_byte_lengths_add_up_to_the_bytes_of_a_text(tmp_path):
     for make in (word_piece, unigram, byte_fallback, with_suffix):
         tokenizer = load_tokenizer(save(make(), tmp_path / make.__name__))
         assert tokenizer.byte_lengths[tokenizer.encode(text)].sum() == len(text) + 1
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "expected"),
+    [
+        (with_template, SENTENCE, "<s>how high</s><s>star</s>"),
+        (bert_class, {}, "[CLS] how high [CLS] star"),
+        (with_end_of_text_first, {"eos_token": END}, f"how high{END}star{END}"),
+        (byte_level, {}, f"how high{END}star{END}"),
+    ],
+)
+def test_documents_begin_as_prompts_do(make, config, expected, tmp_path):
+    """So a model that was trained on them knows the first token of a prompt."""
+    tokenizer = load_tokenizer(save(make(), tmp_path / "tokenizer", **config))
+    splits = {"train": ["how ", "high", None, "star", None], "val": ["star" * 20]}
+    write_dataset(tmp_path / "dataset", tokenizer, splits, {})
+    tokens = open_dataset(tmp_path / "dataset", 1).train.shards[0]
+    assert tokenizer.decode(tokens) == expected
+    assert not tokenizer.byte_lengths[tokenizer.prefix_ids].any()
 
 
 def test_text_that_cannot_be_encoded_is_refused(tmp_path):
