@@ -5,9 +5,9 @@
     python explain.py --init_from=gpt2 --start="The quick brown fox" --output=fox.html
 
 The page is one file that needs no network. All its numbers come from the model: the scores are
-computed as in attention_weights() of model.py. The page itself computes softmax, temperature, top-k
-and top-p, nothing else. If the run has saved snapshots (step_* folders; --snapshot_interval of
-train.py), a slider moves through training.
+computed as in attention_weights() of model.py. The page itself divides them by the square root of
+the head's size, and computes softmax, temperature, top-k and top-p, nothing else. If the run has
+saved snapshots (step_* folders; --snapshot_interval of train.py), a slider moves through training.
 """
 
 import base64
@@ -121,7 +121,8 @@ def validation_tokens(folder: Path, tokenizer: Tokenizer, count: int) -> np.ndar
 
 def run_of(folder: Path) -> Path:
     """The run folder of a snapshot (out/run/step_000500 -> out/run); any other folder itself."""
-    return folder.parent if folder.name.startswith("step_") else folder
+    is_snapshot = read_run_settings(folder) is None and read_run_settings(folder.parent) is not None
+    return folder.parent if is_snapshot else folder
 
 
 def choose_checkpoints(folder: Path, max_snapshots: int) -> list[Path]:

@@ -10,9 +10,9 @@ a JSON object that holds one document. Files are read in pieces, however large t
 
 import codecs
 import hashlib
+import io
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -94,8 +94,10 @@ def group_by_content(files: Iterable[Path]) -> list[list[Path]]:
     """The files with equal contents together, in the order of the first ones; no empty files."""
     groups: dict[str, list[Path]] = {}
     for path in files:
-        with explain_os_error(path, "cannot read"), open(path, "rb") as file:
-            groups.setdefault(hashlib.file_digest(file, "sha256").hexdigest(), []).append(path)
+        sha256 = hashlib.sha256()
+        for piece in read_pieces(path):
+            sha256.update(piece.encode())
+        groups.setdefault(sha256.hexdigest(), []).append(path)
     groups.pop(hashlib.sha256().hexdigest(), None)  # of the empty files
     return [*groups.values()]
 
@@ -160,23 +162,19 @@ def read_jsonl(path: Path, json_key: str) -> Iterator[str]:
                     f'{path}:{number}: not a line like {{"{json_key}": "..."}}; '
                     "--json_key=KEY names the key of the text"
                 )
-            yield text
+            yield text.replace("\r\n", "\n").replace("\r", "\n")  # as read_pieces() does
 
 
 def split_documents(pieces: Iterable[str], separator: str) -> Iterator[str]:
-    """The documents between the separators, without those that are only white space.
-
-    A newline in the separator also stands for the line ends of Windows, "\\r\\n".
-    """
-    pattern = re.compile(re.escape(separator).replace("\\\n", "\r?\n"))
+    """The documents between the separators, without those that are only white space."""
     parts, end = [], ""  # of the current document; the next separator may begin in `end`
     for piece in pieces:
-        first, *others = pattern.split(end + piece)
+        first, *others = (end + piece).split(separator)
         if others:
             complete = ["".join(parts) + first, *others[:-1]]
             yield from (document for document in complete if document.strip())
             parts, first = [], others[-1]
-        cut = max(len(first) - 2 * len(separator), 0)
+        cut = max(len(first) - len(separator), 0)
         parts.append(first[:cut])
         end = first[cut:]
     document = "".join(parts) + end
@@ -187,11 +185,12 @@ def split_documents(pieces: Iterable[str], separator: str) -> Iterator[str]:
 def read_pieces(path: Path) -> Iterator[str]:
     """A file's text in pieces of about a megabyte. FolioError if it is not UTF-8.
 
+    Line ends of Windows ("\\r\\n") become "\\n", as in Python's text files.
     A piece ends before white space. GPT-2's split pattern never joins a word and the white space
     after it, so the pieces have the same token ids as the whole text. (Only a megabyte without any
     white space is cut within a word.)
     """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), True)
     rest, position = "", 0
     with explain_os_error(path, "cannot read"), open(path, "rb") as file:
         while True:

@@ -20,6 +20,7 @@ RETRIES = Retry(
     status_forcelist=(408, 429, 500, 502, 503, 504),
     backoff_factor=1,
     raise_on_status=False,
+    respect_retry_after_header=False,  # a server may ask for hours
 )
 
 

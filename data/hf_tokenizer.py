@@ -7,8 +7,8 @@ our characters nor GPT-2's kind of BPE. The ids equal transformers' ids:
 
 So, unlike in our own tokenizers, an added token such as <|user|> is recognized in a text. Some
 tokenizers put tokens around each text, for example [CLS] text [SEP]. encode() leaves them out. In a
-dataset, [CLS] begins each document, and end-of-text ends it (in some tokenizers, this is [SEP]).
-encode_prompt() puts [CLS] before the text.
+dataset, [CLS] begins each document, and end-of-text ends it, if the tokenizer has one (BERT has
+none). encode_prompt() puts [CLS] before the text.
 
 The ids depend on two files, tokenizer.json and tokenizer_config.json. If they contradict each
 other, the versions of transformers do not agree on the ids, and the folder is refused.

@@ -236,8 +236,8 @@ def encode_in_order(
 ) -> Iterator[tuple[str | None, np.ndarray]]:
     """Yields each text with its token ids, in order; a few texts are encoded in parallel.
 
-    The first text of a document begins with the tokenizer's prefix_ids, unless the end of the
-    document before has the same ids.
+    The first text of a document begins with the tokenizer's prefix_ids, unless documents end with
+    the same ids.
     """
     end_of_document, is_first = tokenizer.separator_ids, True
     prefix = tokenizer.prefix_ids

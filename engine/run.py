@@ -215,8 +215,8 @@ def load_dataset(config: TrainConfig) -> Dataset:
 def check_source(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Raise FolioError if the model to start from cannot be trained with these settings and data.
 
-    This comes before an older run is moved aside: a run that cannot start moves nothing. Whether the
-    weights themselves are damaged is known when they are loaded.
+    This comes before an older run is moved aside: a run that cannot start moves nothing. Whether
+    the weights themselves are damaged is known when they are loaded.
     """
     if config.init_from == "scratch":
         return

@@ -38,7 +38,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.num_requests += 1
         time.sleep(self.server.pause)
         if isinstance(plan, int):
-            return self.send_error(plan)
+            self.send_response(plan)
+            self.send_header("Retry-After", "3600")  # seconds: nobody waits so long
+            return self.end_headers()
         if plan == "silence":
             return time.sleep(3)
         body = b"<html>Please log in</html>" if plan == "html" else self.server.body

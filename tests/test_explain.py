@@ -251,6 +251,14 @@ def test_the_page_of_one_snapshot_names_its_step_and_loss(run_folder, tmp_path, 
     assert labels == ["step 100 of 300, validation loss 2.5000"]
 
 
+def test_a_run_may_be_called_like_a_snapshot(run_folder, tmp_path, call):
+    folder, output = shutil.copytree(run_folder, tmp_path / "step_decay"), tmp_path / "page.html"
+    flags = [f"--out_dir={folder}", f"--start={TEXT[:9]}", f"--output={output}"]
+    assert call(explain, *flags).returncode == 0
+    labels = [checkpoint["label"] for checkpoint in page_data(output)["checkpoints"]]
+    assert all(" of 300" in label for label in labels), labels
+
+
 def test_of_many_snapshots_the_first_the_last_and_some_between_are_shown(tmp_path, monkeypatch):
     for step in range(1, 14):
         (tmp_path / f"step_{step}").mkdir()
