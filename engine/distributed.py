@@ -208,8 +208,9 @@ class Distributed:
         """The model in DistributedDataParallel; with one process, the model itself.
 
         After loss.backward(), each process has the mean of all processes' gradients. Compile the
-        model before, not after: the methods below need the DDP module itself. (The backward pass of
-        a compiled model is one operation for DDP. So the all-reduce starts after all of it.)
+        model before, not after: the methods below need the DDP module itself. (torch.compile then
+        makes one graph for each bucket of gradients, so that one bucket is sent while the backward
+        pass computes the next: torch._dynamo.config.optimize_ddp.)
         """
         if self.world_size == 1:
             return model
