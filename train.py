@@ -158,7 +158,7 @@ def train(
         if state.last_checkpoint_step != state.step:
             save_state(config, state, dataset, model, optimizer, scaler, device, dist, logger)
         logger.plot()
-        logger.print(summary(config, state, folder, len(dataset.val)))
+    logger.print(summary(config, state, folder, len(dataset.val)))  # the bar has been removed
 
 
 class Due(NamedTuple):

@@ -22,10 +22,15 @@ from data.files import explain_os_error, join_names, shell_command, user_path
 
 PIECE_BYTES = 2**20  # read at a time
 # What to do with files of other formats.
-READ_BY_PANDAS = {".json": "json", ".csv": "csv", ".tsv": "table", ".parquet": "parquet"}
+READ_BY_PANDAS = {
+    ".json": "read_json({}, dtype=False)", ".parquet": "read_parquet({})",
+    # Else "007" would become the number 7, and "None" would be no text.
+    ".csv": "read_csv({}, dtype=str, keep_default_na=False)",
+    ".tsv": "read_table({}, dtype=str, keep_default_na=False)",
+}  # fmt: skip
 UNPACK = {
-    ".gz": "python -m gzip -d", ".bz2": "bunzip2", ".xz": "unxz", ".zip": "python -m zipfile -e",
-    ".tar": "python -m tarfile -e", ".tgz": "python -m tarfile -e",
+    ".gz": "gunzip --keep", ".bz2": "bunzip2 --keep", ".xz": "unxz --keep",
+    ".zip": "python -m zipfile -e", ".tar": "python -m tarfile -e", ".tgz": "python -m tarfile -e",
 }  # fmt: skip
 
 
@@ -105,15 +110,17 @@ def group_by_content(files: Iterable[Path]) -> list[list[Path]]:
 def format_advice(path: Path) -> str:
     """What to do with a file of another format; "" if it is not known as one."""
     suffix = path.suffix.lower()
-    if suffix in READ_BY_PANDAS:
+    if suffix in READ_BY_PANDAS and not is_jsonl(path):
+        read = READ_BY_PANDAS[suffix].format(repr(str(path)))
         return (
             'convert it to .jsonl, with an object {"text": "..."} in each line; for example in '
-            f"Python: import pandas; pandas.read_{READ_BY_PANDAS[suffix]}({str(path)!r})"
-            f".to_json({str(path.with_suffix('.jsonl'))!r}, orient='records', lines=True)"
+            f"Python, after `pip install pandas`: import pandas; pandas.{read}"
+            f".to_json({f'{path}.jsonl'!r}, orient='records', lines=True)"
         )
     if suffix in UNPACK:
-        folder = " ." if suffix == ".zip" else ""
-        return f"unpack it: {UNPACK[suffix]} {shell_command(str(path))}{folder}"
+        # An archive is unpacked into a folder of its own.
+        folder = [] if "--keep" in UNPACK[suffix] else [str(path.with_suffix(""))]
+        return f"unpack it: {UNPACK[suffix]} {shell_command(str(path), *folder)}"
     return ""
 
 
@@ -140,8 +147,16 @@ def read_documents(
 
 
 def is_jsonl(path: Path) -> bool:
-    """Whether each line of the file is a JSON object."""
-    return path.suffix.lower() in (".jsonl", ".ndjson", ".jsonlines")
+    """Whether each line of the file is a JSON object: its suffix says so, or its first line."""
+    suffix = path.suffix.lower()
+    if suffix not in ("", ".json") or not path.is_file():
+        return suffix in (".jsonl", ".ndjson", ".jsonlines")
+    with explain_os_error(path, "cannot read"), open(path, "rb") as file:
+        first_line = file.readline(PIECE_BYTES)
+    try:
+        return isinstance(json.loads(first_line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def read_jsonl(path: Path, json_key: str) -> Iterator[str]:
@@ -185,7 +200,7 @@ def split_documents(pieces: Iterable[str], separator: str) -> Iterator[str]:
 def read_pieces(path: Path) -> Iterator[str]:
     """A file's text in pieces of about a megabyte. FolioError if it is not UTF-8.
 
-    Line ends of Windows ("\\r\\n") become "\\n", as in Python's text files.
+    All line ends become "\\n": "\\r\\n" of Windows, and "\\r". Python's text files do the same.
     A piece ends before white space. GPT-2's split pattern never joins a word and the white space
     after it, so the pieces have the same token ids as the whole text. (Only a megabyte without any
     white space is cut within a word.)

@@ -131,18 +131,6 @@ def user_path(text: str | Path) -> Path:
     return path
 
 
-def file_id(path: Path) -> tuple[int, int] | None:
-    """Identifies a file or a folder: equal for a link to it, another for a new file of its name.
-
-    None if there is none, or if the path cannot be read.
-    """
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
 def join_names(names: list[str], max_names: int = 10) -> str:
     """At most max_names of the names in a line: ["a", "b", "c"], 2 -> 'a, b and 1 more'"""
     more = f" and {len(names) - max_names:,} more" if len(names) > max_names else ""

@@ -94,7 +94,7 @@ def tokenizer_folder(tokenizer_type: str) -> Path:
 
 
 def read_text(path: str | Path) -> str:
-    """A file's text, newlines unchanged. FolioError if it is missing, empty or not UTF-8."""
+    """A file's text, as read_pieces() reads it. FolioError if it is missing, empty or not UTF-8."""
     text = "".join(read_pieces(Path(path)))
     if not text.strip():
         raise FolioError(f"{path}: there is no text in this file")
@@ -110,7 +110,7 @@ def encode_prompt(start: str, tokenizer: Tokenizer) -> tuple[str, list[int]]:
         prompt = read_text(user_path(start.removeprefix("FILE:")))
     else:
         prompt = start.replace("\\n", "\n")  # a shell passes "\n" on as two characters
-    prompt = prompt.replace("\r\n", "\n")  # as Windows ends lines
+    prompt = prompt.replace("\r\n", "\n").replace("\r", "\n")  # as in texts: see read_pieces()
     try:
         return prompt, tokenizer.encode_prompt(prompt).tolist()
     except FolioError as error:

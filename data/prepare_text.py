@@ -156,7 +156,7 @@ def open_corpus(inputs: list[Path], config: PrepareTextConfig) -> Corpus:
     separator = config.document_separator
     for escaped, character in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
         separator = separator.replace(escaped, character)
-    separator = separator.replace("\r\n", "\n")  # as in the text
+    separator = separator.replace("\r\n", "\n").replace("\r", "\n")  # as in the text
 
     def read(files: list[Path]) -> Iterator[Iterator[str]]:
         return read_documents(files, config.json_key, separator)

@@ -463,7 +463,9 @@ def restore(
             group.update({key: value for key, value in current.items() if key != "params"})
         if saved["scaler"]:  # empty unless the run was saved in float16
             scaler.load_state_dict(saved["scaler"])
-        state = TrainState(**saved["train_state"])
+        known = {field.name for field in dataclasses.fields(TrainState)}
+        fields = {name: value for name, value in saved["train_state"].items() if name in known}
+        state = TrainState(**fields)  # other versions of Folio may have other fields
         for field in dataclasses.fields(state):
             value = getattr(state, field.name)
             if type(value) is not type(field.default) or (field.name == "step" and value < 0):

@@ -129,7 +129,7 @@ def describe_run(folder: str | Path) -> str:
         if settings is not None:
             description += f" of {settings['max_iters']:,}"
             last_step = max([step, *(row["step"] for row in read_log(folder / LOG_FILE))])
-            if last_step < settings["max_iters"]:
+            if step < last_step < settings["max_iters"]:
                 description += f" (training has reached step {last_step:,})"
         source = settings["init_from"] if settings else "scratch"
         if val_loss is not None:

@@ -110,9 +110,9 @@ def test_a_missing_file_and_a_folder_without_texts_are_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("table.csv", "pandas.read_csv('{}/table.csv').to_json('{}/table.jsonl'"),
-        ("rows.JSON", "pandas.read_json('"), ("verse.ZIP", "python -m zipfile -e {}/verse.ZIP ."),
-        ("verse.txt.gz", "unpack it: python -m gzip -d {}/verse.txt.gz"),
+        ("table.csv", "pandas.read_csv('{}/table.csv', "), ("rows.JSON", "pandas.read_json('"),
+        ("verse.ZIP", "unpack it: python -m zipfile -e {}/verse.ZIP {}/verse"),
+        ("verse.txt.gz", "unpack it: gunzip --keep {}/verse.txt.gz"),
     ],
 )  # fmt: skip
 def test_a_file_of_another_format_is_refused_with_advice(tmp_path, name, advice):
@@ -137,6 +137,8 @@ def test_line_ends_of_windows_become_newlines_and_such_a_copy_is_a_copy(
     assert "windows.txt" in capsys.readouterr().out
     (tmp_path / "b.jsonl").write_text('{"text": "one\\r\\ntwo"}\n')
     assert texts_in(tmp_path / "b.jsonl") == ["one\ntwo"]
+    (tmp_path / "old_mac.txt").write_bytes(b"one\rtwo")
+    assert texts_in(tmp_path / "old_mac.txt") == ["one\ntwo"]
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -147,6 +149,14 @@ def test_each_line_of_json_is_a_document(tmp_path, name, newline):
     content = "\ufeff" + lines[0] + newline + " \t" + newline + newline.join(lines[1:])
     (tmp_path / name).write_bytes(content.encode())
     assert texts_in(tmp_path / name) == texts
+
+
+@pytest.mark.parametrize("name", ["part-00000", "c4.json"])
+def test_a_first_line_of_json_tells_of_lines_of_json(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert texts_in(tmp_path / name) == ["a", "b"]
+    (tmp_path / "part-00001").write_text('{"text", he said.\n')
+    assert texts_in(tmp_path / "part-00001") == ['{"text", he said.\n']
 
 
 def test_the_key_of_the_text_can_be_given(tmp_path):
