@@ -12,10 +12,11 @@ from resume.pt in it.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import data  # noqa: F401 - first: it says what to do if torch is missing
@@ -27,7 +28,7 @@ from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
 from data.dataset import derive_seed, evaluation_batches, prefetch, training_batch
 from engine.checkpoint import WEIGHTS_FILE
 from engine.cpu_threads import ThreadAdapter, one_thread
-from engine.device import ComputeDevice, choose_device, explain_out_of_memory, start_reading
+from engine.device import ComputeDevice, choose_device, explain_out_of_memory
 from engine.distributed import Distributed, is_restarted
 from engine.flops import peak_tokens_per_second
 from engine.inference import InferenceModel, is_small, read_ids
@@ -50,36 +51,34 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # inputs and targets, (B,
 
 
 def main() -> None:
-    # With one process, dist.broadcast_from_main(f) and dist.main_process_first(f) are just f().
+    # With one process, dist.broadcast_from_main(f, x) and dist.main_process_first(f, x) are f(x).
     # exit_stack: what enters it (the lock, the explanation of errors) ends when this block ends.
     with Distributed() as dist, contextlib.ExitStack() as exit_stack:
         # Settings, and the folder of the run
-        overrides = dist.broadcast_from_main(lambda: parse_overrides(TrainConfig))
+        overrides = dist.broadcast_from_main(parse_overrides, TrainConfig)
         folder = resolve_out_dir(overrides.get("out_dir", TrainConfig.out_dir))
         if not overrides.get("eval_only"):  # lock before reading: another job may write there
             lock = lock_run_folder(folder)  # of the main process
-            dist.broadcast_from_main(lambda: exit_stack.enter_context(lock))
+            dist.broadcast_from_main(exit_stack.enter_context, lock)
         # torchrun and SLURM restart a job that failed; it then resumes. Only the restarted node
         # sees this in its environment variables.
         restarted = bool(dist.all_reduce_max(int(is_restarted())))
-        config = dist.broadcast_from_main(
-            lambda: resolve_config(overrides, restarted, dist.world_size)
-        )
-        dist.broadcast_from_main(lambda: check_trackers(config))  # wandb, TensorBoard
+        config = dist.broadcast_from_main(resolve_config, overrides, restarted, dist.world_size)
+        dist.broadcast_from_main(check_trackers, config)  # wandb, TensorBoard
 
         # Device, dataset, model, optimizer
         exit_stack.enter_context(explain_out_of_memory(OUT_OF_MEMORY_HINT))
-        options = (config.device, config.dtype, config.compile)
         device = dist.main_process_first(
-            lambda: choose_device(*options, dist.local_rank, dist.world_size, config.num_threads)
-        )
+            choose_device, config.device, config.dtype, config.compile,
+            dist.local_rank, dist.world_size, config.num_threads,
+        )  # fmt: skip
         check_same_device(device, dist)
-        dataset = dist.main_process_first(lambda: load_dataset(config))
+        dataset = dist.main_process_first(load_dataset, config)
         check_same_dataset(dataset, dist)
-        dist.broadcast_from_main(lambda: check_source(config, dataset.tokenizer))
+        dist.broadcast_from_main(check_source, config, dataset.tokenizer)
         if config.init_from != "resume" and not config.eval_only:
             # Now, because a restarted job resumes what it finds in the folder: its own run only.
-            dist.broadcast_from_main(lambda: move_old_run_aside(folder))
+            dist.broadcast_from_main(move_old_run_aside, folder)
         model = build_model(config, dataset.tokenizer, device, dist)
         config = dataclasses.replace(config, bias=model.config.bias)  # True if weights have biases
         optimizer = make_optimizer(model, config, device.dtype, dist)
@@ -92,7 +91,7 @@ def main() -> None:
         if config.eval_only:
             evaluate_only(config, state, dataset, model, device, dist)
         else:
-            dist.broadcast_from_main(lambda: start_run_folder(folder, config, dataset))
+            dist.broadcast_from_main(start_run_folder, folder, config, dataset)
             # Signals, such as Ctrl-C, finish the step. local_exit_status(): whether this process
             # has received one. sync() asks all processes; should_stop is the answer.
             with dist.shutdown:
@@ -115,7 +114,6 @@ def train(
     wrapped_model = wrap_model(model, config, device, dist)
     batches = prefetch(training_batches(dataset.train, config, state.step, device, dist))
     peak = peak_tokens_per_second(model.config, device, dist.world_size)
-    unread: list[Callable[[], StepMetrics]] = []  # results of started steps, not read yet
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         threads = ThreadAdapter(device, config.num_threads, dist.world_size, logger.print)
         logger.print(banner(config, state, dataset, model, device, folder))
@@ -128,27 +126,21 @@ def train(
             if due.checkpoint:  # if killed in between, the resumed run repeats the evaluation
                 save_state(config, state, dataset, model, optimizer, scaler, device, dist, logger)
             if evaluation is not None and due.sample and dist.is_main:
-                show_sample(config, dataset, model, device, logger)
+                show_sample(config, dataset, model, device, dist, logger)
             is_finished = state.step >= config.max_iters or is_patience_exhausted(state, config)
             if is_finished or dist.shutdown.should_stop:
                 break
             start_time = time.perf_counter()
-            unread.append(train_step(
+            metrics = train_step(
                 wrapped_model, optimizer, scaler, batches, config, state.step, device, dist
-            ))  # fmt: skip
+            )
+            state.seconds += time.perf_counter() - start_time
             state.step += 1
             state.tokens += config.tokens_per_step
-            due = what_is_due(state, config)
-            # Reading waits for the device. So on a GPU, the newest step is read when the next one
-            # has been started, unless it is needed now, or a step read before tells of a signal.
-            n_kept = 0 if any(due) else device.max_unread_steps
-            metrics = []
-            while len(unread) > n_kept or (unread and dist.shutdown.should_stop):
-                metrics.append(unread.pop(0)())
-            state.seconds += time.perf_counter() - start_time
-            logger.log_steps(metrics)
+            logger.log_step(metrics)
             threads.after_step()  # fewer threads while other programs need the CPU
-            if due.row and not due.evaluation:
+            due = what_is_due(state, config)
+            if due.row and not due.evaluation:  # an evaluation logs a row of its own
                 logger.log_row()
             if due.snapshot and dist.is_main:
                 try_to_save_snapshot(f"step_{state.step:06}", config, state, dataset, model, logger)
@@ -162,7 +154,7 @@ def train(
 
 
 class Due(NamedTuple):
-    """What comes before the next training step. Each needs the metrics of all earlier steps."""
+    """What comes before the next training step."""
 
     row: bool  # of log.csv
     evaluation: bool
@@ -201,16 +193,15 @@ def train_step(
     step: int,
     device: ComputeDevice,
     dist: Distributed,
-) -> Callable[[], StepMetrics]:
+) -> StepMetrics:
     """Update the weights once, with the mean gradient of all micro-batches.
 
     The four numbered lines are what every training step does. `dist` has an effect with several
     processes only, `scaler` in float16 only, and autocast has no effect in float32.
 
-    If the loss or a gradient is NaN or infinite, the weights do not change.
-    Returns a function that waits until the device has computed the step. It returns the metrics,
-    equal in all processes; it raises FolioError if one of them is NaN or infinite. (In float16 an
-    infinite gradient is normal: see check_finite().)
+    Returns the metrics, equal in all processes. Raises FolioError if the loss or a gradient is NaN
+    or infinite; the weights have not changed then. (In float16 an infinite gradient is normal: see
+    check_finite().)
     """
     lr_multiplier = get_lr_multiplier(step, config)
     set_lr_multiplier(optimizer, lr_multiplier)
@@ -240,16 +231,12 @@ def train_step(
     scaler.update()
     # With several processes, the gradients stay in the buffers of DistributedDataParallel.
     optimizer.zero_grad(set_to_none=dist.world_size == 1)
-    read_numbers = start_reading(torch.stack((mean_loss, grad_norm, n_stopped)))
-
-    def read_metrics() -> StepMetrics:
-        loss, norm, n_stopped = read_numbers()
-        check_finite(loss, norm, step, config, scaler, dist)
-        if n_stopped > 0:  # a process has received a signal: all processes stop
-            dist.shutdown.sync()  # and agree on the exit status
-        return StepMetrics(loss, norm, lr_multiplier * config.learning_rate)
-
-    return read_metrics
+    # Only here does the CPU wait for the device.
+    loss, norm, n_stopped = torch.stack((mean_loss, grad_norm, n_stopped)).tolist()
+    check_finite(loss, norm, step, config, scaler, dist)
+    if n_stopped > 0:  # a process has received a signal: all processes stop
+        dist.shutdown.sync()  # and agree on the exit status
+    return StepMetrics(loss, norm, lr_multiplier * config.learning_rate)
 
 
 def get_lr_multiplier(step: int, config: TrainConfig) -> float:
@@ -293,10 +280,6 @@ def check_finite(
             "--out_dir=NEW)"
         )
 
-    if torch.cuda.is_initialized():
-        # The next step has been started. Wait until it is computed: if this process ended before,
-        # the other processes would wait for its part of the all-reduces.
-        torch.cuda.synchronize()
     dist.broadcast_from_main(raise_error)  # all processes stop, and one of them prints the error
 
 
@@ -383,14 +366,14 @@ def record_evaluation(
         state.best_val_loss, state.best_step = val_loss, state.step
     if state.best_step == state.step:
         state.evaluations_since_best = 0
-    elif state.step > max(state.best_step, 0):  # the best weights may be newer: read_best_loss()
+    elif state.step > max(state.best_step, 0):  # (adopt_best_weights(): the best may be newer)
         state.evaluations_since_best += 1
     if not logger.enabled:
         return
     logger.check_folder()
     if (state.best_step, state.best_val_loss) == (state.step, val_loss):
         # Not in the `if` above: if the run was killed between saving weights and model card,
-        # read_best_loss() has already set best_step. Then weights and model card are saved again.
+        # adopt_best_weights() has set best_step. Then weights and model card are saved again.
         save_best(logger.folder, config, state, dataset, model, bits_per_byte)
     logger.log_row(val_loss, bits_per_byte)
     logger.print(f"\n{logger.evaluation_line()}")
@@ -439,7 +422,7 @@ def save_state(
     logger: MetricsLogger,
 ) -> None:
     """Write resume.pt; keep the old one if the weights do not give a finite loss any more."""
-    if dist.broadcast_from_main(lambda: has_diverged(config, state, dataset, model, device)):
+    if dist.broadcast_from_main(has_diverged, config, state, dataset, model, device):
         logger.warn_once("the training loss is not finite any more: resume.pt is not overwritten")
         return
     state.last_checkpoint_step = state.step
@@ -489,9 +472,10 @@ def show_sample(
     dataset: Dataset,
     model: GPT,
     device: ComputeDevice,
+    dist: Distributed,
     logger: MetricsLogger,
 ) -> None:
-    """Print sample_tokens tokens from the model."""
+    """Print sample_tokens tokens from the model; fewer if a signal comes."""
     start = torch.tensor([[dataset.tokenizer.start_token_id]], device=device.torch_device)
     with one_thread() if is_small(model) else contextlib.nullcontext():
         steps = InferenceModel(model, device.torch_device).generate(
@@ -499,6 +483,7 @@ def show_sample(
         )
         # read_ids() gives a list of ids for each step: [i], for one sample.
         ids = show_progress(read_ids(steps), config.sample_tokens, "sampling", "tokens")
+        ids = itertools.takewhile(lambda _: not dist.shutdown.local_exit_status(), ids)
         text = "".join(dataset.tokenizer.decode_stream(i for (i,) in ids))
     logger.print(indented(text.strip()))
 

@@ -56,6 +56,7 @@ def training_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random windows: inputs and targets, each (B, T), int64.
 
+    Windows are drawn independently: in one epoch, some tokens come twice and others never.
     The batch is a function of (seed, step, micro_batch) only. So a resumed run sees the batches of
     an uninterrupted one, and the number of processes does not change them.
     """
@@ -351,14 +352,16 @@ def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenize
     """The dataset's own tokenizer or, in a folder without tokenizer.json, the given one."""
     if not name:
         raise FolioError("--dataset is empty; give the name of a folder in data/")
-    if not folder.is_dir():
-        raise FolioError(f"dataset {name!r} not found in {DATA_DIR}{dataset_hint(name)}")
     with explain_os_error(folder, "cannot be read"):
+        if not folder.is_dir():
+            raise FolioError(f"dataset {name!r} not found in {DATA_DIR}{dataset_hint(name)}")
         files = os.listdir(folder)
     if "tokenizer.json" in files:
         own = load_tokenizer(folder)
         if given not in (None, own):
-            raise FolioError(f"{folder}: has a tokenizer of its own; omit --tokenizer")
+            raise FolioError(
+                f"{folder}: its own tokenizer is another one (omit --tokenizer, if it is given)"
+            )
         return own
     if name in PREPARE_COMMANDS and "train.bin" not in files:
         raise FolioError(f"{folder}: incomplete; continue with {PREPARE_COMMANDS[name]}")

@@ -47,6 +47,7 @@ from data.prepare import (
 from data.tokenizer import CharTokenizer, Tokenizer, read_json
 from data.tokenizer_base import END_OF_TEXT
 
+CHANGED = "the text has changed while it was read; prepare a copy of it"
 BPE_CHARACTERS = 100 * 2**20  # of the training split, from which BPE learns
 
 
@@ -114,7 +115,10 @@ def next_command(config: PrepareTextConfig, tokenizer: Tokenizer, meta: dict[str
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents that are read again for each purpose, because they may not fit into memory."""
+    """Documents that are read again for each purpose, because they may not fit into memory.
+
+    Reading raises FolioError if a document has changed, or one was added, since it was measured.
+    """
 
     read: Callable[[], Iterator[Iterator[str]]]
     sizes: list[int]  # characters of each document
@@ -126,19 +130,23 @@ class Corpus:
 
     def pieces(self, split: str) -> Iterator[str | None]:
         """The pieces of one split, "train" or "val", with None at the end of each document."""
-        documents = zip(self.read(), self.sizes, self.cuts, strict=True)
-        for number, (document, size, cut) in enumerate(documents):
+        documents = self.read()
+        for number, (size, cut) in enumerate(zip(self.sizes, self.cuts, strict=True)):
+            document, position = next(documents, ()), 0
             if split == "val" and number in self.copies:
                 continue
-            position = 0
             for piece in document:
                 cut_in_piece = max(cut - position, 0)
                 if part := piece[:cut_in_piece] if split == "train" else piece[cut_in_piece:]:
                     yield part
                 position += len(piece)
+            if position != size:
+                raise FolioError(CHANGED)
             # A cut document ends in the validation split. An empty document is left out.
             if self.separated and size > 0 and (split == "train") == (cut == size):
                 yield None
+        if next(documents, None) is not None:
+            raise FolioError(CHANGED)
 
     def all_pieces(self) -> Iterator[str]:
         return (piece for document in self.read() for piece in document)

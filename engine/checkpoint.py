@@ -323,8 +323,9 @@ def advice_without_checkpoint(path: Path) -> str:
         where = shown_path(folder)
         flags = shell_command(f"--init_from={where}", f"--out_dir={where}-2")
         return f"to continue from the best weights: {flags}"
-    beside = sorted(found.parent.name for found in folder.parent.glob(f"*/{CHECKPOINT_FILE}"))
-    if beside:
+    checkpoints = list(folder.parent.glob(f"*/{CHECKPOINT_FILE}"))
+    checkpoints.sort(key=lambda found: found.stat().st_mtime, reverse=True)  # the newest first
+    if beside := [found.parent.name for found in checkpoints]:
         similar = difflib.get_close_matches(folder.name, beside, n=1) or beside
         flags = [shell_command(f"--out_dir={shown_path(folder.with_name(n))}") for n in similar]
         return f"name the run: {join_names(flags, max_names=3)}"

@@ -69,14 +69,6 @@ class ComputeDevice:
         """Scales the loss so that small gradients do not become 0 in float16; else does nothing."""
         return torch.amp.GradScaler(self.torch_device.type, enabled=self.dtype == torch.float16)
 
-    @property
-    def max_unread_steps(self) -> int:
-        """How many started training steps the CPU may leave unread.
-
-        1 on CUDA: while the GPU computes a step, the CPU prepares the next one. Elsewhere 0.
-        """
-        return int(self.torch_device.type == "cuda")
-
     def to_device(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Copies on the device. On CUDA the copy runs in the background; any thread may call."""
         if self.torch_device.type != "cuda":

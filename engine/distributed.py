@@ -102,17 +102,19 @@ class Distributed:
 
     # --- Collectives: each must be called by all processes, in the same order ---
 
-    def broadcast_from_main(self, fn: Callable[[], T]) -> T:
-        """fn(), run by the main process, which sends the result to all. One process: just fn().
+    def broadcast_from_main(self, fn: Callable[..., T], *args: Any) -> T:
+        """fn(*args), run by the main process, which sends the result to all.
+
+        One process: just fn(*args).
 
         If fn raises, or exits, in the main process, the other processes exit silently.
         """
         if self.world_size == 1:
-            return fn()
+            return fn(*args)
         result, failed = None, True
         try:
             if self.is_main:
-                result, failed = fn(), False
+                result, failed = fn(*args), False
         finally:  # also if fn raises: all processes receive failed=True, then the error goes on
             payload = [result, failed]
             torch_dist.broadcast_object_list(payload)  # the payload of rank 0 arrives in all
@@ -121,14 +123,14 @@ class Distributed:
             raise SystemExit(0)  # the job's exit status is the main process's
         return result
 
-    def main_process_first(self, fn: Callable[[], T]) -> T:
-        """fn(), run by the main process, then by all others. One process: just fn().
+    def main_process_first(self, fn: Callable[..., T], *args: Any) -> T:
+        """fn(*args), run by the main process, then by all others. One process: just fn(*args).
 
         So data is downloaded once, and an error is printed once.
         """
         results = []
-        self.broadcast_from_main(lambda: results.append(fn()))  # fn's result is not sent
-        return results[0] if self.is_main else fn()
+        self.broadcast_from_main(lambda: results.append(fn(*args)))  # fn's result is not sent
+        return results[0] if self.is_main else fn(*args)
 
     def check_same(self, value: T, message: Callable[[T], str]) -> None:
         """Raises FolioError if this process's value is not the main process's; all processes exit.
@@ -193,7 +195,7 @@ class Distributed:
                 gpus: list[str] = [""] * self.world_size
                 own_gpu = str(torch.cuda.get_device_properties(device).uuid)
                 torch_dist.all_gather_object(gpus, own_gpu)
-                self.broadcast_from_main(lambda: check_one_process_per_gpu(gpus))
+                self.broadcast_from_main(check_one_process_per_gpu, gpus)
             nccl = is_cuda and torch_dist.is_nccl_available()
             self._tensor_groups[device] = torch_dist.new_group(
                 backend="nccl" if nccl else "gloo",

@@ -62,7 +62,7 @@ class MetricsLogger:
         self.has_new_rows = False
         self.log_is_complete = False  # whether log.csv has exactly these rows
         self.metrics: StepMetrics | None = None  # of the latest step
-        self.start_step, self.start_tokens = state.step, state.tokens  # when this process started
+        self.start_step = state.step  # when this process started
         self.first_step: tuple[int, float] | None = None  # (step, seconds) after its first step
         self.last_logged: tuple[int, float] | None = None  # (tokens, seconds) of the last row
         self.last_print = self.last_plot = time.monotonic()
@@ -135,20 +135,15 @@ class MetricsLogger:
             self.warnings.add(text)
             self.print(labeled("WARNING", text))
 
-    def log_steps(self, metrics: list[StepMetrics]) -> None:
-        """Record training steps; the state has been updated already."""
-        if not metrics:
-            return
-        self.metrics = metrics[-1]
-        for step in metrics:
-            self.state.unlogged_losses += step.loss
-            self.state.unlogged_steps += 1
+    def log_step(self, metrics: StepMetrics) -> None:
+        """Record a training step; the state has been updated already."""
+        self.metrics = metrics
+        self.state.unlogged_losses += metrics.loss
+        self.state.unlogged_steps += 1
         if self.last_logged is None:
             # The first step includes warming up (and compiling), so speed is measured after it.
-            # Not state.tokens: on a GPU they include a step that is started but not read yet.
-            tokens = self.start_tokens + len(metrics) * self.config.tokens_per_step
-            self.last_logged = (tokens, self.state.seconds)
-            self.first_step = (self.start_step + len(metrics), self.state.seconds)
+            self.last_logged = (self.state.tokens, self.state.seconds)
+            self.first_step = (self.state.step, self.state.seconds)
             if self.enabled:
                 self._rename_later_snapshots()
         if self.bar is not None:

@@ -255,7 +255,7 @@ def build_model(
     dist: None means one process.
     """
     dist = dist or Distributed()
-    # The other processes wait, and end if an error occurs in the main process.
+    # The other processes do nothing but wait, and end if an error occurs in the main process.
     model = dist.main_process_first(
         lambda: initial_model(config, tokenizer, device) if dist.is_main else None
     )
@@ -417,7 +417,8 @@ def resume(
 
     def restore_state() -> TrainState:
         state = restore(load_checkpoint(folder), config, model, optimizer, scaler, dataset)
-        read_best_loss(folder, state)
+        if not config.eval_only:  # which evaluates the weights of resume.pt
+            adopt_best_weights(folder, state)
         return state
 
     state = dist.broadcast_from_main(restore_state)
@@ -479,7 +480,7 @@ def restore(
         ) from None
 
 
-def read_best_loss(folder: Path, state: TrainState) -> None:
+def adopt_best_weights(folder: Path, state: TrainState) -> None:
     """Let the state describe the best weights that are in the run folder.
 
     If the run was killed between saving these weights and its checkpoint, they are newer than the

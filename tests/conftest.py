@@ -268,7 +268,7 @@ def make_step(
 
     state = logger.state
     state.step, state.tokens, state.seconds = step, step * 100, step * 0.5
-    logger.log_steps([StepMetrics(train_loss or 3.0 / step, 1.0, 1e-3)])
+    logger.log_step(StepMetrics(train_loss or 3.0 / step, 1.0, 1e-3))
     if val_loss is not None and val_loss < state.best_val_loss:
         state.best_val_loss, state.best_step = val_loss, step
     logger.log_row(val_loss, None if val_loss is None else val_loss / math.log(2))

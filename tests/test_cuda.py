@@ -98,8 +98,7 @@ def test_resumed_run_continues_with_the_same_numbers(gpu_flags, tmp_path, call, 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", train_step_with_signal)
         assert call(train, *flags).returncode == 143
-    # The step with the signal is step 4. Its numbers are read when one more has been started.
-    assert load_checkpoint(tmp_path / "run")["train_state"]["step"] == 6
+    assert load_checkpoint(tmp_path / "run")["train_state"]["step"] == 5  # step 4 had the signal
     assert call(train, *flags, "--init_from=resume").returncode == 0
     whole, resumed = (read_log(tmp_path / name)[-1] for name in ("whole", "run"))
     for column in ("train_loss", "val_loss"):

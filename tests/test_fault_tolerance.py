@@ -164,7 +164,7 @@ def train_with_phases(phase: Phase, flags: tuple[str, ...]) -> None:
             for parameter in model.parameters():
                 parameter.fill_(step + 1)
         dist.shutdown.sync()
-        return lambda: metrics.StepMetrics(1.0, 1.0, 1.0)
+        return metrics.StepMetrics(1.0, 1.0, 1.0)
 
     def evaluate(model, *args):
         step = round(next(model.parameters()).flatten()[0].item())

@@ -25,32 +25,18 @@ ROW = "2,200,1.0,1.5,,0.001,1.0,200,"  # of step 2, as make_step() logs it
 # --- log.csv ---
 
 
-def test_the_speed_counts_the_steps_whose_time_it_counts(make_logger):
-    """As on a GPU: the second step has been started, but not read, when the first one is logged."""
-    with make_logger() as logger:
-        config, state = logger.config, logger.state
-        config.batch_size, config.block_size = 10, 10  # 100 tokens per step
-        metrics = StepMetrics(3.0, 1.0, 1e-3)
-        state.step, state.tokens, state.seconds = 2, 200, 0.5
-        logger.log_steps([metrics])
-        state.step, state.tokens, state.seconds = 3, 300, 1.5
-        logger.log_steps([metrics, metrics])
-        logger.log_row()
-    assert logger.rows[-1]["tokens_per_second"] == 200  # steps 2 and 3, in one second
-
-
 def test_train_loss_is_the_mean_since_the_row_before_and_survives_a_restart(make_logger):
     with make_logger() as logger:
         for step, loss in ((1, 4.0), (2, 2.0), (3, 1.0)):
             logger.state.step = step
-            logger.log_steps([StepMetrics(loss, 1.0, 1e-3)])
+            logger.log_step(StepMetrics(loss, 1.0, 1e-3))
             if step == 2:
                 logger.log_row()
     assert logger.rows[-1]["train_loss"] == 3.0
     saved = dataclasses.asdict(logger.state)
     with make_logger() as resumed:
         resumed.state = TrainState(**{**saved, "step": 4})
-        resumed.log_steps([StepMetrics(0.5, 1.0, 1e-3)])
+        resumed.log_step(StepMetrics(0.5, 1.0, 1e-3))
         resumed.log_row()
     assert resumed.rows[-1]["train_loss"] == 0.75
 
@@ -90,7 +76,7 @@ def test_a_resume_that_fails_before_its_first_row_leaves_the_log_as_it_is(make_l
             make_step(logger, step)
     before = (tmp_path / "log.csv").read_bytes()
     with pytest.raises(FolioError), make_logger(step=2) as logger:
-        logger.log_steps([StepMetrics(1.5, 1.0, 1e-3)])
+        logger.log_step(StepMetrics(1.5, 1.0, 1e-3))
         raise FolioError("out of memory")
     assert (tmp_path / "log.csv").read_bytes() == before
 
@@ -249,7 +235,7 @@ def test_the_time_left_is_that_of_this_process_after_its_first_step(
     monkeypatch.setattr(metrics, "MIN_SECONDS", 0)
     with make_logger(step=4) as logger:
         for logger.state.step, logger.state.seconds in ((5, 100.0), (6, 100.5)):
-            logger.log_steps([StepMetrics(1.5, 1.0, 1e-3)])
+            logger.log_step(StepMetrics(1.5, 1.0, 1e-3))
             logger.log_row()
     assert capsys.readouterr().out.splitlines()[-1].endswith(", 0:02 left")  # 4 steps
 

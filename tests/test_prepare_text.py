@@ -375,3 +375,22 @@ def test_a_program_can_be_started_as_a_file_from_another_folder(
         runpy.run_path(str(ROOT / "data" / f"{name}.py"), run_name="__main__")
     assert exit_.value.code == 0
     assert f"usage: {name}.py" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "added"), [("a.txt", "more"), ("a.jsonl", '{"text": "more"}\n'), ("a.jsonl", "cut")]
+)
+def test_a_text_that_grows_while_it_is_read_is_refused(
+    prepare, tmp_path, data_folder, monkeypatch, name, added
+):
+    (tmp_path / name).write_text('{"text": "one more"}\n' * 9)
+    choose = prepare_text.choose_tokenizer
+
+    def choose_and_add(*args):
+        with open(tmp_path / name, "a") as file:
+            file.write(added)
+        return choose(*args)
+
+    monkeypatch.setattr(prepare_text, "choose_tokenizer", choose_and_add)
+    result = prepare(tmp_path / name, "--dataset=mine")
+    assert_one_line_error(result, "a.jsonl:10: not" if added == "cut" else "the text has changed")

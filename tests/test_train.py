@@ -29,7 +29,7 @@ from engine import run as run_module
 from engine.checkpoint import (
     CHECKPOINT_FILE, WEIGHTS_FILE, load_checkpoint, load_model, save_model,
 )  # fmt: skip
-from engine.device import ComputeDevice, choose_device
+from engine.device import choose_device
 from engine.distributed import Distributed
 from engine.metrics import START_ID_FILE, StepMetrics
 from engine.optimizer import make_optimizer
@@ -72,11 +72,9 @@ def batches_of(run: SimpleNamespace) -> train.Batches:
 
 
 def train_step(run: SimpleNamespace, batches: train.Batches, step: int = 0) -> StepMetrics:
-    """One step, and its metrics."""
-    read_metrics = train.train_step(
+    return train.train_step(
         run.model, run.optimizer, run.scaler, batches, run.config, step, run.device, run.dist
     )
-    return read_metrics()
 
 
 def evaluate(run: SimpleNamespace) -> tuple[float, float]:
@@ -322,59 +320,6 @@ def test_evaluations_and_samples_do_not_change_training(uninterrupted, tmp_path,
     assert_same_state(left["optimizer"], right["optimizer"])
 
 
-def test_reading_the_numbers_of_a_step_late_changes_no_number(
-    uninterrupted, tmp_path, run_train, monkeypatch
-):
-    """As on a GPU, where a step is started before the numbers of the previous step are read."""
-    flags, reference = uninterrupted("muon")
-    monkeypatch.setattr(ComputeDevice, "max_unread_steps", 1)
-    run_train(*flags, f"--out_dir={tmp_path / 'run'}")
-    assert_same_state(load_checkpoint(reference), load_checkpoint(tmp_path / "run"))
-    assert without_times(read_log(reference)) == without_times(read_log(tmp_path / "run"))
-
-
-def test_a_signal_that_is_read_late_stops_after_the_next_step(
-    uninterrupted, tmp_path, call, run_train, monkeypatch
-):
-    flags, reference = uninterrupted("muon")
-    flags = [*flags, f"--out_dir={tmp_path / 'run'}", "--log_interval=100"]
-    step_function = train.train_step
-
-    def train_step_with_signal(*args):
-        if args[5] == 4:  # the fifth step
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step_function(*args)
-
-    monkeypatch.setattr(ComputeDevice, "max_unread_steps", 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", train_step_with_signal)
-        assert call(train, *flags).returncode == 143
-    state = load_checkpoint(tmp_path / "run")["train_state"]
-    assert (state["step"], state["unlogged_steps"]) == (6, 2)
-    run_train(*flags, "--init_from=resume")
-    assert_same_state(load_checkpoint(reference), load_checkpoint(tmp_path / "run"))
-
-
-def test_a_nan_loss_that_is_read_late_changes_no_weights(tiny_flags, call, monkeypatch):
-    """The step after it has been started already, and its loss is finite."""
-    flags = [*tiny_flags, "--log_interval=100", "--optimizer=adamw"]
-    step_function, models = train.train_step, []
-
-    def train_step_with_nan(model, *args):
-        models.append(model)
-        factor = math.nan if args[4] == 1 else 1.0  # args[4]: the step
-        hook = model.transformer.ln_f.register_forward_hook(lambda _, __, x: x * factor)
-        numbers = step_function(model, *args)
-        hook.remove()
-        return numbers
-
-    monkeypatch.setattr(ComputeDevice, "max_unread_steps", 1)
-    monkeypatch.setattr(train, "train_step", train_step_with_nan)
-    assert_one_line_error(call(train, *flags), "step 1: the loss is nan")
-    assert len(models) == 3  # steps 0, 1 and 2
-    assert all(p.isfinite().all() for p in models[0].parameters())
-
-
 def test_another_seed_gives_other_weights_and_batches(tiny_flags):
     runs = [start_training(*tiny_flags, f"--seed={seed}") for seed in (1, 1, 2)]
     first, same, other = (run.model.transformer.wte.weight for run in runs)
@@ -611,11 +556,11 @@ def test_weights_that_a_step_has_destroyed_never_replace_the_checkpoint(
     step_function = train.train_step
 
     def train_step_that_diverges(model, *args):
-        read_metrics = step_function(model, *args)
+        metrics = step_function(model, *args)
         if args[4] == 5:  # the sixth step; its loss, before it, is finite
             with torch.no_grad():
                 model.transformer.ln_f.weight.mul_(math.inf)
-        return read_metrics
+        return metrics
 
     monkeypatch.setattr(train, "train_step", train_step_that_diverges)
     flags = (*tiny_flags, "--checkpoint_interval=1")
@@ -1078,6 +1023,25 @@ def test_the_checkpoint_is_written_after_weights_and_log(tiny_flags, run_train, 
     monkeypatch.setattr(train.MetricsLogger, "log_row", recorded("log_row", log_row))
     run_train(*tiny_flags, "--max_iters=2", "--log_interval=99")
     assert written == ["log_row", "save_run", "save_model", "log_row", "save_run"]
+
+
+def test_a_signal_ends_a_long_sample(tiny_flags, tmp_path, call, monkeypatch):
+    """torchrun kills a job 30 seconds after SIGTERM: a sample must not take them all."""
+    shown = []
+
+    def ids_with_signal(steps):
+        for number, ids in enumerate(train_read_ids(steps)):
+            if number == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            shown.append(ids)
+            yield ids
+
+    train_read_ids = train.read_ids
+    monkeypatch.setattr(train, "read_ids", ids_with_signal)
+    flags = (*tiny_flags, "--sample_tokens=1000", "--checkpoint_interval=100")
+    assert call(train, *flags).returncode == 143
+    assert len(shown) == 6
+    assert load_checkpoint(tmp_path / "run")["train_state"]["step"] == 1
 
 
 def test_a_stopped_run_is_evaluated_when_it_ends_there(tiny_flags, tmp_path, run_train):

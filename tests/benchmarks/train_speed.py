@@ -23,7 +23,6 @@ from data.dataset import ShardedTokens, prefetch
 from engine.device import ComputeDevice, choose_device
 from engine.distributed import Distributed
 from engine.flops import flops_per_token
-from engine.metrics import StepMetrics
 from engine.optimizer import make_optimizer
 from engine.run import wrap_model
 from engine.train_config import TrainConfig
@@ -125,7 +124,6 @@ def make_step(
 ) -> Callable[[], None]:
     """A function that makes one training step as train.py does, with a new model."""
     dist = Distributed()  # one process
-    unread: list[Callable[[], StepMetrics]] = []
     torch.manual_seed(0)
     shape.float32_attention = device.use_float32_attention(shape.block_size)
     model = GPT(shape).to(device.torch_device, device.param_dtype)
@@ -134,11 +132,7 @@ def make_step(
     batches = prefetch(training_batches(tokens, config, 0, device, dist))
 
     def step() -> None:
-        unread.append(
-            train_step(wrapped_model, optimizer, scaler, batches, config, 0, device, dist)
-        )
-        if len(unread) > device.max_unread_steps:  # waits for the GPU, as train.py does
-            unread.pop(0)()
+        train_step(wrapped_model, optimizer, scaler, batches, config, 0, device, dist)
 
     return step
 
