@@ -18,6 +18,7 @@ This file also defines FolioError, the error that a user can fix, and run_main, 
 import ast
 import dataclasses
 import difflib
+import gc
 import inspect
 import json
 import math
@@ -81,6 +82,9 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
     finally:
         flush_output()
+        # At its end, Python would look for garbage among all objects, which takes a second for
+        # those of torch. Frozen objects are left out.
+        gc.freeze()
 
 
 def flush_output() -> None:

@@ -318,12 +318,12 @@ def evaluate(
     """
     model.eval()
     byte_lengths = torch.from_numpy(dataset.tokenizer.byte_lengths)
+    batch_size = device.eval_batch_size(config.batch_size, config.block_size)
     batches = evaluation_batches(
-        dataset.val, config.batch_size, config.block_size, config.eval_tokens,
-        dist.rank, dist.world_size,
-    )  # fmt: skip
+        dataset.val, batch_size, config.block_size, config.eval_tokens, dist.rank, dist.world_size
+    )
     losses, token_counts, n_bytes = [], [], 0  # one loss and one count for each batch
-    for inputs, targets in show_evaluation(prefetch(batches), dataset, config, dist):
+    for inputs, targets in show_evaluation(prefetch(batches), batch_size, dataset, config, dist):
         if dist.shutdown.local_exit_status():
             break
         valid_targets = targets[targets != IGNORE_INDEX]

@@ -89,7 +89,9 @@ def raise_error(error: OSError) -> NoReturn:
 
 def is_text(path: Path) -> bool:
     """Whether it is a file, of no other format, that does not begin like a binary file."""
-    if not path.is_file() or format_advice(path):
+    # Most .json files in a folder are settings. Lines of JSON with this suffix are read if they are
+    # given by name.
+    if not path.is_file() or path.suffix.lower() == ".json" or format_advice(path):
         return False
     with explain_os_error(path, "cannot read"), open(path, "rb") as file:
         return b"\0" not in file.read(8192)
@@ -152,9 +154,12 @@ def is_jsonl(path: Path) -> bool:
     if suffix not in ("", ".json") or not path.is_file():
         return suffix in (".jsonl", ".ndjson", ".jsonlines")
     with explain_os_error(path, "cannot read"), open(path, "rb") as file:
-        first_line = file.readline(PIECE_BYTES)
+        piece = file.read(PIECE_BYTES)
+    line, newline, _ = piece.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
+    if not newline and len(piece) == PIECE_BYTES:  # the line is longer
+        return line.startswith(b"{")
     try:
-        return isinstance(json.loads(first_line), dict)
+        return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
 

@@ -210,7 +210,7 @@ def write_tokens(
 
     If the tokens stand for another number of bytes than the texts have, the difference follows.
     """
-    tokens = characters = text_bytes = token_bytes = 0
+    tokens = characters = changed_bytes = 0
     byte_lengths = tokenizer.byte_lengths
     with open(path, "wb") as file:
         for text, ids in encode_in_order(texts, tokenizer):
@@ -218,15 +218,15 @@ def write_tokens(
             tokens += len(ids)
             characters += len(text or "")
             if text:
-                text_bytes += len(text.encode())
-                token_bytes += int(byte_lengths[ids].sum())
+                difference = int(byte_lengths[ids].sum()) - len(text.encode())
+                # Some tokenizers put a space before a text: one byte.
+                changed_bytes += difference if abs(difference) > 1 else 0
         file.flush()
         os.fsync(file.fileno())
     if tokens < 2:
         raise FolioError(f"the text is too short: the {split} split has fewer than 2 tokens")
     counts = {f"{split}_tokens": tokens, f"{split}_characters": characters}
-    changed_bytes = token_bytes - text_bytes
-    if abs(changed_bytes) > max(text_bytes / 1000, 10):  # less: a space before the first word
+    if changed_bytes:
         counts[f"{split}_changed_bytes"] = changed_bytes
     return counts
 

@@ -130,7 +130,7 @@ class Corpus:
 
     def pieces(self, split: str) -> Iterator[str | None]:
         """The pieces of one split, "train" or "val", with None at the end of each document."""
-        documents = self.read()
+        documents, is_open = self.read(), False  # is_open: the end of a document is not marked yet
         for number, (size, cut) in enumerate(zip(self.sizes, self.cuts, strict=True)):
             document, position = next(documents, ()), 0
             if split == "val" and number in self.copies:
@@ -138,13 +138,20 @@ class Corpus:
             for piece in document:
                 cut_in_piece = max(cut - position, 0)
                 if part := piece[:cut_in_piece] if split == "train" else piece[cut_in_piece:]:
+                    if is_open:
+                        yield None
                     yield part
+                    is_open = False
                 position += len(piece)
             if position != size:
                 raise FolioError(CHANGED)
-            # A cut document ends in the validation split. An empty document is left out.
-            if self.separated and size > 0 and (split == "train") == (cut == size):
-                yield None
+            # A cut document ends in the validation split. Its training part gets an end if another
+            # document follows. An empty document is left out.
+            if self.separated and size > 0:
+                if (split == "train") == (cut == size):
+                    yield None
+                elif split == "train" and cut > 0:
+                    is_open = True
         if next(documents, None) is not None:
             raise FolioError(CHANGED)
 

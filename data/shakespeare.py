@@ -12,7 +12,7 @@ from typing import Any
 from configurator import FolioError
 from data.download import DownloadError, download
 from data.documents import format_advice, is_jsonl
-from data.files import atomic_write, rename_to_backup, shell_command
+from data.files import atomic_write, explain_os_error, rename_to_backup, shell_command
 from data.prepare import (
     TOKENIZER_TYPES,
     dataset_folder,
@@ -92,7 +92,7 @@ def load_text(cache: Path, input_file: str | Path | None) -> tuple[str, dict[str
         text = read_text(input_file)
         if not is_shakespeare(text.encode()):
             return text, {"source": str(Path(input_file).resolve())}
-    elif cache.exists() and is_shakespeare(cache.read_bytes()):
+    elif is_shakespeare_file(cache):
         return read_text(cache), {"source": SHAKESPEARE}
     else:
         print(f"downloading tiny Shakespeare to {cache}")
@@ -102,11 +102,17 @@ def load_text(cache: Path, input_file: str | Path | None) -> tuple[str, dict[str
             print(f"download failed: {error}")
             source_meta = {"source": "the replacement text", "replacement_for": SHAKESPEARE}
             return read_text(REPLACEMENT_TEXT), source_meta
-    if cache.exists() and not is_shakespeare(cache.read_bytes()):
-        print(f"renamed the other text {cache} to {rename_to_backup(cache)}")
-    with atomic_write(cache) as temporary:
-        temporary.write_bytes(text.encode())
+    if not is_shakespeare_file(cache):
+        if cache.exists():
+            print(f"renamed the other text {cache} to {rename_to_backup(cache)}")
+        with atomic_write(cache) as temporary:
+            temporary.write_bytes(text.encode())
     return text, {"source": SHAKESPEARE}
+
+
+def is_shakespeare_file(path: Path) -> bool:
+    with explain_os_error(path, "cannot be read"):
+        return path.is_file() and is_shakespeare(path.read_bytes())
 
 
 def is_shakespeare(raw: bytes) -> bool:

@@ -81,6 +81,15 @@ class ComputeDevice:
                 tensor.pin_memory().to(self.torch_device, non_blocking=True) for tensor in tensors
             )
 
+    def eval_batch_size(self, batch_size: int, block_size: int) -> int:
+        """Sequences in a batch of an evaluation, at most batch_size.
+
+        On a CPU, a batch has at most 4,096 tokens, so that the progress bar moves.
+        """
+        if self.torch_device.type != "cpu":
+            return batch_size
+        return max(1, min(batch_size, 4096 // block_size))
+
     def generator(self, seed: int) -> torch.Generator:
         """A random generator for sampling, apart from the global one, so training is not changed.
 

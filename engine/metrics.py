@@ -302,11 +302,15 @@ Item = TypeVar("Item")
 
 
 def show_evaluation(
-    batches: Iterator[Item], dataset: Dataset, config: TrainConfig, dist: Distributed
+    batches: Iterator[Item],
+    batch_size: int,
+    dataset: Dataset,
+    config: TrainConfig,
+    dist: Distributed,
 ) -> Iterator[Item]:
     """Yield the batches of an evaluation. On a terminal, a bar shows how many have been used."""
     n_tokens = min(len(dataset.val), config.eval_tokens or math.inf)
-    n_batches = math.ceil(n_tokens / (config.batch_size * config.block_size * dist.world_size))
+    n_batches = math.ceil(n_tokens / (batch_size * config.block_size * dist.world_size))
     yield from show_progress(batches, n_batches, "evaluating", "batches", dist.is_main)
 
 

@@ -49,6 +49,7 @@ class LoggedRun:
 
 def main() -> None:
     inputs, config = parse_inputs(PlotConfig)
+    inputs = [path.parent if path.name == LOG_FILE else path for path in inputs]
     folders = [path for path in inputs if not path.is_file()]  # out/* may contain pictures
     if not folders:
         raise FolioError("which runs? for example: python -m engine.plot out/shakespeare_char")
@@ -116,7 +117,8 @@ def comparison_table(runs: dict[str, LoggedRun], width: int) -> str:
     for name in dict.fromkeys(itertools.chain.from_iterable(settings)):
         values = [str(values.get(name, "")) for values in settings]
         is_restart = name == "init_from" and {*values} <= {"scratch", "auto", "resume"}
-        if name != "out_dir" and not is_restart and len(set(values)) > 1:
+        is_shown = name not in ("out_dir", "checksum of val.bin") and not is_restart
+        if is_shown and len(set(values)) > 1:
             lines.append([name, *values])
     results = [run_results(run.rows) for run in runs.values()]
     lines += [[name, *(result[name] for result in results)] for name in results[0]]

@@ -36,7 +36,7 @@ from engine.distributed import Distributed, map_tensors
 from engine.hf_format import find_weights, model_without_memory, read_config
 from engine.optimizer import CombinedOptimizer
 from engine.run_folder import (
-    SETTINGS_FILE, describe_run, make_folder, read_run_settings,
+    SETTINGS_FILE, describe_run, make_folder, move_old_run_aside, read_run_settings,
     remove_temporary_files, resolve_model_dir, resolve_out_dir, shown_path, weights_metadata,
 )  # fmt: skip
 from engine.train_config import TrainConfig
@@ -320,9 +320,12 @@ def wrap_model(
 def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
     """Create the run folder; save settings and tokenizer.
 
+    A process that has lost its lock may have made the folder again: then its run is moved aside.
     When resuming, changed settings are saved with the first checkpoint: until then, nothing has
     been trained with them.
     """
+    if config.init_from != "resume":
+        move_old_run_aside(folder)
     make_folder(folder)
     if not (folder / SETTINGS_FILE).exists():
         write_text(folder / SETTINGS_FILE, to_json(config))

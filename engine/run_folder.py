@@ -182,16 +182,16 @@ def shown_path(folder: Path) -> str:
 # --- Preparing the folder for a run ---
 
 
-def lock_run_folder(folder: str | Path, message: str = "") -> AbstractContextManager[None]:
-    """Hold the run folder for this process; FolioError(message) if another process trains there.
+def lock_run_folder(folder: str | Path) -> AbstractContextManager[None]:
+    """Hold the run folder for this process; FolioError if another process trains there.
 
     The lock is on a file beside the folder, which stays there when an old run is moved aside. The
     operating system releases the lock when the process ends, for any reason.
     If the folder is a disk of its own (mounted, for example in Docker), the lock file is inside: in
     another container this disk may have another path, with other files beside it.
     """
-    default = f"{folder}: another process is training here; choose another --out_dir"
-    return file_lock(lock_path(Path(folder)), message or default)
+    message = f"{folder}: another process is training here; choose another --out_dir"
+    return file_lock(lock_path(Path(folder)), message)
 
 
 def lock_path(folder: Path) -> Path:

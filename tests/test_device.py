@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import platform
 import sys
 import threading
@@ -352,3 +353,12 @@ def test_other_errors_keep_their_traceback():
     for text in ("a bug", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"):
         with pytest.raises(RuntimeError, match=text), explain_out_of_memory("..."):
             raise RuntimeError(text)
+
+
+def test_evaluations_on_a_cpu_have_small_batches():
+    """So the progress bar moves. On a GPU, a batch is as large as in training."""
+    cpu = choose_device("cpu")
+    gpu = dataclasses.replace(cpu, torch_device=torch.device("cuda"))
+    for batch_size, block_size, expected in ((12, 64, 12), (64, 256, 16), (8, 8192, 1)):
+        assert cpu.eval_batch_size(batch_size, block_size) == expected
+        assert gpu.eval_batch_size(batch_size, block_size) == batch_size

@@ -155,8 +155,19 @@ def test_each_line_of_json_is_a_document(tmp_path, name, newline):
 def test_a_first_line_of_json_tells_of_lines_of_json(tmp_path, name):
     (tmp_path / name).write_text('{"text": "a"}\n{"text": "b"}\n')
     assert texts_in(tmp_path / name) == ["a", "b"]
+    book = "a line\n" * 200_000  # longer than a piece
+    lines = f'\n{json.dumps({"text": book})}\n{{"text": "b"}}\n'
+    (tmp_path / name).write_text(lines)
+    assert texts_in(tmp_path / name) == [book, "b"]
     (tmp_path / "part-00001").write_text('{"text", he said.\n')
     assert texts_in(tmp_path / "part-00001") == ['{"text", he said.\n']
+
+
+def test_json_files_in_a_folder_are_skipped_as_settings(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "info.json").write_text('{"source": "a book"}\n')
+    assert texts_in(tmp_path) == ["a"]
+    assert "skipped 1 (not text files): info.json" in capsys.readouterr().out
 
 
 def test_the_key_of_the_text_can_be_given(tmp_path):

@@ -271,10 +271,11 @@ def show_batches(
     stderr.isatty = lambda: is_terminal
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: not is_piped))
-    config = TrainConfig(batch_size=12, block_size=8)
+    config = TrainConfig(block_size=8)
     dist = SimpleNamespace(is_main=is_main, world_size=2)
     batches = []
-    for batch in show_evaluation(iter(range(6)), SimpleNamespace(val=range(1000)), config, dist):
+    dataset = SimpleNamespace(val=range(1000))
+    for batch in show_evaluation(iter(range(6)), 12, dataset, config, dist):
         batches.append(batch)
         if len(batches) == n_batches:  # as if a signal interrupted the evaluation
             break
@@ -303,7 +304,7 @@ def test_a_line_printed_during_an_evaluation_does_not_continue_its_bar(make_logg
     monkeypatch.setattr(sys, "stderr", terminal)
     dataset, dist = SimpleNamespace(val=range(1000)), SimpleNamespace(world_size=1, is_main=True)
     with make_logger() as logger:
-        for _ in show_evaluation(iter(range(2)), dataset, logger.config, dist):
+        for _ in show_evaluation(iter(range(2)), 12, dataset, logger.config, dist):
             logger.print("threads  1 instead of 2")
     # "\x1b[A": from the (cleared) line of the second bar to the line of the first one
     line = "\r\x1b[Athreads  1 instead of 2\n"

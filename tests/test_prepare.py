@@ -225,6 +225,10 @@ def test_a_tokenizer_that_changes_the_text_is_told(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "train split" not in output
     assert "tokens of the val split stand for 1,998 bytes fewer than its text" in output
+    one_unknown_word = "a b " * 9999 + "señores "
+    splits = {"train": [one_unknown_word], "val": ["a b "]}
+    write_dataset(tmp_path / "other", tokenizer, splits, {})
+    assert "tokens of the train split stand for 3 bytes fewer" in capsys.readouterr().out
 
 
 def test_a_text_that_leaves_nothing_for_validation_is_too_short(tmp_path):

@@ -100,7 +100,7 @@ def test_a_cut_document_ends_in_the_validation_split(prepare, tmp_path):
     [
         ("abcdaedhf", "aa bb cc aa ee ff ", "dd hh "),  # the second d is in no split
         ("abcdefga", "aa bb cc ee ff gg aa ", "dd "),  # the eighth document is like the first
-        ("abab", "aa baa b", "b "),  # few documents: the last part of the text without copies
+        ("abab", "aa b aa b", "b "),  # few documents: the last part of the text without copies
     ],
 )
 def test_equal_documents_are_never_in_both_splits(prepare, tmp_path, letters, train, val):

@@ -651,6 +651,23 @@ def test_finetuning_a_model_into_its_own_folder_is_refused(
     assert (tmp_path / name / WEIGHTS_FILE).exists()
 
 
+def test_a_run_that_another_process_has_made_in_the_meantime_is_moved_aside(
+    tiny_flags, tmp_path, run_train, monkeypatch
+):
+    """That process has lost its lock: its folder was moved aside, and it goes on in a new one."""
+    run_train(*tiny_flags)
+    build_model = train.build_model
+
+    def build_while_the_other_process_saves(*args):
+        shutil.copytree(tmp_path / "run.1", tmp_path / "run")
+        return build_model(*args)
+
+    monkeypatch.setattr(train, "build_model", build_while_the_other_process_saves)
+    run_train(*tiny_flags, "--seed=2")
+    for name, seed in (("run.1", 1337), ("run.2", 1337), ("run", 2)):
+        assert load_checkpoint(tmp_path / name)["settings"]["seed"] == seed
+
+
 def test_a_run_that_was_moved_continues_where_it_is_now(tiny_flags, tmp_path, run_train):
     run_train(*tiny_flags, "--max_iters=4")
     (tmp_path / "run").rename(tmp_path / "moved")
