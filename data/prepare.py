@@ -219,8 +219,8 @@ def write_tokens(
             characters += len(text or "")
             if text:
                 difference = int(byte_lengths[ids].sum()) - len(text.encode())
-                # Some tokenizers put a space before a text: one byte.
-                changed_bytes += difference if abs(difference) > 1 else 0
+                if difference != 1:  # 1: some tokenizers put a space before a text
+                    changed_bytes += difference
         file.flush()
         os.fsync(file.fileno())
     if tokens < 2:

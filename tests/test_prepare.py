@@ -230,6 +230,13 @@ def test_a_tokenizer_that_changes_the_text_is_told(tmp_path, capsys):
     write_dataset(tmp_path / "other", tokenizer, splits, {})
     assert "tokens of the train split stand for 3 bytes fewer" in capsys.readouterr().out
 
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))  # it leaves out a "#"
+    backend.decoder = decoders.Fuse()
+    tokenizer = HFTokenizer(json.loads(backend.to_str()), {})
+    splits = {"train": ["ab#", "ba", "b#"], "val": ["ab"]}
+    write_dataset(tmp_path / "third", tokenizer, splits, {})
+    assert "tokens of the train split stand for 2 bytes fewer" in capsys.readouterr().out
+
 
 def test_a_text_that_leaves_nothing_for_validation_is_too_short(tmp_path):
     with pytest.raises(FolioError, match="too short"):
