@@ -112,6 +112,9 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
     not that of the weights.
     """
     folder = user_path(folder)
+    if (folder / CHECKPOINT_FILE).exists() and not (folder / "config.json").exists():
+        flags = shell_command("--init_from=resume", f"--out_dir={shown_path(folder)}")
+        raise FolioError(f"{folder}: this run has saved no weights yet; to continue it: {flags}")
     saved_config, tensors = read_config(folder), read_weights(folder)
     if any(name.endswith(BIASES) and tensor.any() for name, tensor in tensors.items()):
         # transformers' GPT-2 always has biases, so a model without biases is saved with zeros. If

@@ -457,6 +457,14 @@ def test_checksums_of_other_programs_are_ignored(tmp_path, tokens):
     assert_close(load_model(tmp_path)(tokens), model(tokens))
 
 
+def test_a_run_without_weights_is_told_from_a_folder_without_a_model(tmp_path):
+    with pytest.raises(FolioError, match="no model found; train one"):
+        load_model(tmp_path)
+    (tmp_path / CHECKPOINT_FILE).touch()
+    with pytest.raises(FolioError, match="no weights yet; to continue it: --init_from=resume"):
+        load_model(tmp_path)
+
+
 def test_all_weights_that_do_not_fit_are_listed(tmp_path):
     save_model(random_model(), tmp_path)
 
