@@ -131,6 +131,7 @@ def choose_checkpoints(folder: Path, max_snapshots: int) -> list[Path]:
     If there are too many snapshots (step_* folders), some of them at equal distances.
     """
     folders = [path.parent for path in folder.glob(f"step_*/{WEIGHTS_FILE}")]
+    folders = [path for path in folders if read_run_settings(path) is None]  # no runs
     # MetricsLogger renames a snapshot to step_000500.1 if training has repeated its steps.
     snapshots = {saved_step(path): path for path in folders if "." not in path.name}
     best_step = saved_step(folder)

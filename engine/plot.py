@@ -49,7 +49,8 @@ class LoggedRun:
 
 def main() -> None:
     inputs, config = parse_inputs(PlotConfig)
-    inputs = [path.parent if path.name == LOG_FILE else path for path in inputs]
+    is_log = [path.name == LOG_FILE and path.is_file() for path in inputs]
+    inputs = [path.parent if log else path for path, log in zip(inputs, is_log, strict=True)]
     folders = [path for path in inputs if not path.is_file()]  # out/* may contain pictures
     if not folders:
         raise FolioError("which runs? for example: python -m engine.plot out/shakespeare_char")
