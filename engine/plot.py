@@ -51,7 +51,8 @@ def main() -> None:
     inputs, config = parse_inputs(PlotConfig)
     is_log = [path.name == LOG_FILE and path.is_file() for path in inputs]
     inputs = [path.parent if log else path for path, log in zip(inputs, is_log, strict=True)]
-    folders = [path for path in inputs if not path.is_file()]  # out/* may contain pictures
+    # out/* may contain pictures, and pages of explain.py.
+    folders = [path for path in inputs if path.suffix not in (*FORMATS, ".html")]
     if not folders:
         raise FolioError("which runs? for example: python -m engine.plot out/shakespeare_char")
     names = [folder.resolve().name for folder in folders]

@@ -228,6 +228,8 @@ def test_files_beside_the_runs_are_no_runs(runs, call, monkeypatch):
     result = call(plot, "a", "b", "losses.png", "--picture=losses.png")
     assert result.stdout.splitlines()[0].split() == ["a", "b"]
     assert_one_line_error(call(plot, "losses.png"), "which runs?")
+    (runs / "notes.txt").touch()
+    assert_one_line_error(call(plot, "a", "notes.txt"), "notes.txt: no such folder")
 
 
 def test_the_picture_has_the_format_of_its_name(runs, call):
