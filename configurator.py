@@ -82,8 +82,8 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
     finally:
         flush_output()
-        # At its end, Python would look for garbage among all objects, which takes a second for
-        # those of torch. Frozen objects are left out.
+        # When a program ends, Python's garbage collector examines all objects. This takes up to a
+        # second after torch was imported. The collector skips the objects that exist now.
         gc.freeze()
 
 

@@ -24,7 +24,7 @@ PIECE_BYTES = 2**20  # read at a time
 # What to do with files of other formats.
 READ_BY_PANDAS = {
     ".json": "read_json({}, dtype=False)", ".parquet": "read_parquet({})",
-    # Else "007" would become the number 7, and "None" would be no text.
+    # Without these options, "007" would become the number 7, and "None" would be no text.
     ".csv": "read_csv({}, dtype=str, keep_default_na=False)",
     ".tsv": "read_table({}, dtype=str, keep_default_na=False)",
 }  # fmt: skip
@@ -89,8 +89,8 @@ def raise_error(error: OSError) -> NoReturn:
 
 def is_text(path: Path) -> bool:
     """Whether it is a file, of no other format, that does not begin like a binary file."""
-    # Most .json files in a folder are settings. Lines of JSON with this suffix are read if they are
-    # given by name.
+    # Most .json files in a folder are settings. A .json file with lines of JSON is read if the user
+    # names the file itself.
     if not path.is_file() or path.suffix.lower() == ".json" or format_advice(path):
         return False
     with explain_os_error(path, "cannot read"), open(path, "rb") as file:
@@ -182,7 +182,12 @@ def read_jsonl(path: Path, json_key: str) -> Iterator[str]:
                     f'{path}:{number}: not a line like {{"{json_key}": "..."}}; '
                     "--json_key=KEY names the key of the text"
                 )
-            yield text.replace("\r\n", "\n").replace("\r", "\n")  # as read_pieces() does
+            yield normalize_newlines(text)
+
+
+def normalize_newlines(text: str) -> str:
+    """Replace the line ends "\\r\\n" (Windows) and "\\r" by "\\n", as read_pieces() does."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def split_documents(pieces: Iterable[str], separator: str) -> Iterator[str]:

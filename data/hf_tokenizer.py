@@ -98,7 +98,7 @@ class HFTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         """The ids of the text alone, int64. Raises FolioError if the text cannot be encoded."""
         with tokenizers_errors_as(FolioError, "the text cannot be encoded: "):
-            # Its encode() would also find the position of each token, with more time and memory.
+            # Tokenizer.encode() would also find the position of each token: more time and memory.
             ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return np.array(ids, dtype=np.int64)
 

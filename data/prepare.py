@@ -20,7 +20,7 @@ from configurator import ROOT, FolioError, did_you_mean
 from data import dataset as dataset_module
 from data.bpe import train_bpe
 from data.dataset import memmap_shard, read_meta, token_dtype
-from data.documents import read_pieces
+from data.documents import normalize_newlines, read_pieces
 from data.files import (
     explain_os_error,
     file_lock,
@@ -110,7 +110,7 @@ def encode_prompt(start: str, tokenizer: Tokenizer) -> tuple[str, list[int]]:
         prompt = read_text(user_path(start.removeprefix("FILE:")))
     else:
         prompt = start.replace("\\n", "\n")  # a shell passes "\n" on as two characters
-    prompt = prompt.replace("\r\n", "\n").replace("\r", "\n")  # as in texts: see read_pieces()
+    prompt = normalize_newlines(prompt)  # as in the texts that the model has learned
     try:
         return prompt, tokenizer.encode_prompt(prompt).tolist()
     except FolioError as error:

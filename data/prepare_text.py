@@ -28,7 +28,9 @@ from typing import Annotated, Any, ClassVar
 from tqdm import tqdm
 
 from configurator import ROOT, FolioError, PositiveInt, Range, parse_inputs, run_main
-from data.documents import find_files, group_by_content, is_jsonl, read_documents
+from data.documents import (
+    find_files, group_by_content, is_jsonl, normalize_newlines, read_documents,
+)  # fmt: skip
 from data.files import join_names, user_path
 from data.hub import is_hub_name
 from data.prepare import (
@@ -171,7 +173,7 @@ def open_corpus(inputs: list[Path], config: PrepareTextConfig) -> Corpus:
     separator = config.document_separator
     for escaped, character in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
         separator = separator.replace(escaped, character)
-    separator = separator.replace("\r\n", "\n").replace("\r", "\n")  # as in the text
+    separator = normalize_newlines(separator)  # as in the text
 
     def read(files: list[Path]) -> Iterator[Iterator[str]]:
         return read_documents(files, config.json_key, separator)

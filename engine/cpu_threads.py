@@ -32,8 +32,8 @@ class ThreadAdapter:
 
     The number of threads changes the order of sums, and so the last digits of all numbers. Runs
     are equal bit by bit only if nothing was adapted. Nothing is if num_threads is not 0, if
-    OMP_NUM_THREADS or MKL_NUM_THREADS is set, with several processes, on GPUs, and where the system
-    is not Linux, which alone says how much of the CPU other programs use.
+    OMP_NUM_THREADS or MKL_NUM_THREADS is set, with several processes, on GPUs, and on other systems
+    than Linux: only Linux says how much of the CPU other programs use.
     """
 
     WINDOW_SECONDS = 0.5  # the CPU usage is measured in windows of at least this length

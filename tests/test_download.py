@@ -39,7 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(self.server.pause)
         if isinstance(plan, int):
             self.send_response(plan)
-            self.send_header("Retry-After", "3600")  # seconds: nobody waits so long
+            self.send_header("Retry-After", "3600")  # seconds; download() must not wait for them
             return self.end_headers()
         if plan == "silence":
             return time.sleep(3)
