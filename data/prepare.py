@@ -1,6 +1,7 @@
 """Shared code of prepare_shakespeare.py and data/prepare_*.py: from text to a folder under data/.
 
 The main function is write_dataset(): pieces of text -> token ids -> train.bin and val.bin.
+lessons/stream.py shows the idea in its simplest form.
 """
 
 import hashlib

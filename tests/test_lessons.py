@@ -7,6 +7,7 @@ import runpy
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -32,6 +33,7 @@ from lessons import (
     optimizers,
     sampling,
     shapes,
+    stream,
 )
 from model import GPT, CausalSelfAttention, GPTConfig
 from tests.conftest import ROOT, SHAKESPEARE, run_script
@@ -311,6 +313,35 @@ def test_sampled_frequencies_are_the_probabilities(printed):
     probs = sampling.probabilities(sampling.LOGITS)
     deviation = (10_000 * probs * (1 - probs)).sqrt()
     assert ((counts - 10_000 * probs).abs() < 4 * deviation).all()
+
+
+# --- stream.py ---
+
+
+def test_stream_prints_what_it_claims(printed):
+    stream.main()
+    text = printed()
+    assert "inputs  (2, 4): " in text
+    assert "Equal files and batches: True" in text
+
+
+def test_the_ids_of_the_stream_equal_counting_by_hand(tmp_path):
+    vocabulary = stream.make_vocabulary(["ab", "c"])  # a 0, b 1, c 2, end-of-text 3
+    ids = stream.make_stream(["ab", "c"], vocabulary)
+    assert ids.tolist() == [0, 1, 3, 2, 3]
+    assert stream.decode(ids.tolist(), vocabulary) == "ab<|endoftext|>c<|endoftext|>"
+    stream.write_file(tmp_path / "ids.bin", np.array([258, 5]))
+    assert (tmp_path / "ids.bin").read_bytes() == bytes([2, 1, 5, 0])  # 258 = 2 + 1 x 256
+
+
+def test_all_windows_of_the_stream_can_be_in_a_batch(tmp_path):
+    stream.write_file(tmp_path / "ids.bin", np.arange(7))  # 0 ... 6: T + 1 = 5 fit 3 times
+    rng, seen = np.random.default_rng(1), set()
+    for _ in range(50):
+        inputs, targets = stream.random_batch(tmp_path / "ids.bin", rng)
+        assert np.array_equal(targets, inputs + 1)  # the token after each token
+        seen |= set(inputs[:, 0].tolist())
+    assert seen == {0, 1, 2}
 
 
 # --- bpe.py ---
