@@ -39,8 +39,8 @@ NO_BREAK = "\xa0"  # a space where no line may end
 LIMIT = 2**63  # larger integers fit neither torch nor numpy
 SYNONYMS = {
     "gpu": "cuda", "lr": "learning_rate", "steps": "max_iters", "prompt": "start",
-    "temp": "temperature", "n": "num_samples", "length": "max_new_tokens", "model": "init_from",
-    "checkpoint": "out_dir", "ckpt": "out_dir",
+    "text": "start", "temp": "temperature", "n": "num_samples", "length": "max_new_tokens",
+    "model": "init_from", "checkpoint": "out_dir", "ckpt": "out_dir",
 }  # fmt: skip
 T = TypeVar("T")
 

@@ -65,7 +65,8 @@ class PrepareTextConfig:
     document_separator: str = ""  # between documents in a text file, such as "\n\n"; empty: none
 
     replaced_settings: ClassVar[dict[str, str]] = {
-        "input_file": "give the file alone: python -m data.prepare_text FILE --dataset=NAME"
+        "input_file": "give the file alone: python -m data.prepare_text FILE --dataset=NAME",
+        "out_dir": "--dataset=NAME is the folder under data/ for the new dataset",
     }
 
 

@@ -144,17 +144,20 @@ def from_hf_state_dict(
 ) -> dict[str, torch.Tensor]:
     """Weights as Hugging Face's GPT-2 stores them, as the state_dict of GPT(config).
 
-    float64 stays, all other precisions become float32. `folder` is named in error messages.
+    The weights become float64 if all of them are, else float32.
+    `folder` is named in error messages.
     Raises FolioError that lists the weights that are missing, unknown, or of a wrong shape.
     """
-    state_dict = {}
+    weights = [tensor for name, tensor in tensors.items() if not name.endswith(MASKS)]
+    is_float64 = all(tensor.dtype == torch.float64 for tensor in weights)
+    dtype, state_dict = torch.float64 if is_float64 else torch.float32, {}
     for stored_name, name in hf_names(tensors).items():
         tensor = tensors[stored_name]
         if name.endswith(MASKS):
             continue
         if name.endswith(TRANSPOSED) and tensor.dim() == 2:
             tensor = tensor.t().contiguous()
-        state_dict[name] = tensor if tensor.dtype == torch.float64 else tensor.float()
+        state_dict[name] = tensor.to(dtype)
     lm_head = state_dict.pop("lm_head.weight", None)
     if lm_head is not None:  # a file may store the tied matrix under either name, or both
         embedding = state_dict.setdefault("transformer.wte.weight", lm_head)

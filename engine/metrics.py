@@ -119,8 +119,9 @@ class MetricsLogger:
             start_id = (self.folder / START_ID_FILE).read_text(encoding="utf-8", errors="replace")
             if start_id != self.start_id:
                 raise FolioError(
-                    f"{self.folder}: was deleted or moved during this run, and another process has "
-                    "started a run here; this run ends without saving"
+                    f"{self.folder}: another process has started a run here (the folder or its "
+                    "lock file was deleted or moved, or each node has its own locks); this run "
+                    "ends without saving"
                 )
 
     def print(self, text: str) -> None:

@@ -82,7 +82,7 @@ def long_run_note(
     if hours < 1:
         return ""
     duration = plural(round(hours), "hour") if hours < 48 else f"{hours / 24:,.0f} days"
-    return f"this is work for a GPU: on this CPU it takes roughly {duration}"
+    return f"on this CPU, this takes roughly {duration}; a GPU is much faster"
 
 
 def describe_steps(config: TrainConfig, state: TrainState, train_tokens: int) -> str:

@@ -327,6 +327,15 @@ def test_a_tied_matrix_is_read_under_either_name(tmp_path, tokens):
         load_model(tmp_path)
 
 
+def test_weights_of_several_precisions_become_float32(tmp_path, tokens):
+    model, positions = random_model(), "transformer.wpe.weight"
+    save_model(model.double(), tmp_path)
+    rewrite(tmp_path, lambda old: old | {positions: old[positions].float()})
+    loaded = load_model(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert_close(loaded(tokens), model.float()(tokens))
+
+
 @pytest.mark.parametrize("name", ["gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"])
 def test_all_names_of_the_tanh_gelu_are_accepted(tmp_path, tokens, name):
     model = random_model()

@@ -57,7 +57,7 @@ def test_the_banner_says_how_long_a_recipe_for_a_gpu_takes_on_a_cpu(monkeypatch)
         (60_000, "1 hour"), (1_000_000, "18 hours"), (10_000_000, "8 days"),
     ):  # fmt: skip
         lines = make_banner(TrainState(), max_iters=max_iters)
-        expected = f"note     this is work for a GPU: on this CPU it takes roughly {duration}"
+        expected = f"note     on this CPU, this takes roughly {duration}; a GPU is much faster"
         assert expected in lines
     assert not any(line.startswith("note") for line in make_banner(TrainState(), max_iters=2000))
 
