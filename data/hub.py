@@ -28,7 +28,7 @@ from data.download import DownloadError
 
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONFIG_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-CONFIG_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"]
+CONFIG_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "*.model"]
 SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 PYTORCH_BINS = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 

@@ -11,7 +11,7 @@
 
 encode() never makes special tokens: the characters "<|endoftext|>" in a text are encoded like any
 other 13 characters. Only the preparation of a dataset puts end-of-text tokens between documents.
-(Models from elsewhere may have other tokenizers; data/hf_tokenizer.py runs them.)
+(Models from elsewhere may have other tokenizers: data/hf_tokenizer.py.)
 """
 
 import contextlib
@@ -28,12 +28,9 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from configurator import FolioError
+from configurator import FolioError, first_line
 from data.files import explain_os_error, user_path, write_json, write_text
-from data.hf_tokenizer import (
-    CLASS_OF_MODEL_TYPE, GENERIC_CLASSES, HFTokenizer, bert_json, byte_level_bpe_json, class_name,
-    listed_tokens, tokenizers_errors_as, with_class_defaults,
-)  # fmt: skip
+from data.hf_tokenizer import open_with_transformers, tokenizers_errors_as
 from data.tokenizer_base import (
     BYTE_ENCODER, END_OF_TEXT, Tokenizer, decode_bytes, encode_bytes,
 )  # fmt: skip
@@ -200,7 +197,12 @@ class BPETokenizer(Tokenizer):
         if self.eos_token_id is not None:
             vocab[END_OF_TEXT] = self.eos_token_id
         merges = [(encode_bytes(left), encode_bytes(right)) for left, right in self.merges]
-        return byte_level_bpe_json(vocab, merges)
+        backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        if self.eos_token_id is not None:
+            backend.add_special_tokens([END_OF_TEXT])
+        return json.loads(backend.to_str())
 
     def config_dict(self) -> dict[str, Any]:
         settings = super().config_dict()
@@ -238,29 +240,37 @@ def recover_merge(
 # From here on: the file format of Hugging Face's `tokenizers`, in which AutoTokenizer opens our
 # tokenizers, and we open tokenizers of other programs. Nothing here is about language models.
 
+TOKENIZER_FILES = (  # the others are older; transformers reads them
+    "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
+
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer in the folder of a dataset, a run, or a published model.
 
-    Reads tokenizer.json or, if it does not exist, GPT-2's older files vocab.json and merges.txt, or
-    BERT's vocab.txt; and tokenizer_config.json, if it exists.
-    Raises FolioError if they are missing, unreadable, damaged, or if the tokenizer is one that
-    would give other ids than in transformers.
+    Characters and BPE of GPT-2's kind are read here; transformers opens all other tokenizers.
+    Raises FolioError if the files are missing, unreadable or damaged, or if transformers is needed
+    and is not installed.
     """
     folder = user_path(folder)
+    path = folder / "tokenizer.json"
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise FolioError(missing_tokenizer(folder))
     try:
-        config = read_tokenizer_config(folder)
-        contents = read_tokenizer_json(folder, config)
-        if config.get("auto_map"):
-            raise ValueError("it needs Python code of its own, auto_map, which Folio does not run")
-        return (
-            char_from_dict(contents, config)
-            or bpe_from_dict(contents, config)
-            or HFTokenizer(contents, config)
-        )
+        if contents := read_json(path):
+            config = read_tokenizer_config(folder)
+            ours = char_from_dict(contents, config) or bpe_from_dict(contents, config)
+            if ours is not None:
+                return ours
+        tokenizer = open_with_transformers(folder)
+        # GPT-2's older files, and models with other classes, may have a BPE of GPT-2's kind, too.
+        return bpe_from_dict(tokenizer.to_dict(), tokenizer.config_dict()) or tokenizer
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise FolioError(f"{folder / 'tokenizer.json'}: unsupported tokenizer ({reason})") from None
+        reason = first_line(error)
+        if type(error) is not ValueError:
+            reason = f"{type(error).__name__}: {reason}"
+        raise FolioError(f"{path}: unsupported tokenizer ({reason})") from None
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, **settings: Any) -> None:
@@ -285,56 +295,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return contents
 
 
-def read_tokenizer_json(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The contents of tokenizer.json, or of the older files in the same form."""
-    if contents := read_json(folder / "tokenizer.json"):
-        return contents
-    if (folder / "vocab.txt").exists() and class_name(config) == "BertTokenizer":
-        with explain_os_error(folder / "vocab.txt", "cannot be read"):
-            lines = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n")
-        return bert_json({token: i for i, token in enumerate(lines.split("\n"))}, config)
-    if not (folder / "vocab.json").exists():
-        raise FolioError(missing_tokenizer(folder))
-    vocab = read_json(folder / "vocab.json")
-    with explain_os_error(folder / "merges.txt", "cannot be read"):
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    contents = byte_level_bpe_json(vocab, merges)
-    if added := config.get("added_tokens_decoder"):
-        contents["added_tokens"] = [{**token, "id": int(i)} for i, token in added.items()]
-    return contents
-
-
 def missing_tokenizer(folder: Path) -> str:
-    """The message about a folder without the files that load_tokenizer reads."""
-    if not folder.is_dir():
-        return (
-            f"{folder}: no such folder (for a model on the hub: resolve_model_dir(NAME) of "
-            "engine/run_folder.py gives its folder)"
-        )
-    for name in ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"):
-        if (folder / name).exists():
-            return (
-                f"{folder}: Folio reads tokenizer.json, not {name}; transformers converts it: "
-                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-            )
-    return f"{folder / 'tokenizer.json'}: tokenizer not found"
+    """The message about a folder without tokenizer files."""
+    if folder.is_dir():
+        return f"{folder / 'tokenizer.json'}: tokenizer not found"
+    return (
+        f"{folder}: no such folder (for a model on the hub: resolve_model_dir(NAME) of "
+        "engine/run_folder.py gives its folder)"
+    )
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """The contents of tokenizer_config.json, completed from other files as transformers does."""
-    config = read_json(folder / "tokenizer_config.json")
-    if not config.get("tokenizer_class"):
-        model_config = read_json(folder / "config.json")
-        model_type = model_config.get("model_type")
-        # Other model types imply other classes. check_consistency() in data/hf_tokenizer.py refuses
-        # them by this name.
-        implied = CLASS_OF_MODEL_TYPE.get(model_type, f"of model_type {model_type}")
-        config["tokenizer_class"] = model_config.get("tokenizer_class") or implied
-    if "added_tokens_decoder" not in config:  # written before 2023
-        config |= read_json(folder / "special_tokens_map.json")
-        added = read_json(folder / "added_tokens.json")
-        config["added_tokens"] = sorted(added, key=added.get)
+    """The contents of tokenizer_config.json, with the class that config.json implies."""
+    config = read_json(folder / "special_tokens_map.json")  # written before 2023
+    config |= read_json(folder / "tokenizer_config.json")
+    model_config = read_json(folder / "config.json")
+    implied = model_config.get("tokenizer_class") or model_config.get("model_type")
+    config["tokenizer_class"] = config.get("tokenizer_class") or implied
+    if (folder / "added_tokens.json").exists():  # written before 2023, too
+        config["added_tokens"] = list(read_json(folder / "added_tokens.json"))
     return config
 
 
@@ -358,7 +337,7 @@ def char_from_dict(contents: Any, config: dict[str, Any]) -> CharTokenizer | Non
     if config.get("split_special_tokens"):
         added = contents["added_tokens"]
         contents["added_tokens"] = [t for t in added if t["content"] not in tokenizer.characters]
-    is_ours = tokenizer.to_dict() == contents and names_only(config, model["vocab"])
+    is_ours = tokenizer.to_dict() == contents and named_tokens(config) <= set(model["vocab"])
     return tokenizer if is_ours else None
 
 
@@ -366,6 +345,9 @@ BPE_OPTIONS = (  # GPT-2 uses none of them
     "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
     "byte_fallback", "ignore_merges",
 )  # fmt: skip
+# These classes of transformers, and a folder without a class, add nothing to tokenizer.json.
+# GPT-2's class, which model_type gpt2 implies, adds only <|endoftext|>: named_tokens() knows it.
+PLAIN_CLASSES = (None, "PreTrainedTokenizer", "TokenizersBackend", "GPT2Tokenizer", "gpt2")
 
 
 def bpe_from_dict(contents: Any, config: dict[str, Any]) -> BPETokenizer | None:
@@ -380,10 +362,10 @@ def bpe_from_dict(contents: Any, config: dict[str, Any]) -> BPETokenizer | None:
         and splitter.get("type") == "ByteLevel"
         and splitter.get("use_regex", True)
         and not (splitter.get("add_prefix_space", True) or config.get("add_prefix_space"))
-        and class_name(config) in (*GENERIC_CLASSES, "GPT2Tokenizer")
+        and class_name(config) in PLAIN_CLASSES
         and adds_nothing(contents.get("post_processor"))
         and added.keys() <= {END_OF_TEXT}
-        and names_only(config, added)
+        and named_tokens(config) <= added.keys()
         and all(character in model["vocab"] for character in BYTE_ENCODER)
     ):
         return None
@@ -399,9 +381,22 @@ def bpe_from_dict(contents: Any, config: dict[str, Any]) -> BPETokenizer | None:
     return None
 
 
-def names_only(config: dict[str, Any], vocab: Iterable[str]) -> bool:
-    """Whether tokenizer_config.json names no tokens but those in vocab."""
-    return {token["content"] for token in listed_tokens(with_class_defaults(config))} <= set(vocab)
+def class_name(config: dict[str, Any]) -> str | None:
+    """The class of transformers that opens the tokenizer, without "Fast"; None if none is named."""
+    name = config.get("tokenizer_class")
+    return name.removesuffix("Fast") if name else None
+
+
+def named_tokens(config: dict[str, Any]) -> set[str]:
+    """All tokens that tokenizer_config.json names: strings, or dicts with their flags."""
+    tokens = [token for name, token in config.items() if name.endswith("_token") and token]
+    tokens += (config.get("added_tokens_decoder") or {}).values()
+    for name in ("added_tokens", "extra_special_tokens", "additional_special_tokens"):
+        extra = config.get(name) or []
+        tokens += extra.values() if isinstance(extra, dict) else extra
+    if class_name(config) in ("GPT2Tokenizer", "gpt2"):
+        tokens.append(END_OF_TEXT)
+    return {token["content"] if isinstance(token, dict) else token for token in tokens}
 
 
 def adds_nothing(post_processor: dict[str, Any] | None) -> bool:

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import shlex
 import threading
@@ -27,9 +26,9 @@ from data.prepare import (
     train_command,
     write_dataset,
 )
-from data.hf_tokenizer import HFTokenizer
-from data.tokenizer import CharTokenizer, save_tokenizer
+from data.tokenizer import CharTokenizer, load_tokenizer, save_tokenizer
 from tests.test_documents import posix_only
+from tests.test_hf_tokenizer import save
 from tests.test_tokenizer import toy_bpe
 
 LINE = "to be or not to be\n"
@@ -204,7 +203,7 @@ def test_a_tokenizer_that_cannot_be_saved_as_it_is_makes_no_dataset(tmp_path, mo
 def test_a_vocabulary_that_lacks_characters_of_the_text_is_told(tmp_path, capsys):
     backend = tokenizers.Tokenizer(models.WordLevel({"to": 0, "be": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = HFTokenizer(json.loads(backend.to_str()), {})
+    tokenizer = load_tokenizer(save(backend, tmp_path / "words"))
     write_dataset(tmp_path / "mine", tokenizer, {"train": [LINE * 9], "val": ["to be"]}, {})
     output = capsys.readouterr().out
     assert "tokens of the train split stand for " in output
@@ -219,7 +218,7 @@ def test_a_tokenizer_that_changes_the_text_is_told(tmp_path, capsys):
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    tokenizer = HFTokenizer(json.loads(backend.to_str()), {})
+    tokenizer = load_tokenizer(save(backend, tmp_path / "pieces"))
     splits = {"train": ["a b " * 999], "val": ["Ä  B " * 999]}
     write_dataset(tmp_path / "mine", tokenizer, splits, {})
     output = capsys.readouterr().out
@@ -232,7 +231,7 @@ def test_a_tokenizer_that_changes_the_text_is_told(tmp_path, capsys):
 
     backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))  # it leaves out a "#"
     backend.decoder = decoders.Fuse()
-    tokenizer = HFTokenizer(json.loads(backend.to_str()), {})
+    tokenizer = load_tokenizer(save(backend, tmp_path / "bytes"))
     splits = {"train": ["ab#", "ba", "b#"], "val": ["ab"]}
     write_dataset(tmp_path / "third", tokenizer, splits, {})
     assert "tokens of the train split stand for 2 bytes fewer" in capsys.readouterr().out
