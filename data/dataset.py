@@ -345,7 +345,15 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
                 f"{tokens.name}: unused shards: {unused} of {len(tokens.shards)}; "
                 f"a window needs block_size + 1 = {block_size + 1:,} tokens"
             )
+    eos, newline = tokenizer.eos_token_id, tokenizer.newline_ids
+    if tokenizer.start_token_id == eos and len(newline) and is_rare(eos, train):
+        tokenizer.start_token_id = int(newline[0])
     return Dataset(folder, tokenizer, meta, train, val)
+
+
+def is_rare(token_id: int, tokens: ShardedTokens) -> bool:
+    """Whether a token occurs less than 10 times at the beginning of a split (16 million tokens)."""
+    return np.count_nonzero(tokens.shards[0][: 2**24] == token_id) < 10
 
 
 def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenizer:

@@ -83,7 +83,7 @@ class HFTokenizer(Tokenizer):
         }
         return super().special_token_ids | own
 
-    @property
+    @cached_property
     def start_token_id(self) -> int:
         if len(self.prefix_ids):
             return int(self.prefix_ids[0])

@@ -262,6 +262,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             config = read_tokenizer_config(folder)
             ours = char_from_dict(contents, config) or bpe_from_dict(contents, config)
             if ours is not None:
+                bos = config["bos_token_id"]
+                if type(bos) is int and 0 <= bos < ours.vocab_size:
+                    ours.start_token_id = bos
                 return ours
         tokenizer = open_with_transformers(folder)
         # GPT-2's older files, and models with other classes, may have a BPE of GPT-2's kind, too.
@@ -306,12 +309,14 @@ def missing_tokenizer(folder: Path) -> str:
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """The contents of tokenizer_config.json, with the class that config.json implies."""
+    """The contents of tokenizer_config.json, with the class that config.json implies, and with its
+    bos_token_id, which begins a text."""
     config = read_json(folder / "special_tokens_map.json")  # written before 2023
     config |= read_json(folder / "tokenizer_config.json")
     model_config = read_json(folder / "config.json")
     implied = model_config.get("tokenizer_class") or model_config.get("model_type")
     config["tokenizer_class"] = config.get("tokenizer_class") or implied
+    config["bos_token_id"] = model_config.get("bos_token_id")
     if (folder / "added_tokens.json").exists():  # written before 2023, too
         config["added_tokens"] = list(read_json(folder / "added_tokens.json"))
     return config

@@ -83,15 +83,21 @@ class Tokenizer(ABC):
 
     @property
     def special_token_ids(self) -> dict[str, int | None]:
-        """Entries of config.json: end-of-text begins a text, ends it, and fills up a batch."""
+        """Entries of config.json: what begins a text, ends it, and fills up a batch."""
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        return dict.fromkeys(names, self.eos_token_id)
+        ids = dict.fromkeys(names, self.eos_token_id)
+        return ids if self.eos_token_id is None else {**ids, "bos_token_id": self.start_token_id}
 
     @property
     def separator_ids(self) -> np.ndarray:
         """What separates documents: end-of-text; without such a token a newline; else nothing."""
         if self.eos_token_id is not None:
             return np.array([self.eos_token_id])
+        return self.newline_ids
+
+    @property
+    def newline_ids(self) -> np.ndarray:
+        """The newline; nothing if the vocabulary lacks it."""
         try:
             newline = self.encode("\n")  # BERT's tokenizer, for example, loses white space
             return newline if self.decode(newline) == "\n" else newline[:0]
@@ -103,9 +109,14 @@ class Tokenizer(ABC):
         """What begins each document and each prompt, such as [CLS]; nothing in most tokenizers."""
         return np.array([], dtype=np.int64)
 
-    @property
+    @cached_property
     def start_token_id(self) -> int:
-        """The token to start a text without a prompt: end-of-text, else a newline, else token 0."""
+        """The token to start a text without a prompt: end-of-text, else a newline, else token 0.
+
+        A BPE vocabulary has end-of-text even if the training text is one document, from which no
+        model learns it. Then open_dataset() sets start_token_id to the newline. A run keeps it in
+        config.json, as bos_token_id.
+        """
         separator = self.separator_ids
         return int(separator[0]) if len(separator) else 0
 
@@ -125,7 +136,9 @@ class Tokenizer(ABC):
             "split_special_tokens": True,  # special tokens in a text are encoded like other text
         }
         if self.eos_token_id is not None:
-            settings |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), self.eos_token)
+            settings |= dict.fromkeys(("eos_token", "pad_token"), self.eos_token)
+            if self.start_token_id == self.eos_token_id:
+                settings["bos_token"] = self.eos_token
         return settings
 
     def to_json(self) -> str:

@@ -267,7 +267,8 @@ def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             expected_sha256 = (file.metadata() or {}).get(SHA256_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # A copy: the tensor is a part of the file, into which another program may write.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise FolioError(f"{path}: damaged weights ({error})") from None
     if expected_sha256 is not None and sha256_of(tensors) != expected_sha256:

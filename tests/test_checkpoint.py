@@ -327,6 +327,15 @@ def test_a_tied_matrix_is_read_under_either_name(tmp_path, tokens):
         load_model(tmp_path)
 
 
+def test_a_loaded_model_does_not_change_if_its_file_does(tmp_path, tokens):
+    save_model(random_model(), tmp_path / "new")
+    save_model(random_model(), tmp_path / "live")
+    model = load_model(tmp_path / "live")
+    before = model(tokens)
+    (tmp_path / "live" / WEIGHTS_FILE).write_bytes((tmp_path / "new" / WEIGHTS_FILE).read_bytes())
+    assert torch.equal(model(tokens), before)
+
+
 def test_weights_of_several_precisions_become_float32(tmp_path, tokens):
     model, positions = random_model(), "transformer.wpe.weight"
     save_model(model.double(), tmp_path)

@@ -17,13 +17,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import train
 from configurator import FolioError, parse_overrides
 from data.dataset import training_batch
 from data.prepare import split_text, write_dataset
-from data.tokenizer import BPETokenizer, CharTokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 from engine import checkpoint
 from engine import run as run_module
 from engine.checkpoint import (
@@ -1221,15 +1222,23 @@ def test_the_last_step_is_logged_once(tiny_flags, tmp_path, run_train):
     assert steps == [0, 2, 4, 6, 8, 10]
 
 
-def test_the_folder_tells_transformers_the_end_of_text_and_the_context(tiny_flags, tmp_path, call):
-    splits = {"train": ["low " * 99], "val": ["low " * 99]}
+@pytest.mark.parametrize(("documents", "start"), [(20, "<|endoftext|>"), (1, "\n")])
+def test_the_folder_tells_how_a_text_begins_and_ends(documents, start, tiny_flags, tmp_path, call):
+    """A model that has seen (almost) no end-of-text does not begin with it."""
+    splits = {"train": ["low\n" * 99, None] * documents, "val": ["low " * 99]}
     write_dataset(tmp_path / "bpe", toy_bpe(), splits, {"source": "a test"})
     flags = [*tiny_flags, f"--dataset={tmp_path / 'bpe'}", "--max_iters=0"]
     assert call(train, *flags).returncode == 0
+    tokenizer = load_tokenizer(tmp_path / "run")
+    assert tokenizer.decode([tokenizer.start_token_id]) == start
+    assert tokenizer.encode_prompt("").tolist() == [tokenizer.start_token_id]
     for name in ("config.json", "generation_config.json"):
         contents = json.loads((tmp_path / "run" / name).read_text())
-        assert contents["eos_token_id"] == contents["bos_token_id"] == 261
+        assert contents["bos_token_id"] == tokenizer.start_token_id
+        assert contents["eos_token_id"] == 261
     assert contents["max_length"] == 8
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert theirs.bos_token_id == (261 if documents > 1 else None)
 
 
 def test_nanogpts_bin_files_can_be_used_as_they_are(gpt2, tmp_path, run_train, monkeypatch):
