@@ -17,7 +17,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import data  # noqa: F401 - first: it says what to do if torch is missing
 import torch
@@ -36,9 +35,9 @@ from engine.metrics import MetricsLogger, StepMetrics, show_evaluation, show_pro
 from engine.optimizer import make_optimizer, set_lr_multiplier, step_if_finite
 from engine.report import banner, indented, summary
 from engine.run import (
-    OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, check_same_dataset,
-    check_same_device, check_source, is_patience_exhausted, load_dataset, resolve_config, resume,
-    save_best, save_run, save_snapshot, start_run_folder, wrap_model,
+    OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, check_source, fingerprint,
+    is_patience_exhausted, load_dataset, resolve_config, resume, save_best, save_run,
+    save_snapshot, start_run_folder, wrap_model,
 )  # fmt: skip
 from engine.run_folder import lock_run_folder, move_old_run_aside, resolve_out_dir
 from engine.trackers import check_trackers
@@ -72,9 +71,11 @@ def main() -> None:
             choose_device, config.device, config.dtype, config.compile,
             dist.local_rank, dist.world_size, config.num_threads,
         )  # fmt: skip
-        check_same_device(device, dist)
         dataset = dist.main_process_first(load_dataset, config)
-        check_same_dataset(dataset, dist)
+        # Each node chooses its device, and may have a copy of the dataset on its own disk.
+        dist.check_same(
+            device=device.torch_device.type, dtype=device.dtype, dataset=fingerprint(dataset)
+        )
         dist.broadcast_from_main(check_source, config, dataset.tokenizer)
         if config.init_from != "resume" and not config.eval_only:
             # Now, because a restarted job resumes what it finds in the folder: its own run only.
@@ -117,15 +118,17 @@ def train(
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         threads = ThreadAdapter(device, config.num_threads, dist.world_size, logger.print)
         logger.print(banner(config, state, dataset, model, device, folder))
-        due = what_is_due(state, config)
         while True:
             evaluation = None  # validation loss and bits per byte, if evaluated at this step
-            if due.evaluation:
+            if is_evaluation_due(state, config):
                 evaluation = evaluate(wrapped_model, dataset, config, device, dist, threads)
                 record_evaluation(evaluation, config, state, dataset, model, logger)
-            if due.checkpoint:  # if killed in between, the resumed run repeats the evaluation
+            # If the run is killed before this checkpoint, the resumed run repeats the evaluation.
+            interval = config.checkpoint_interval or config.eval_interval
+            if is_due(interval, state, config) and state.last_checkpoint_step != state.step:
                 save_state(config, state, dataset, model, optimizer, scaler, device, dist, logger)
-            if evaluation is not None and due.sample and dist.is_main:
+            interval = config.eval_interval * config.sample_interval
+            if evaluation and config.sample_tokens and is_due(interval, state, config):
                 show_sample(config, dataset, model, device, dist, logger)
             is_finished = state.step >= config.max_iters or is_patience_exhausted(state, config)
             if is_finished or dist.shutdown.should_stop:
@@ -139,13 +142,13 @@ def train(
             state.tokens += config.tokens_per_step
             logger.log_step(metrics)
             threads.after_step()  # fewer threads while other programs need the CPU
-            due = what_is_due(state, config)
-            if due.row and not due.evaluation:  # an evaluation logs a row of its own
+            # An evaluation logs a row of its own.
+            if state.step % config.log_interval == 0 and not is_evaluation_due(state, config):
                 logger.log_row()
-            if due.snapshot and dist.is_main:
+            if config.snapshot_interval and state.step % config.snapshot_interval == 0:
                 try_to_save_snapshot(f"step_{state.step:06}", config, state, dataset, model, logger)
         # best_step is -1 if no trained weights were evaluated: then keep the last weights.
-        if dist.is_main and (state.best_step < 0 or not (folder / WEIGHTS_FILE).exists()):
+        if state.best_step < 0 or not (folder / WEIGHTS_FILE).exists():
             try_to_save_snapshot("", config, state, dataset, model, logger)
         if state.last_checkpoint_step != state.step:
             save_state(config, state, dataset, model, optimizer, scaler, device, dist, logger)
@@ -153,32 +156,14 @@ def train(
     logger.print(summary(config, state, folder, len(dataset.val)))  # the bar has been removed
 
 
-class Due(NamedTuple):
-    """What comes before the next training step."""
-
-    row: bool  # of log.csv
-    evaluation: bool
-    checkpoint: bool  # resume.pt
-    sample: bool  # printed after an evaluation
-    snapshot: bool  # weights in a folder step_*
+def is_due(interval: int, state: TrainState, config: TrainConfig) -> bool:
+    """Whether the step is a multiple of `interval`, or the last step."""
+    return state.step % interval == 0 or state.step >= config.max_iters
 
 
-def what_is_due(state: TrainState, config: TrainConfig) -> Due:
-    """A resumed run does not repeat an evaluation or a checkpoint of its first step."""
-
-    def is_due(interval: int) -> bool:
-        return state.step % interval == 0 or state.step >= config.max_iters
-
-    return Due(
-        row=state.step % config.log_interval == 0,
-        evaluation=is_due(config.eval_interval) and state.last_eval_step != state.step,
-        checkpoint=(
-            is_due(config.checkpoint_interval or config.eval_interval)
-            and state.last_checkpoint_step != state.step
-        ),
-        sample=config.sample_tokens > 0 and is_due(config.eval_interval * config.sample_interval),
-        snapshot=config.snapshot_interval > 0 and state.step % config.snapshot_interval == 0,
-    )
+def is_evaluation_due(state: TrainState, config: TrainConfig) -> bool:
+    """A resumed run does not repeat an evaluation of its first step."""
+    return is_due(config.eval_interval, state, config) and state.last_eval_step != state.step
 
 
 # --- The training step ---
@@ -445,6 +430,8 @@ def try_to_save_snapshot(
 
     name: of a folder in the run folder; "": the run folder itself.
     """
+    if not logger.enabled:
+        return
     logger.check_folder()
     try:
         save_snapshot(logger.folder / name, config, state, dataset, model)
@@ -476,6 +463,8 @@ def show_sample(
     logger: MetricsLogger,
 ) -> None:
     """Print sample_tokens tokens from the model; fewer if a signal comes."""
+    if not logger.enabled:
+        return
     start = torch.tensor([[dataset.tokenizer.start_token_id]], device=device.torch_device)
     with one_thread() if is_small(model) else contextlib.nullcontext():
         steps = InferenceModel(model, device.torch_device).generate(

@@ -132,17 +132,24 @@ class Distributed:
         self.broadcast_from_main(lambda: results.append(fn(*args)))  # fn's result is not sent
         return results[0] if self.is_main else fn(*args)
 
-    def check_same(self, value: T, message: Callable[[T], str]) -> None:
-        """Raises FolioError if this process's value is not the main process's; all processes exit.
+    def check_same(self, **values: Any) -> None:
+        """Raises FolioError if a value is not the main process's; all processes exit.
 
-        message: makes the text of the error from the main process's value.
+        check_same(dtype=torch.float16): the scaled gradients of float16, for example, cannot be
+        averaged with the gradients of bfloat16.
         """
-        expected = self.broadcast_from_main(lambda: value)
-        if not self.all_reduce_max(int(value != expected)):
+        expected = self.broadcast_from_main(lambda: values)
+        if not self.all_reduce_max(int(values != expected)):
             return
-        if value == expected:
+        different = [name for name, value in values.items() if value != expected[name]]
+        if not different:
             raise SystemExit(0)  # the process with another value prints the error
-        raise FolioError(message(expected))
+        own, main = ({name: v[name] for name in different} for v in (values, expected))
+        raise FolioError(
+            f"process {self.rank} has {own}, but process 0 {main}; choose --device and --dtype "
+            "that all nodes support (for example --dtype=float32), and copy the dataset to all "
+            "nodes"
+        )
 
     def broadcast_tensors(self, nested: Any, device: torch.device) -> Any:
         """Send nested dicts and lists from the main process to all processes.

@@ -514,37 +514,6 @@ def check_optimizer_state(optimizer: Optimizer) -> None:
                     raise ValueError(f"{name} is {list(value.shape)} instead of {list(shape)}")
 
 
-def check_same_device(device: ComputeDevice, dist: Distributed) -> None:
-    """Raises FolioError if this process's device or dtype is not the main process's; all exit.
-
-    "auto" may choose bfloat16 on one node and float16 on another. The gradients of float16 are
-    scaled, so they cannot be averaged with the gradients of bfloat16.
-    """
-    chosen = f"{device.torch_device.type} and {str(device.dtype).removeprefix('torch.')}"
-    dist.check_same(
-        chosen,
-        lambda expected: (
-            f"process {dist.rank} has chosen {chosen}, process 0 {expected}; choose --device and "
-            "--dtype that all nodes support, for example --dtype=float32"
-        ),
-    )
-
-
-def check_same_dataset(dataset: Dataset, dist: Distributed) -> None:
-    """Raises FolioError if this process's dataset is not the main process's; all processes exit.
-
-    On several nodes, each may have a copy of the dataset on its own disk.
-    """
-    found = fingerprint(dataset)
-    dist.check_same(
-        found,
-        lambda expected: (
-            f"process {dist.rank}: {dataset.folder} is not the dataset of process 0 ({found} here, "
-            f"{expected} there); copy it to all nodes"
-        ),
-    )
-
-
 def fingerprint(dataset: Dataset) -> list[Any]:
     """What identifies a dataset: the SHA-256 of its text, if known, its sizes in tokens, and a
     checksum of the first and last tokens of each shard."""

@@ -501,7 +501,7 @@ def test_processes_with_different_datasets_are_refused(dataset, tmp_path):
     result = start_job(run_train_in_data_folder, tmp_path, *flags, n_processes=2).wait()
     assert result.exit_codes == [0, 2], result.stderr
     assert result.stderr.count("\n") == 1
-    assert "process 1: " in result.stderr and "is not the dataset of process 0" in result.stderr
+    assert "process 1 has {'dataset': " in result.stderr and "copy the dataset to" in result.stderr
     assert not (tmp_path / "run" / "resume.pt").exists()
 
 
@@ -520,8 +520,11 @@ def test_processes_with_different_devices_or_dtypes_are_refused(dataset, tmp_pat
     result = start_job(run_train_on_devices, devices, *flags, n_processes=3).wait()
     assert result.exit_codes == [0, 2, 2], result.stderr
     assert result.stderr.count("\n") == 2
-    for words in ("process 1 has chosen cpu and float16", "process 2 has chosen meta and bfloat16"):
-        assert f"{words}, process 0 cpu and bfloat16; choose --device and --dtype" in result.stderr
+    for words in (
+        "process 1 has {'dtype': torch.float16}, but process 0 {'dtype': torch.bfloat16}; choose",
+        "process 2 has {'device': 'meta'}, but process 0 {'device': 'cpu'}; choose --device and",
+    ):
+        assert words in result.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -15,7 +15,6 @@ from engine.inference import (
     InferenceModel,
     KVCache,
     crop_start,
-    exponential_noise,
     next_token_logits,
     packing_is_faster,
     packing_is_supported,
@@ -350,12 +349,6 @@ def test_sampling_gives_the_ids_of_torch_multinomial(options):
         choice = torch.multinomial(probs, 1, generator=theirs)
         expected = ids.gather(1, choice)[:, 0]
         assert torch.equal(sample_next_token(logits, generator=ours, **options), expected)
-
-
-@pytest.mark.parametrize("shape", [(3, 5000), (1, 200), (2, 3), (1, 1)])
-def test_the_noise_is_that_of_torch(shape):
-    noise = exponential_noise(torch.zeros(shape), seeded())
-    assert torch.equal(noise, torch.empty(shape).exponential_(generator=seeded()))
 
 
 def test_top_k_keeps_k_tokens_even_if_others_are_as_likely(model, tokens):
