@@ -206,7 +206,10 @@ def plot_run(
     val = [(row[x], row["val_loss"]) for row in evaluations(rows)]
     if train:
         label = None if name else "training batch"
-        axes.plot(*zip(*train, strict=True), line, color=color, alpha=0.4, lw=1.2, label=label)
+        marker = "." if len(train) == 1 else ""  # one point makes no line
+        axes.plot(
+            *zip(*train, strict=True), marker + line, color=color, alpha=0.4, lw=1.2, label=label
+        )
     if val:
         label = name or "validation"
         axes.plot(*zip(*val, strict=True), f"o{line}", color=color, ms=4, label=label)

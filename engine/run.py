@@ -239,7 +239,10 @@ def check_source(config: TrainConfig, tokenizer: Tokenizer) -> None:
     source = None if resumed or config.eval_only else read_run_settings(folder)
     names = ("dataset", "seed", "block_size")  # these determine the windows of a step
     if source and all(source.get(name) == getattr(config, name) for name in names):
-        print("training repeats the batches of these weights; --seed=NUMBER gives other batches")
+        print(
+            "these weights were trained on the batches that this run will draw; "
+            "--seed=NUMBER gives other batches"
+        )
 
 
 def build_model(

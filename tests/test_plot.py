@@ -59,6 +59,13 @@ def test_both_losses_are_plotted_with_the_best_marked(axes, tmp_path, recwarn):
     assert len(recwarn) == 0
 
 
+def test_a_single_training_loss_is_a_point(axes, tmp_path):
+    plot_losses({"run": [make_row(0, None, 4.2), make_row(5, 3.5)]}, tmp_path / "a.png")
+    plot_losses({"run": ROWS}, tmp_path / "b.png")
+    markers = [lines.lines[0].get_marker() for lines in axes]
+    assert markers == [".", "None"]
+
+
 def test_step_0_does_not_set_the_scale(axes, tmp_path):
     plot_losses({"run": ROWS}, tmp_path / "loss.png")
     low, high = axes[0].get_ylim()

@@ -843,7 +843,7 @@ def test_finetuning_uses_the_architecture_of_the_weights(
 def test_finetuning_on_the_batches_of_the_first_training_is_told(tiny_flags, tmp_path, run_train):
     run_train(*tiny_flags)
     flags = (*tiny_flags, f"--init_from={tmp_path / 'run'}", "--max_iters=1")
-    note = "training repeats the batches of these weights"
+    note = "these weights were trained on the batches that this run will draw"
     assert note in run_train(*flags, f"--out_dir={tmp_path / 'a'}")
     assert note not in run_train(*flags, f"--out_dir={tmp_path / 'b'}", "--seed=2")
 
