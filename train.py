@@ -93,9 +93,7 @@ def main() -> None:
             evaluate_only(config, state, dataset, model, device, dist)
         else:
             dist.broadcast_from_main(start_run_folder, folder, config, dataset)
-            # Signals, such as Ctrl-C, finish the step. local_exit_status(): whether this process
-            # has received one. sync() asks all processes; should_stop is the answer.
-            with dist.shutdown:
+            with dist.shutdown:  # signals, such as Ctrl-C, finish the step
                 train(config, state, dataset, model, optimizer, scaler, device, dist)
         sys.exit(dist.shutdown.exit_status)
 
@@ -209,7 +207,7 @@ def train_step(
     max_norm = config.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)  # 3. clip
     # Loss and signals of all processes, in one all-reduce.
-    stop_flag = torch.full_like(mean_loss, dist.shutdown.local_exit_status() > 0)
+    stop_flag = torch.full_like(mean_loss, dist.shutdown.is_requested())
     mean_loss, n_stopped = dist.all_reduce_sum(torch.stack((mean_loss, stop_flag)))
     is_finite = torch.isfinite(mean_loss) & torch.isfinite(grad_norm)
     step_if_finite(optimizer, scaler, is_finite)  # 4. step
@@ -256,16 +254,15 @@ def check_finite(
     if math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > 1e-3:
         return
 
-    def raise_error() -> None:
-        raise FolioError(
-            f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; training stopped "
-            "before this step changed the weights, and the last checkpoint is unchanged; lower "
-            "--learning_rate and --muon_learning_rate, then use --init_from=resume (if this step "
-            f"fails again, start from the best weights: --init_from={config.out_dir} "
-            "--out_dir=NEW)"
-        )
-
-    dist.broadcast_from_main(raise_error)  # all processes stop, and one of them prints the error
+    if not dist.is_main:
+        sys.exit(0)  # all processes stop, and the main process prints the error
+    raise FolioError(
+        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; training stopped "
+        "before this step changed the weights, and the last checkpoint is unchanged; lower "
+        "--learning_rate and --muon_learning_rate, then use --init_from=resume (if this step "
+        f"fails again, start from the best weights: --init_from={config.out_dir} "
+        "--out_dir=NEW)"
+    )
 
 
 def training_batches(
@@ -309,7 +306,7 @@ def evaluate(
     )
     losses, token_counts, n_bytes = [], [], 0  # one loss and one count for each batch
     for inputs, targets in show_evaluation(prefetch(batches), batch_size, dataset, config, dist):
-        if dist.shutdown.local_exit_status():
+        if dist.shutdown.is_requested():
             break
         valid_targets = targets[targets != IGNORE_INDEX]
         token_counts.append(len(valid_targets))
@@ -472,7 +469,7 @@ def show_sample(
         )
         # read_ids() gives a list of ids for each step: [i], for one sample.
         ids = show_progress(read_ids(steps), config.sample_tokens, "sampling", "tokens")
-        ids = itertools.takewhile(lambda _: not dist.shutdown.local_exit_status(), ids)
+        ids = itertools.takewhile(lambda _: not dist.shutdown.is_requested(), ids)
         text = "".join(dataset.tokenizer.decode_stream(i for (i,) in ids))
     logger.print(indented(text.strip()))
 

@@ -357,7 +357,7 @@ class GracefulShutdown:
 
     def sync(self) -> bool:
         """True if any process has received a signal; the answer is equal in all processes."""
-        status = self.dist.all_reduce_max(self.local_exit_status())
+        status = self.dist.all_reduce_max(self.exit_status if self.is_requested() else 0)
         # A signal that arrived during the all-reduce is not in `status`: the next call sees it.
         self.exit_status = status or self.exit_status
         self.should_stop = status != 0
@@ -366,15 +366,15 @@ class GracefulShutdown:
             print_stderr("torchrun has died: saving, then exiting")
         return self.should_stop
 
-    def local_exit_status(self) -> int:
-        """The exit status that this process alone asks for; 0: none. No communication.
+    def is_requested(self) -> bool:
+        """Whether this process alone has been asked to stop. No communication.
 
-        A process whose torchrun was killed asks for 143: no program would read its result, and its
-        lock would keep a restarted job out of the run folder.
+        A process whose torchrun was killed stops, with status 143: no program would read its
+        result, and its lock would keep a restarted job out of the run folder.
         """
         if not self.exit_status and self.dist.launcher_died():
             self.exit_status = 128 + signal.SIGTERM
-        return self.exit_status
+        return self.exit_status != 0
 
     def __enter__(self) -> "GracefulShutdown":
         self._previous_handlers = {}
