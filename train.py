@@ -11,7 +11,6 @@ from resume.pt in it.
 """
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import sys
@@ -32,10 +31,10 @@ from engine.distributed import Distributed, is_restarted
 from engine.flops import peak_tokens_per_second
 from engine.inference import InferenceModel, is_small, read_ids
 from engine.metrics import MetricsLogger, StepMetrics, show_evaluation, show_progress
-from engine.optimizer import make_optimizer, set_lr_multiplier, step_if_finite
+from engine.optimizer import Optimizer, make_optimizer, set_lr_multiplier, step_if_finite
 from engine.report import banner, indented, summary
 from engine.run import (
-    OUT_OF_MEMORY_HINT, Optimizer, TrainState, build_model, check_source, fingerprint,
+    OUT_OF_MEMORY_HINT, TrainState, build_model, check_init_from, fingerprint,
     is_patience_exhausted, load_dataset, resolve_config, resume, save_best, save_run,
     save_snapshot, start_run_folder, wrap_model,
 )  # fmt: skip
@@ -76,12 +75,11 @@ def main() -> None:
         dist.check_same(
             device=device.torch_device.type, dtype=device.dtype, dataset=fingerprint(dataset)
         )
-        dist.broadcast_from_main(check_source, config, dataset.tokenizer)
+        dist.broadcast_from_main(check_init_from, config, dataset.tokenizer)
         if config.init_from != "resume" and not config.eval_only:
             # Now, because a restarted job resumes what it finds in the folder: its own run only.
             dist.broadcast_from_main(move_old_run_aside, folder)
         model = build_model(config, dataset.tokenizer, device, dist)
-        config = dataclasses.replace(config, bias=model.config.bias)  # True if weights have biases
         optimizer = make_optimizer(model, config, device.dtype, dist)
         scaler = device.grad_scaler()  # keeps small float16 gradients above 0; else does nothing
 
@@ -124,7 +122,7 @@ def train(
             # If the run is killed before this checkpoint, the resumed run repeats the evaluation.
             interval = config.checkpoint_interval or config.eval_interval
             if is_due(interval, state, config) and state.last_checkpoint_step != state.step:
-                save_state(config, state, dataset, model, optimizer, scaler, device, dist, logger)
+                save_state(config, state, dataset, model, optimizer, scaler, device, logger)
             interval = config.eval_interval * config.sample_interval
             if evaluation and config.sample_tokens and is_due(interval, state, config):
                 show_sample(config, dataset, model, device, dist, logger)
@@ -144,12 +142,12 @@ def train(
             if state.step % config.log_interval == 0 and not is_evaluation_due(state, config):
                 logger.log_row()
             if config.snapshot_interval and state.step % config.snapshot_interval == 0:
-                try_to_save_snapshot(f"step_{state.step:06}", config, state, dataset, model, logger)
+                try_to_save_snapshot(f"step_{state.step:06}", state, dataset, model, logger)
         # best_step is -1 if no trained weights were evaluated: then keep the last weights.
         if state.best_step < 0 or not (folder / WEIGHTS_FILE).exists():
-            try_to_save_snapshot("", config, state, dataset, model, logger)
+            try_to_save_snapshot("", state, dataset, model, logger)
         if state.last_checkpoint_step != state.step:
-            save_state(config, state, dataset, model, optimizer, scaler, device, dist, logger)
+            save_state(config, state, dataset, model, optimizer, scaler, device, logger)
         logger.plot()
     logger.print(summary(config, state, folder, len(dataset.val)))  # the bar has been removed
 
@@ -321,9 +319,9 @@ def evaluate(
     # Only here does the CPU wait for the device. A loss is a mean: times its tokens, it is a sum.
     batch_losses = torch.stack(losses).tolist() if losses else []
     n_nats = sum(loss * n for loss, n in zip(batch_losses, token_counts, strict=True))
-    totals = torch.tensor([n_nats, sum(token_counts), n_bytes], dtype=torch.float64)
-    n_nats, n_tokens, n_bytes = dist.all_reduce_sum(totals).tolist()
-    return n_nats / n_tokens, n_nats / math.log(2) / max(n_bytes, 1)
+    sums = torch.tensor([n_nats, sum(token_counts), n_bytes], dtype=torch.float64)
+    total_nats, total_tokens, total_bytes = dist.all_reduce_sum(sums).tolist()
+    return total_nats / total_tokens, total_nats / math.log(2) / max(total_bytes, 1)
 
 
 def record_evaluation(
@@ -354,8 +352,8 @@ def record_evaluation(
         return
     logger.check_folder()
     if (state.best_step, state.best_val_loss) == (state.step, val_loss):
-        # Not in the `if` above: if the run was killed between saving weights and model card,
-        # adopt_best_weights() has set best_step. Then weights and model card are saved again.
+        # These are the best weights: from now on or, if the run was killed between saving weights
+        # and model card, already before: see adopt_best_weights(). Save weights and model card.
         save_best(logger.folder, config, state, dataset, model, bits_per_byte)
     logger.log_row(val_loss, bits_per_byte)
     logger.print(f"\n{logger.evaluation_line()}")
@@ -400,11 +398,10 @@ def save_state(
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
     device: ComputeDevice,
-    dist: Distributed,
     logger: MetricsLogger,
 ) -> None:
     """Write resume.pt; keep the old one if the weights do not give a finite loss any more."""
-    if dist.broadcast_from_main(has_diverged, config, state, dataset, model, device):
+    if has_diverged(config, state, dataset, model, device):  # equal in all processes
         logger.warn_once("the training loss is not finite any more: resume.pt is not overwritten")
         return
     state.last_checkpoint_step = state.step
@@ -416,12 +413,7 @@ def save_state(
 
 
 def try_to_save_snapshot(
-    name: str,
-    config: TrainConfig,
-    state: TrainState,
-    dataset: Dataset,
-    model: GPT,
-    logger: MetricsLogger,
+    name: str, state: TrainState, dataset: Dataset, model: GPT, logger: MetricsLogger
 ) -> None:
     """Save the weights as they are now. If that fails, the run goes on: it needs only resume.pt.
 
@@ -431,7 +423,7 @@ def try_to_save_snapshot(
         return
     logger.check_folder()
     try:
-        save_snapshot(logger.folder / name, config, state, dataset, model)
+        save_snapshot(logger.folder, name, state, dataset, model)
     except FolioError as error:
         logger.warn_once(f"{error}; the run goes on")
 

@@ -36,8 +36,8 @@ from data.files import (
 )  # fmt: skip
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine.hf_format import (
-    BIASES, SHA256_KEY, WEIGHTS_FILE, from_hf_state_dict, load_torch_file, model_without_memory,
-    read_config, read_weights, sha256_of, to_hf_config, to_hf_state_dict,
+    SHA256_KEY, WEIGHTS_FILE, from_hf_state_dict, has_trained_biases, load_torch_file,
+    model_without_memory, read_config, read_weights, sha256_of, to_hf_config, to_hf_state_dict,
 )  # fmt: skip
 from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, shown_path
 from engine.train_config import TrainConfig
@@ -116,9 +116,7 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         flags = shell_command("--init_from=resume", f"--out_dir={shown_path(folder)}")
         raise FolioError(f"{folder}: this run has saved no weights yet; to continue it: {flags}")
     saved_config, tensors = read_config(folder), read_weights(folder)
-    if any(name.endswith(BIASES) and tensor.any() for name, tensor in tensors.items()):
-        # transformers' GPT-2 always has biases, so a model without biases is saved with zeros. If
-        # transformers has trained it, they are not zero any more, and the model needs them.
+    if has_trained_biases(tensors):
         saved_config = dataclasses.replace(saved_config, bias=True)
     config = dataclasses.replace(saved_config, **overrides)
     for name in ("n_layer", "n_head", "n_embd", "bias"):

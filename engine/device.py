@@ -12,6 +12,7 @@ that it does not support raise FolioError.
 import contextlib
 import ctypes
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -119,7 +120,7 @@ def choose_device(
     On a Linux CPU, freed memory stays with the process.
     local_rank: number of this process on its node; it chooses the GPU. world_size: number of
     processes in the job.
-    num_threads: CPU threads; 0: torch's default (OMP_NUM_THREADS, or the number of cores).
+    num_threads: CPU threads; 0: OMP_NUM_THREADS, or the number of cores that may be used.
     Raises FolioError if this machine does not support a request.
     """
     torch_device = find_device(device, local_rank, world_size)
@@ -136,6 +137,10 @@ def choose_device(
             dtype_note = " (TF32 in matrix products)"
     elif torch_device.type == "cpu":
         keep_freed_memory()
+        is_default = not num_threads and "OMP_NUM_THREADS" not in os.environ
+        if is_default and cpu_quota() < torch.get_num_threads():
+            # In a container, torch starts a thread for each core of the whole machine.
+            num_threads = max(int(cpu_quota()), 1)
         if num_threads:
             torch.set_num_threads(num_threads)
         threads = torch.get_num_threads()
@@ -213,6 +218,17 @@ def cpu_supports(instructions: str) -> bool:
     """True if the CPU has these instructions; False where torch cannot say."""
     function = getattr(torch.cpu, f"_is_{instructions}_supported", None)  # private torch API
     return function is not None and function()
+
+
+def cpu_quota(file: str | Path = "/sys/fs/cgroup/cpu.max") -> float:
+    """Cores that this container may use, such as 2.0 with `docker run --cpus=2`; else infinity.
+
+    file: of Linux: "200000 100000" means 200 ms of CPU time in each 100 ms, "max" no limit.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path(file).read_text().split()
+        return int(quota) / int(period)
+    return math.inf
 
 
 def is_intel_cpu() -> bool:

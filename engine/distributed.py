@@ -319,7 +319,10 @@ def name_this_attempt(store: torch_dist.Store, rank: int, world_size: int) -> st
         name = store.get(own_id).decode()  # waits for the answer of rank 0
         store.add(name, 1)
         return name
+    deadline = time.monotonic() + CONTROL_TIMEOUT.total_seconds()
     while store.add(own_id, 0) < world_size - 1:  # until all have received the name
+        if time.monotonic() > deadline:
+            raise TimeoutError("a process has not answered")
         for other in range(1, world_size):
             if store.check([f"waiting {other}"]):
                 store.set(store.get(f"waiting {other}").decode(), own_id)
@@ -340,13 +343,16 @@ def is_restarted() -> bool:
 
 
 class GracefulShutdown:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into a request that the training loop can see.
+    """Turns the first signal into a request that the training loop can see.
+
+    The signals are SIGINT, SIGTERM, SIGHUP and SIGUSR1, which SLURM can send before its time limit.
 
     with dist.shutdown:
         while not dist.shutdown.sync(): ...
     sys.exit(dist.shutdown.exit_status)
 
-    exit_status: 130, 143 or 129 (128 + the signal's number, as in a shell); 0 without a signal.
+    exit_status: 130, 143, 129 or 138 (128 + the signal's number, as in a shell; on Linux); 0
+    without a signal.
     A second SIGINT or SIGTERM raises KeyboardInterrupt at once, except under torchrun. Signals that
     this process ignores, because it was started by nohup or in the background, stay ignored.
     """
@@ -378,8 +384,8 @@ class GracefulShutdown:
 
     def __enter__(self) -> "GracefulShutdown":
         self._previous_handlers = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            signum = getattr(signal, name, None)  # Windows has no SIGHUP
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            signum = getattr(signal, name, None)  # Windows has neither SIGHUP nor SIGUSR1
             if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:
                 self._previous_handlers[signum] = signal.signal(signum, self._handle)
         return self

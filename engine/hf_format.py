@@ -178,6 +178,15 @@ def from_hf_state_dict(
     return state_dict
 
 
+def has_trained_biases(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether a bias is not 0.
+
+    transformers' GPT-2 always has biases, so a model without biases is saved with zeros. If
+    transformers has trained it, they are not zero any more, and the model needs them.
+    """
+    return any(name.endswith(BIASES) and tensor.any() for name, tensor in tensors.items())
+
+
 def hf_names(stored_names: Iterable[str]) -> dict[str, str]:
     """The names of weights in a file, and what Hugging Face's GPT-2 calls these weights.
 

@@ -34,7 +34,7 @@ def make_optimizer(
     config: TrainConfig,
     dtype: torch.dtype = torch.float32,
     dist: Distributed | None = None,
-) -> "torch.optim.Optimizer | CombinedOptimizer":
+) -> "Optimizer":
     """The optimizer of all parameters of the model.
 
     dtype: of the model's matrix products; with bfloat16, Muon multiplies in bfloat16, too.
@@ -72,16 +72,14 @@ def make_optimizer(
     return optimizer
 
 
-def set_lr_multiplier(
-    optimizer: "torch.optim.Optimizer | CombinedOptimizer", multiplier: float
-) -> None:
+def set_lr_multiplier(optimizer: "Optimizer", multiplier: float) -> None:
     """Set the learning rate of each group to multiplier (0 to 1) times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = multiplier * group["initial_lr"]
 
 
 def step_if_finite(
-    optimizer: "torch.optim.Optimizer | CombinedOptimizer",
+    optimizer: "Optimizer",
     scaler: torch.amp.GradScaler,
     is_finite: torch.Tensor,
 ) -> None:
@@ -97,7 +95,7 @@ def step_if_finite(
         optimizer.step()
 
 
-def step_unless(optimizer: "torch.optim.Optimizer | CombinedOptimizer", skip: torch.Tensor) -> None:
+def step_unless(optimizer: "Optimizer", skip: torch.Tensor) -> None:
     """optimizer.step(), which changes no weight if skip, () bool on the device, is True.
 
     Fused optimizers of torch look for the attribute found_inf, which torch's GradScaler sets in the
@@ -134,6 +132,9 @@ class CombinedOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for optimizer in self.optimizers:
             optimizer.load_state_dict(state[type(optimizer).__name__])
+
+
+Optimizer = torch.optim.Optimizer | CombinedOptimizer
 
 
 # --- Muon ---

@@ -2,7 +2,7 @@
 
 config = resolve_config(overrides)                # which settings, and where to start from
 dataset = load_dataset(config)
-check_source(config, tokenizer)                   # do the weights to start from fit the data?
+check_init_from(config, tokenizer)                # do the weights to start from fit the data?
 move_old_run_aside(folder)                        # unless it is resumed
 model = build_model(config, tokenizer, device)    # new weights, or weights of a model
 state = resume(config, model, optimizer, ...)     # if resuming: continue where it stopped
@@ -22,7 +22,7 @@ from configurator import (
     FolioError, configure, first_line, format_value, print_or_discard, to_json, wrap,
 )  # fmt: skip
 from data.dataset import Dataset, open_dataset
-from data.files import write_text
+from data.files import explain_os_error, write_text
 from data.shakespeare import DATASETS, ensure_shakespeare
 from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
@@ -33,16 +33,16 @@ from engine.checkpoint import (
 )  # fmt: skip
 from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
-from engine.hf_format import find_weights, model_without_memory, read_config
-from engine.optimizer import CombinedOptimizer
+from engine.hf_format import (
+    find_weights, has_trained_biases, model_without_memory, read_config, read_weights,
+)  # fmt: skip
+from engine.optimizer import Optimizer
 from engine.run_folder import (
     SETTINGS_FILE, describe_run, make_folder, move_old_run_aside, read_run_settings,
     remove_temporary_files, resolve_model_dir, resolve_out_dir, shown_path, weights_metadata,
 )  # fmt: skip
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
-
-Optimizer = torch.optim.Optimizer | CombinedOptimizer
 
 OUT_OF_MEMORY_HINT = (
     "halve --batch_size and double --gradient_accumulation_steps (the same number of tokens per "
@@ -77,7 +77,7 @@ def is_patience_exhausted(state: TrainState, config: TrainConfig) -> bool:
 # --- Settings ---
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias")  # settings that the weights determine
-FROM_WEIGHTS = (*ARCHITECTURE, "block_size", "dropout")  # taken from a model that is finetuned
+FROM_MODEL = (*ARCHITECTURE, "block_size", "dropout")  # taken from a model that is finetuned
 # Changing one of these would make the weights unusable, or the losses incomparable.
 FIXED_ON_RESUME = (*ARCHITECTURE, "block_size", "pad_vocab_to", "optimizer", "eval_tokens")
 SET_AT_EACH_START = ("init_from", "out_dir", "eval_only")  # no settings of the run itself
@@ -179,13 +179,15 @@ def saved_settings(folder: Path) -> dict[str, Any]:
 def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
     """The settings for finetuning the model in `folder`: the architecture comes from the model."""
     model_config = read_config(folder)
+    if not model_config.bias and has_trained_biases(read_weights(folder)):
+        model_config = dataclasses.replace(model_config, bias=True)
     if (description := describe_run(folder)) != shown_path(folder):  # it is a run
         print(f"starting from {description}")
     for name in ARCHITECTURE:
         given, actual = overrides.get(name), getattr(model_config, name)
         if given is not None and given != actual:
             raise FolioError(f"--{name}={given}: the model in {folder} has {name}={actual}")
-    return TrainConfig(**{name: getattr(model_config, name) for name in FROM_WEIGHTS} | overrides)
+    return TrainConfig(**{name: getattr(model_config, name) for name in FROM_MODEL} | overrides)
 
 
 def check_divisible(config: TrainConfig, world_size: int) -> None:
@@ -212,7 +214,7 @@ def load_dataset(config: TrainConfig) -> Dataset:
     return open_dataset(config.dataset, config.block_size, tokenizer)
 
 
-def check_source(config: TrainConfig, tokenizer: Tokenizer) -> None:
+def check_init_from(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Raise FolioError if the model to start from cannot be trained with these settings and data.
 
     This comes before an older run is moved aside: a run that cannot start moves nothing. Whether
@@ -258,42 +260,24 @@ def build_model(
     dist: None means one process.
     """
     dist = dist or Distributed()
-    # The other processes do nothing but wait, and end if an error occurs in the main process.
-    model = dist.main_process_first(
-        lambda: initial_model(config, tokenizer, device) if dist.is_main else None
+    names = (*FROM_MODEL, "pad_vocab_to", "activation_checkpointing")
+    model_config = GPTConfig(
+        vocab_size=tokenizer.vocab_size,
+        float32_attention=device.use_float32_attention(config.block_size),
+        **{name: getattr(config, name) for name in names},
     )
-    model_config = dist.broadcast_from_main(lambda: model.config)
-    model = model or empty_model(model_config, device)
+
+    def make_model() -> GPT:
+        if config.init_from == "resume" or not dist.is_main:
+            # Uninitialized: fast, and allocates memory on the device only.
+            return model_without_memory(model_config).to_empty(device=device.torch_device)
+        if config.init_from == "scratch":
+            torch.manual_seed(config.seed)
+            return GPT(model_config)  # on the CPU: so the weights do not depend on the device
+        return load_model(resolve_model_dir(config.init_from), **dataclasses.asdict(model_config))
+
+    model = dist.main_process_first(make_model)
     return model.to(device.torch_device, device.param_dtype).train()
-
-
-def empty_model(model_config: GPTConfig, device: ComputeDevice) -> GPT:
-    """A model with uninitialized parameters. Fast; allocates memory on the device only."""
-    model = model_without_memory(model_config)
-    return model.to_empty(device=device.torch_device)  # memory, into which nothing is written
-
-
-def initial_model(config: TrainConfig, tokenizer: Tokenizer, device: ComputeDevice) -> GPT:
-    """build_model() for the main process. The result may still be on the CPU.
-
-    New weights are made on the CPU: so they depend on the seed, but not on the device.
-    """
-    options = {
-        "block_size": config.block_size,
-        "dropout": config.dropout,
-        "pad_vocab_to": config.pad_vocab_to,
-        "float32_attention": device.use_float32_attention(config.block_size),
-        "activation_checkpointing": config.activation_checkpointing,
-    }
-    if config.init_from in ("scratch", "resume"):
-        architecture = {name: getattr(config, name) for name in ARCHITECTURE}
-        model_config = GPTConfig(vocab_size=tokenizer.vocab_size, **architecture, **options)
-        if config.init_from == "resume":
-            return empty_model(model_config, device)
-        torch.manual_seed(config.seed)
-        return GPT(model_config)
-    folder = resolve_model_dir(config.init_from)
-    return load_model(folder, vocab_size=tokenizer.vocab_size, **options)
 
 
 def wrap_model(
@@ -337,7 +321,7 @@ def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> Non
 
 
 def save_run_tokenizer(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
-    """Save the dataset's tokenizer in a run folder, or in one of its step_* folders."""
+    """Save the dataset's tokenizer in a run folder."""
     tokenizer, settings = dataset.tokenizer, {"model_max_length": config.block_size}
     if isinstance(tokenizer, CharTokenizer) and tokenizer.eos_token_id is None:
         token = padding_token(dataset.train)
@@ -367,11 +351,16 @@ def save_best(
 
 
 def save_snapshot(
-    folder: Path, config: TrainConfig, state: TrainState, dataset: Dataset, model: GPT
+    run_folder: Path, name: str, state: TrainState, dataset: Dataset, model: GPT
 ) -> None:
-    """Save weights and tokenizer as they are now, to sample from: --out_dir=out/.../step_000500."""
-    save_model(model, folder, dataset.tokenizer, step=state.step)
-    save_run_tokenizer(folder, config, dataset)
+    """Save the weights as they are now in the folder `name` inside the run folder, with a copy of
+    the tokenizer, to sample from: --out_dir=out/.../step_000500. name "": in the run folder itself.
+    """
+    save_model(model, run_folder / name, dataset.tokenizer, step=state.step)
+    if name:
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            with explain_os_error(run_folder / file, "cannot be read"):
+                write_text(run_folder / name / file, (run_folder / file).read_text("utf-8"))
 
 
 def save_run(

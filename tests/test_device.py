@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import math
 import platform
 import sys
 import threading
@@ -18,6 +19,7 @@ from engine.device import (
     choose_compile,
     choose_device,
     choose_dtype,
+    cpu_quota,
     explain_out_of_memory,
     find_device,
     has_bfloat16,
@@ -316,6 +318,30 @@ def test_freed_memory_is_used_again_without_page_faults():
         step()
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert min(faults[5:]) < 200
+
+
+@pytest.mark.parametrize(
+    ("contents", "expected"),
+    [("200000 100000\n", 2.0), ("50000 100000\n", 0.5), ("max 100000\n", math.inf), ("", math.inf)],
+)
+def test_the_quota_of_a_container_is_read(tmp_path, contents, expected):
+    assert cpu_quota(tmp_path / "missing") == math.inf
+    (tmp_path / "cpu.max").write_text(contents)
+    assert cpu_quota(tmp_path / "cpu.max") == expected
+
+
+@pytest.mark.parametrize(("quota", "threads"), [(2.5, 2), (0.5, 1), (64.0, None), (math.inf, None)])
+def test_a_container_gets_no_more_threads_than_its_cores(monkeypatch, quota, threads):
+    chosen = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(device_module, "cpu_quota", lambda: quota)
+    choose_device("cpu")
+    choose_device("cpu", num_threads=3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    choose_device("cpu")
+    assert chosen == ([3] if threads is None else [threads, 3])
 
 
 def test_num_threads_sets_the_threads_of_torch(monkeypatch):

@@ -148,6 +148,13 @@ def test_each_attempt_at_a_job_has_its_own_name():
     assert len(set(names)) == 2
 
 
+def test_a_process_that_never_answers_does_not_keep_the_others_waiting(monkeypatch):
+    monkeypatch.setattr(distributed_module, "CONTROL_TIMEOUT", datetime.timedelta(seconds=0.1))
+    store = torch.distributed.HashStore()
+    with pytest.raises(TimeoutError, match="has not answered"):
+        distributed_module.name_this_attempt(store, rank=0, world_size=2)
+
+
 def choose_gpus(uuids: list[str]) -> None:
     """Each process pretends to have chosen one of these GPUs."""
     uuid = uuids[int(os.environ["RANK"])]
@@ -209,18 +216,20 @@ def test_ctrl_c_with_a_closed_terminal_still_stops_cleanly(monkeypatch):
         assert shutdown.sync()
 
 
-def test_closed_terminal_requests_a_stop_however_often_sighup_arrives():
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_a_closed_terminal_and_slurms_warning_request_a_stop_however_often_they_arrive(name):
+    signum = getattr(signal, name)
+    before = signal.signal(signum, signal.SIG_DFL)
     try:
         with GracefulShutdown(Distributed()) as shutdown:
-            os.kill(os.getpid(), signal.SIGHUP)
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert shutdown.sync() and shutdown.exit_status == 129
+            os.kill(os.getpid(), signum)
+            os.kill(os.getpid(), signum)
+            assert shutdown.sync() and shutdown.exit_status == 128 + signum
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signum, before)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_signals_that_the_parent_ignored_stay_ignored(name):
     """nohup ignores SIGHUP; a shell ignores SIGINT in background jobs of a script."""
     signum = getattr(signal, name)
@@ -469,7 +478,8 @@ def run_train_with_faults(faults: dict[int, tuple[int, int]], *flags: str) -> No
 def run_train_reading_on_main(*flags: str) -> None:
     """`python train.py FLAGS`, in which only the main process may read or make weights."""
     if os.environ["RANK"] != "0":
-        run_module.load_checkpoint = run_module.initial_model = None  # calling it would be an error
+        # Calling one of these would be an error.
+        run_module.load_checkpoint = run_module.load_model = run_module.GPT = None
     run_train(*flags)
 
 
