@@ -345,9 +345,9 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
                 f"{tokens.name}: unused shards: {unused} of {len(tokens.shards)}; "
                 f"a window needs block_size + 1 = {block_size + 1:,} tokens"
             )
-    eos, newline = tokenizer.eos_token_id, tokenizer.newline_ids
-    if tokenizer.start_token_id == eos and len(newline) and is_rare(eos, train):
-        tokenizer.start_token_id = int(newline[0])
+    can_change = len(tokenizer.newline_ids) and not len(tokenizer.prefix_ids)
+    if can_change and is_rare(tokenizer.start_token_id, train):
+        tokenizer.starts_with_newline = True
     return Dataset(folder, tokenizer, meta, train, val)
 
 

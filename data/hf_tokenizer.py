@@ -47,7 +47,7 @@ class HFTokenizer(Tokenizer):
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = split_special_tokens
-        self._backend, self.special_tokens = backend, special_tokens
+        self._backend, self._special_tokens = backend, special_tokens
         vocab = backend.get_vocab()
         if not 0 <= max(vocab.values(), default=-1) < 2 * len(vocab):
             raise ValueError(f"{len(vocab):,} tokens with ids up to {max(vocab.values()):,}")
@@ -75,19 +75,25 @@ class HFTokenizer(Tokenizer):
         return self._prefix_ids
 
     @property
+    def special_tokens(self) -> dict[str, str]:
+        return self._special_tokens
+
+    @property
     def special_token_ids(self) -> dict[str, int | None]:
         own = {
             f"{name}_id": self._backend.token_to_id(self.special_tokens[name])
             for name in ("bos_token", "eos_token", "pad_token")
             if name in self.special_tokens
         }
+        if self.starts_with_newline:
+            own["bos_token_id"] = self.start_token_id
         return super().special_token_ids | own
 
-    @cached_property
+    @property
     def start_token_id(self) -> int:
         if len(self.prefix_ids):
             return int(self.prefix_ids[0])
-        if "bos_token" in self.special_tokens:
+        if "bos_token" in self.special_tokens and not self.starts_with_newline:
             return self._backend.token_to_id(self.special_tokens["bos_token"])
         return super().start_token_id
 
@@ -151,7 +157,7 @@ class HFTokenizer(Tokenizer):
         settings["split_special_tokens"] = self._backend.encode_special_tokens
         if (self.to_dict()["pre_tokenizer"] or {}).get("add_prefix_space"):
             settings["add_prefix_space"] = True
-        return {**settings, **self.special_tokens}
+        return settings
 
     @property
     def _key(self) -> tuple[str, int | None, bool]:

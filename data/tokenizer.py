@@ -258,17 +258,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise FolioError(missing_tokenizer(folder))
     try:
+        config, tokenizer = read_tokenizer_config(folder), None
         if contents := read_json(path):
-            config = read_tokenizer_config(folder)
-            ours = char_from_dict(contents, config) or bpe_from_dict(contents, config)
-            if ours is not None:
-                bos = config["bos_token_id"]
-                if type(bos) is int and 0 <= bos < ours.vocab_size:
-                    ours.start_token_id = bos
-                return ours
-        tokenizer = open_with_transformers(folder)
-        # GPT-2's older files, and models with other classes, may have a BPE of GPT-2's kind, too.
-        return bpe_from_dict(tokenizer.to_dict(), tokenizer.config_dict()) or tokenizer
+            tokenizer = char_from_dict(contents, config) or bpe_from_dict(contents, config)
+        if tokenizer is None:
+            theirs = open_with_transformers(folder)
+            # GPT-2's older files, and models with other classes, may have a BPE of GPT-2's kind.
+            tokenizer = bpe_from_dict(theirs.to_dict(), theirs.config_dict()) or theirs
+        tokenizer.starts_with_newline = config.get("starts_with_newline") is True
+        return tokenizer
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = first_line(error)
         if type(error) is not ValueError:
@@ -309,14 +307,12 @@ def missing_tokenizer(folder: Path) -> str:
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """The contents of tokenizer_config.json, with the class that config.json implies, and with its
-    bos_token_id, which begins a text."""
+    """The contents of tokenizer_config.json, with the class that config.json implies."""
     config = read_json(folder / "special_tokens_map.json")  # written before 2023
     config |= read_json(folder / "tokenizer_config.json")
     model_config = read_json(folder / "config.json")
     implied = model_config.get("tokenizer_class") or model_config.get("model_type")
     config["tokenizer_class"] = config.get("tokenizer_class") or implied
-    config["bos_token_id"] = model_config.get("bos_token_id")
     if (folder / "added_tokens.json").exists():  # written before 2023, too
         config["added_tokens"] = list(read_json(folder / "added_tokens.json"))
     return config

@@ -25,6 +25,9 @@ class Tokenizer(ABC):
     eos_token = END_OF_TEXT  # its name
     # Whether a text that is cut before white space can be encoded piece by piece.
     can_encode_in_pieces = True
+    # A BPE vocabulary has end-of-text even if the training text is one document, from which no
+    # model learns it. Then open_dataset() sets this; tokenizer_config.json keeps it.
+    starts_with_newline = False
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -82,11 +85,17 @@ class Tokenizer(ABC):
         return np.array(lengths, dtype=np.int64)
 
     @property
+    def special_tokens(self) -> dict[str, str]:
+        """Names of tokens for transformers: end-of-text begins and ends a text, and fills it up."""
+        names = () if self.eos_token_id is None else ("bos_token", "eos_token", "pad_token")
+        return dict.fromkeys(names, self.eos_token)
+
+    @property
     def special_token_ids(self) -> dict[str, int | None]:
         """Entries of config.json: what begins a text, ends it, and fills up a batch."""
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = dict.fromkeys(names, self.eos_token_id)
-        return ids if self.eos_token_id is None else {**ids, "bos_token_id": self.start_token_id}
+        return {**ids, "bos_token_id": self.start_token_id} if self.starts_with_newline else ids
 
     @property
     def separator_ids(self) -> np.ndarray:
@@ -109,15 +118,13 @@ class Tokenizer(ABC):
         """What begins each document and each prompt, such as [CLS]; nothing in most tokenizers."""
         return np.array([], dtype=np.int64)
 
-    @cached_property
+    @property
     def start_token_id(self) -> int:
         """The token to start a text without a prompt: end-of-text, else a newline, else token 0.
 
-        A BPE vocabulary has end-of-text even if the training text is one document, from which no
-        model learns it. Then open_dataset() sets start_token_id to the newline. A run keeps it in
-        config.json, as bos_token_id.
+        The newline comes first if starts_with_newline is True.
         """
-        separator = self.separator_ids
+        separator = self.newline_ids if self.starts_with_newline else self.separator_ids
         return int(separator[0]) if len(separator) else 0
 
     def encode_prompt(self, text: str) -> np.ndarray:
@@ -134,11 +141,10 @@ class Tokenizer(ABC):
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,  # special tokens in a text are encoded like other text
+            **self.special_tokens,
         }
-        if self.eos_token_id is not None:
-            settings |= dict.fromkeys(("eos_token", "pad_token"), self.eos_token)
-            if self.start_token_id == self.eos_token_id:
-                settings["bos_token"] = self.eos_token
+        if self.starts_with_newline:  # a key of Folio's own
+            settings |= {"starts_with_newline": True, "bos_token": None}
         return settings
 
     def to_json(self) -> str:

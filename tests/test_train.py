@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 import train
 from configurator import FolioError, parse_overrides
-from data.dataset import training_batch
+from data.dataset import open_dataset, training_batch
 from data.prepare import split_text, write_dataset
-from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, save_tokenizer
 from engine import checkpoint
 from engine import run as run_module
 from engine.checkpoint import (
@@ -41,6 +41,7 @@ from model import GPT
 from tests import processes
 from tests.conftest import assert_one_line_error
 from tests.processes import start
+from tests.test_hf_tokenizer import END, byte_level, save
 from tests.test_tokenizer import toy_bpe
 
 
@@ -1239,6 +1240,31 @@ def test_the_folder_tells_how_a_text_begins_and_ends(documents, start, tiny_flag
     assert contents["max_length"] == 8
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
     assert theirs.bos_token_id == (261 if documents > 1 else None)
+
+
+def test_training_and_sampling_start_with_one_token_also_with_a_foreign_tokenizer(
+    tiny_flags, tmp_path, call
+):
+    tokenizer = load_tokenizer(
+        save(byte_level(use_regex=False), tmp_path / "theirs", eos_token=END)
+    )
+    splits = {"train": ["star\n" * 99], "val": ["star " * 99]}
+    write_dataset(tmp_path / "foreign", tokenizer, splits, {"source": "a test"})
+    flags = [*tiny_flags, f"--dataset={tmp_path / 'foreign'}", "--max_iters=0"]
+    assert call(train, *flags).returncode == 0
+    for opened in (
+        open_dataset(tmp_path / "foreign", 8).tokenizer, load_tokenizer(tmp_path / "run"),
+    ):  # fmt: skip
+        assert opened.decode([opened.start_token_id]) == "\n"
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert tokenizer.decode([config["bos_token_id"], config["eos_token_id"]]) == f"\n{END}"
+
+
+def test_the_bos_token_id_of_another_program_does_not_matter(tmp_path):
+    """transformers writes 50256 into each GPT-2's config.json, whatever the vocabulary is."""
+    save_tokenizer(toy_bpe(), tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "bos_token_id": 100}')
+    assert load_tokenizer(tmp_path).start_token_id == 261
 
 
 def test_nanogpts_bin_files_can_be_used_as_they_are(gpt2, tmp_path, run_train, monkeypatch):
