@@ -1245,9 +1245,8 @@ def test_the_folder_tells_how_a_text_begins_and_ends(documents, start, tiny_flag
 def test_training_and_sampling_start_with_one_token_also_with_a_foreign_tokenizer(
     tiny_flags, tmp_path, call
 ):
-    tokenizer = load_tokenizer(
-        save(byte_level(use_regex=False), tmp_path / "theirs", eos_token=END)
-    )
+    names = dict.fromkeys(("bos_token", "eos_token"), END)
+    tokenizer = load_tokenizer(save(byte_level(use_regex=False), tmp_path / "theirs", **names))
     splits = {"train": ["star\n" * 99], "val": ["star " * 99]}
     write_dataset(tmp_path / "foreign", tokenizer, splits, {"source": "a test"})
     flags = [*tiny_flags, f"--dataset={tmp_path / 'foreign'}", "--max_iters=0"]
