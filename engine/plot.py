@@ -69,8 +69,8 @@ def main() -> None:
     title = "validation loss (training loss: pale)" if len(runs) > 1 else names[0]
     if note:
         title = "these losses cannot be compared"
+    print(f"\nplotting {picture}", flush=True)
     plot_losses({name: run.rows for name, run in runs.items()}, picture, title, config.x)
-    print(f"\nplotted {picture}")
 
 
 def read_run(folder: str | Path) -> LoggedRun:

@@ -95,14 +95,19 @@ def show_model() -> None:
     from engine.checkpoint import load_model_and_tokenizer
     from engine.run_folder import newest_run
 
+    print("\nThe last part continues a play with the newest trained model.")
+    folder = None
     try:
         folder = newest_run()
         model, tokenizer = load_model_and_tokenizer(folder)
         idx = torch.from_numpy(tokenizer.encode("\nROMEO:\n"))[None]  # (1, 8)
     except FolioError as error:
-        print(f"\nThe last part continues a play with a trained model.\n{wrap(str(error))}")
+        print(wrap(str(error)))
+        if folder is not None:
+            print(f"So the model in {folder} cannot continue a play. Train another one:")
+            print("python train.py config/shakespeare_char.py")
         return
-    print(f"\nNow with the model in {folder}:")
+    print(f"The model is in {folder}:")
     for temperature in (0.2, 0.5, 1.0, 1.5):
         title = f"temperature {temperature}"
         print(f"\n{title}\n{'-' * len(title)}", end="")

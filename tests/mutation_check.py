@@ -253,7 +253,7 @@ def main() -> None:
         ignored = shutil.ignore_patterns(".*", "out", "*.bin", "*.safetensors")
         shutil.copytree(ROOT, copy, ignore=ignored)
         for mutation in chosen:
-            running = indent(f"running {mutation.test}")
+            running = indent(f"running {mutation.test}, for up to half a minute")
             print(f"{mutation.title}\n{changed_lines(mutation)}\n{running}", flush=True)
             failure = run_mutated(copy, mutation)
             if failure == "":

@@ -582,6 +582,7 @@ def test_sampling_says_that_a_model_of_other_characters_cannot_continue_a_play(
         engine.checkpoint, "load_model_and_tokenizer", lambda _: (None, CharTokenizer("0123=+\n"))
     )
     sampling.show_model()
-    assert "the character 'R' at position 1 is not in the vocabulary" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    output = " ".join(capsys.readouterr().out.split())
+    assert "the character 'R' at position 1 is not in the vocabulary" in output
+    assert f"the model in {run_folder} cannot continue a play" in output
+    assert output.endswith("python train.py config/shakespeare_char.py")

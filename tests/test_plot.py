@@ -167,7 +167,7 @@ def test_runs_are_compared_in_a_table_and_a_picture(runs, call, axes):
         "tokens                4,000   1,000",
         "seconds               20.0    5.0",
         "",
-        f"plotted {picture}",
+        f"plotting {picture}",
     ]
     assert picture.exists()
     assert axes[0].get_xlabel() == "seconds"

@@ -280,7 +280,7 @@ def test_the_mutation_check_shows_the_changed_line_and_the_failing_test():
     after = next(line for line in lines if line.startswith("    + "))
     assert mutation.original.splitlines()[-1].strip() in before
     assert mutation.replacement.splitlines()[-1].strip() in after
-    test = lines.index(f"    running {mutation.test}")
+    test = lines.index(f"    running {mutation.test}, for up to half a minute")
     assert lines[test + 1].startswith("    FAILED: AssertionError")
     assert mutation.meaning in " ".join(result.stdout.split())
     assert lines[-1] == "1 of 1 mutations were detected"
