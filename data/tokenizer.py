@@ -10,7 +10,8 @@
     tokenizer = load_tokenizer("out/shakespeare_char")
 
 encode() never makes special tokens: the characters "<|endoftext|>" in a text are encoded like any
-other 13 characters. Only the preparation of a dataset puts end-of-text tokens between documents.
+other 13 characters. Only the preparation of a dataset puts end-of-text tokens between documents,
+and encode_prompt() makes them in a prompt.
 (Models from elsewhere may have other tokenizers: data/hf_tokenizer.py.)
 """
 

@@ -128,8 +128,15 @@ class Tokenizer(ABC):
         return int(separator[0]) if len(separator) else 0
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """The ids from which to generate a continuation, int64: at least one."""
-        ids = self.encode(text)
+        """The ids from which to generate a continuation, int64: at least one.
+
+        Unlike in encode(), "<|endoftext|>" is the end-of-text token, if the vocabulary has it.
+        """
+        is_special = self.eos_token_id is not None and self.can_encode_in_pieces
+        parts = text.split(self.eos_token) if is_special else [text]
+        ids = self.encode(parts[0])
+        for part in parts[1:]:
+            ids = np.concatenate((ids, [self.eos_token_id], self.encode(part)))
         if not len(ids):
             return np.array([self.start_token_id])
         return np.concatenate((self.prefix_ids, ids))

@@ -158,7 +158,7 @@ def describe_best(rows: list[LogRow], state: TrainState, measured: str = "") -> 
     if best and last["val_loss"] > 1.01 * state.best_val_loss:
         text += f"; it rose to {last['val_loss']:.4f} at step {last['step']:,}"
         train_losses = (best["train_loss"], last["train_loss"])
-        if None not in train_losses and train_losses[1] < train_losses[0]:
+        if None not in train_losses and train_losses[1] < 0.99 * train_losses[0]:
             text += " while the training loss fell: overfitting"
     return text
 

@@ -77,7 +77,7 @@ def is_patience_exhausted(state: TrainState, config: TrainConfig) -> bool:
 # --- Settings ---
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias")  # settings that the weights determine
-FROM_MODEL = (*ARCHITECTURE, "block_size", "dropout")  # taken from a model that is finetuned
+FROM_MODEL = (*ARCHITECTURE, "block_size")  # taken from a model that is finetuned
 # Changing one of these would make the weights unusable, or the losses incomparable.
 FIXED_ON_RESUME = (*ARCHITECTURE, "block_size", "pad_vocab_to", "optimizer", "eval_tokens")
 SET_AT_EACH_START = ("init_from", "out_dir", "eval_only")  # no settings of the run itself
@@ -187,7 +187,14 @@ def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
         given, actual = overrides.get(name), getattr(model_config, name)
         if given is not None and given != actual:
             raise FolioError(f"--{name}={given}: the model in {folder} has {name}={actual}")
-    return TrainConfig(**{name: getattr(model_config, name) for name in FROM_MODEL} | overrides)
+    config = TrainConfig(**{name: getattr(model_config, name) for name in FROM_MODEL} | overrides)
+    if config.optimizer == "muon" and not config.eval_only:
+        # Too large a rate destroys what the model has learned, and nothing else shows Muon's.
+        print(
+            f"learning rates: {config.muon_learning_rate:g} (Muon: the matrices of the blocks), "
+            f"{config.learning_rate:g} (AdamW)"
+        )
+    return config
 
 
 def check_divisible(config: TrainConfig, world_size: int) -> None:
@@ -260,7 +267,7 @@ def build_model(
     dist: None means one process.
     """
     dist = dist or Distributed()
-    names = (*FROM_MODEL, "pad_vocab_to", "activation_checkpointing")
+    names = (*FROM_MODEL, "dropout", "pad_vocab_to", "activation_checkpointing")
     model_config = GPTConfig(
         vocab_size=tokenizer.vocab_size,
         float32_attention=device.use_float32_attention(config.block_size),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sample
-from configurator import run_main
+from configurator import FolioError, run_main
 from data.prepare import encode_prompt
 from data.tokenizer import BPETokenizer, CharTokenizer, save_tokenizer
 from engine.checkpoint import save_model
@@ -180,6 +180,16 @@ def test_an_empty_prompt_is_the_token_that_starts_a_text():
     assert encode_prompt("", LETTERS) == ("", [0])  # the newline
     assert encode_prompt("", BYTES) == ("", [256])  # end-of-text
     assert encode_prompt("", CharTokenizer.from_text("xyz")) == ("", [0])
+
+
+def test_end_of_text_in_a_prompt_is_the_token():
+    assert encode_prompt("<|endoftext|>", BYTES)[1] == [256]
+    assert encode_prompt("a<|endoftext|>b", BYTES)[1] == [97, 256, 98]
+    with_end = CharTokenizer("\nab", add_eos=True)
+    assert encode_prompt("ab<|endoftext|>", with_end)[1] == [1, 2, 3]
+    assert len(BYTES.encode("<|endoftext|>")) == 13  # in other text it is no token
+    with pytest.raises(FolioError, match="not in the vocabulary"):
+        encode_prompt("a<|endoftext|>", CharTokenizer("\nab"))
 
 
 def test_the_default_prompt_works_with_a_vocabulary_without_newline(run_sample, tmp_path):

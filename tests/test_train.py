@@ -837,8 +837,16 @@ def test_finetuning_uses_the_architecture_of_the_weights(
     )  # fmt: skip
     assert str(tmp_path / "run") in output
     assert "batches" not in output  # block_size is another one
+    assert "learning rates: 0.02 (Muon: the matrices of the blocks), 0.005 (AdamW)" in output
     tuned = load_model(tmp_path / "tuned").config
-    assert (tuned.n_embd, tuned.block_size) == (16, 4)
+    assert (tuned.n_embd, tuned.block_size, tuned.dropout) == (16, 4, 0.1)
+
+
+def test_finetuning_takes_no_dropout_from_the_model(tiny_flags, tmp_path, run_train):
+    """As in nanoGPT. GPT-2's config.json has 0.1."""
+    run_train(*tiny_flags, "--dropout=0.5", "--max_iters=0")
+    run_train(*tiny_flags, f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'tuned'}")
+    assert json.loads((tmp_path / "tuned" / SETTINGS_FILE).read_text())["dropout"] == 0
 
 
 def test_finetuning_on_the_batches_of_the_first_training_is_told(tiny_flags, tmp_path, run_train):
