@@ -26,7 +26,7 @@ from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
 from data.dataset import derive_seed, evaluation_batches, prefetch, training_batch
 from engine.checkpoint import WEIGHTS_FILE
 from engine.cpu_threads import ThreadAdapter, one_thread
-from engine.device import ComputeDevice, choose_device, explain_out_of_memory
+from engine.device import ComputeDevice, choose_device, explain_out_of_memory, is_out_of_memory
 from engine.distributed import Distributed, is_restarted
 from engine.flops import peak_tokens_per_second
 from engine.inference import InferenceModel, is_small, read_ids
@@ -455,15 +455,22 @@ def show_sample(
     if not logger.enabled:
         return
     start = torch.tensor([[dataset.tokenizer.start_token_id]], device=device.torch_device)
-    with one_thread() if is_small(model) else contextlib.nullcontext():
-        steps = InferenceModel(model, device.torch_device).generate(
-            start, config.sample_tokens, temperature=0.8, generator=device.generator(config.seed)
-        )
-        # read_ids() gives a list of ids for each step: [i], for one sample.
-        ids = show_progress(read_ids(steps), config.sample_tokens, "sampling", "tokens")
-        ids = itertools.takewhile(lambda _: not dist.shutdown.is_requested(), ids)
-        text = "".join(dataset.tokenizer.decode_stream(i for (i,) in ids))
-    logger.print(indented(text.strip()))
+    generator = device.generator(config.seed)
+    try:
+        with one_thread() if is_small(model) else contextlib.nullcontext():
+            steps = InferenceModel(model, device.torch_device).generate(
+                start, config.sample_tokens, temperature=0.8, generator=generator
+            )
+            # read_ids() gives a list of ids for each step: [i], for one sample.
+            ids = show_progress(read_ids(steps), config.sample_tokens, "sampling", "tokens")
+            ids = itertools.takewhile(lambda _: not dist.shutdown.is_requested(), ids)
+            text = "".join(dataset.tokenizer.decode_stream(i for (i,) in ids))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warn_once("no memory for a sample (--sample_tokens=0: none); training continues")
+    else:
+        logger.print(indented(text.strip()))
 
 
 if __name__ == "__main__":

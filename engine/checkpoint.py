@@ -34,7 +34,7 @@ from data.files import (
     atomic_write, explain_os_error, join_names, rename_to_backup, shell_command, user_path,
     write_json, write_text,
 )  # fmt: skip
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.hf_format import (
     SHA256_KEY, WEIGHTS_FILE, from_hf_state_dict, has_trained_biases, load_torch_file,
     model_without_memory, read_config, read_weights, sha256_of, to_hf_config, to_hf_state_dict,
@@ -83,7 +83,9 @@ def save_model(
             raise OSError(str(error)) from None
         # The disk is not full: now replace all files, which belong together.
         write_json(folder / "config.json", config)
-        write_json(folder / "generation_config.json", {**special_token_ids, **generation})
+        # A user may have added defaults, such as a temperature.
+        path = folder / "generation_config.json"
+        write_json(path, {**read_json(path), **special_token_ids, **generation})
 
 
 def unwrap(model: torch.nn.Module) -> GPT:
@@ -198,10 +200,13 @@ def save_model_card(
     data += f", {tokens:,} training tokens" if isinstance(tokens, int) else ""
     is_finetuned = config.init_from not in ("scratch", "resume")
     start = f", finetuned from `{config.init_from}`" if is_finetuned else ""
+    optimizer = f"AdamW (learning rate {config.learning_rate:g})"
+    if config.optimizer == "muon":
+        optimizer = f"Muon (learning rate {config.muon_learning_rate:g}) and {optimizer}"
     card = MODEL_CARD.format(
         name=folder.name, folder=shown_path(folder), data=data, step=step, val_loss=val_loss,
         bits_per_byte=bits_per_byte, tokens_per_step=config.tokens_per_step, c=config, start=start,
-        measured=measured_on(config.eval_tokens, n_val_tokens),
+        measured=measured_on(config.eval_tokens, n_val_tokens), optimizer=optimizer,
     )  # fmt: skip
     path = folder / "README.md"
     if path.exists():
@@ -245,8 +250,7 @@ A GPT-2, trained with Folio.
 | data | {data} |
 | model | {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, \
 context of {c.block_size} tokens |
-| training | {step:,} of {c.max_iters:,} steps of {tokens_per_step:,} tokens, {c.optimizer}, \
-learning rate {c.learning_rate}{start} |
+| training | {step:,} of {c.max_iters:,} steps of {tokens_per_step:,} tokens, {optimizer}{start} |
 | validation loss | {val_loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte{measured} |
 
 Every setting is in `settings.json`, the training log in `log.csv`.

@@ -324,7 +324,9 @@ def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> Non
     if not (folder / SETTINGS_FILE).exists():
         write_text(folder / SETTINGS_FILE, to_json(config))
     remove_temporary_files(folder)
-    save_run_tokenizer(folder, config, dataset)
+    # A user may have added a chat template to tokenizer_config.json of a run that is resumed.
+    if not (folder / "tokenizer.json").exists():
+        save_run_tokenizer(folder, config, dataset)
 
 
 def save_run_tokenizer(folder: Path, config: TrainConfig, dataset: Dataset) -> None:

@@ -250,7 +250,9 @@ def main() -> None:
     tested = detected = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "folio"
-        ignored = shutil.ignore_patterns(".*", "out", "*.bin", "*.safetensors")
+        ignored = shutil.ignore_patterns(
+            ".*", "out", "runs", "venv", "env", "*.bin", "*.pt", "*.safetensors", "*.jsonl"
+        )
         shutil.copytree(ROOT, copy, ignore=ignored)
         for mutation in chosen:
             running = indent(f"running {mutation.test}, for up to half a minute")

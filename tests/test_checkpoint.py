@@ -253,6 +253,7 @@ def test_model_card_names_data_settings_loss_and_how_to_load(tmp_path):
     for words in (
         "pipeline_tag: text-generation", "# my_run", "https://example.com/input.txt", "1,003,854",
         "4 layers", "128 channels", "1,750 of 2,000 steps", "1.5560", "2.245 bits per byte",
+        "Muon (learning rate 0.02) and AdamW (learning rate 0.005)",
         f'load_model_and_tokenizer("{(tmp_path / "my_run").as_posix()}")', "from transformers",
     ):  # fmt: skip
         assert words in card
@@ -325,6 +326,15 @@ def test_a_tied_matrix_is_read_under_either_name(tmp_path, tokens):
     rewrite(tmp_path, lambda old: old | {"transformer.wte.weight": old["lm_head.weight"] + 1})
     with pytest.raises(FolioError, match=r"lm_head\.weight differs .* no untied lm_head"):
         load_model(tmp_path)
+
+
+def test_defaults_of_generation_that_a_user_added_are_kept(tmp_path):
+    save_model(random_model(), tmp_path)
+    edit_json(tmp_path / "generation_config.json", {"temperature": 0.7, "max_length": 99})
+    save_model(random_model(), tmp_path)
+    contents = json.loads((tmp_path / "generation_config.json").read_text())
+    assert contents["temperature"] == 0.7
+    assert contents["max_length"] == CONFIG.block_size  # of the model
 
 
 def test_a_loaded_model_does_not_change_if_its_file_does(tmp_path, tokens):

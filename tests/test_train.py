@@ -842,6 +842,25 @@ def test_finetuning_uses_the_architecture_of_the_weights(
     assert (tuned.n_embd, tuned.block_size, tuned.dropout) == (16, 4, 0.1)
 
 
+def test_a_resumed_run_keeps_a_chat_template(tiny_flags, tmp_path, run_train):
+    run_train(*tiny_flags)
+    path = tmp_path / "run" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "mine"}))
+    run_train(*tiny_flags, "--init_from=resume", "--max_iters=8")
+    assert json.loads(path.read_text())["chat_template"] == "mine"
+
+
+def test_training_continues_without_memory_for_a_sample(tiny_flags, tmp_path, call, monkeypatch):
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "InferenceModel", no_memory)
+    result = call(train, *tiny_flags, "--sample_tokens=5")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("WARNING  no memory for a sample (--sample_tokens=0: none)") == 1
+    assert load_checkpoint(tmp_path / "run")["train_state"]["step"] > 0
+
+
 def test_finetuning_takes_no_dropout_from_the_model(tiny_flags, tmp_path, run_train):
     """As in nanoGPT. GPT-2's config.json has 0.1."""
     run_train(*tiny_flags, "--dropout=0.5", "--max_iters=0")
