@@ -147,7 +147,9 @@ class Tokenizer(ABC):
             # Without the class, AutoTokenizer builds GPT-2's tokenizer, even for characters.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            "split_special_tokens": True,  # special tokens in a text are encoded like other text
+            # True: special tokens in a text are encoded like other text. With end-of-text, this
+            # would surprise: programs for finetuning write it behind a text.
+            "split_special_tokens": self.eos_token_id is None,
             **self.special_tokens,
         }
         if self.starts_with_newline:  # a key of Folio's own

@@ -115,8 +115,9 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
     """
     folder = user_path(folder)
     if (folder / CHECKPOINT_FILE).exists() and not (folder / "config.json").exists():
-        flags = shell_command("--init_from=resume", f"--out_dir={shown_path(folder)}")
-        raise FolioError(f"{folder}: this run has saved no weights yet; to continue it: {flags}")
+        flags = ("--init_from=resume", f"--out_dir={shown_path(folder)}")
+        command = shell_command("python", "train.py", *flags)
+        raise FolioError(f"{folder}: this run has saved no weights yet; to continue it: {command}")
     saved_config, tensors = read_config(folder), read_weights(folder)
     if has_trained_biases(tensors):
         saved_config = dataclasses.replace(saved_config, bias=True)

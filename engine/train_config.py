@@ -88,10 +88,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
-            fitting = math.ceil(self.n_embd / self.n_head) * self.n_head
+            n_head = next(n for n in range(self.n_head, 0, -1) if self.n_embd % n == 0)
+            n_embd = math.ceil(self.n_embd / self.n_head) * self.n_head
             raise FolioError(
                 f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}; "
-                f"try --n_embd={fitting}"
+                f"try --n_head={n_head} or --n_embd={n_embd}"
             )
         if self.min_lr > self.learning_rate:
             raise FolioError(

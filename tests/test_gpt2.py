@@ -238,7 +238,7 @@ def test_auto_tokenizer_gives_the_same_ids_on_awkward_texts(run_folder):
     assert names == {"<|endoftext|>"}  # as GPT-2's; CTranslate2 opens no model without unk_token
     assert len(theirs) == toy_bpe().vocab_size
     for text in (AWKWARD_TEXT, "a\r\nb", "\t\t x", "e\u0301", "🙂" * 3, "<|endoftext|>", " low  l"):
-        ids = toy_bpe().encode(text).tolist()
+        ids = toy_bpe().encode_prompt(text).tolist()  # with the end-of-text token
         assert theirs(text)["input_ids"] == ids
         assert theirs.decode(ids) == text
 

@@ -223,8 +223,9 @@ def test_char_file_is_recognized_if_entries_without_effect_are_missing(tmp_path)
     assert load_tokenizer(tmp_path) == tokenizer
 
 
-@pytest.mark.parametrize("pad_token", [None, "b"])
-@pytest.mark.parametrize("add_eos", [False, True])
+@pytest.mark.parametrize(
+    ("add_eos", "pad_token"), [(False, None), (False, "b"), (True, None)]
+)  # with end-of-text, that is the padding token
 def test_characters_that_transformers_saved_again_are_still_our_tokenizer(
     tmp_path, add_eos, pad_token
 ):
