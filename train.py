@@ -36,7 +36,7 @@ from engine.report import banner, indented, summary
 from engine.run import (
     OUT_OF_MEMORY_HINT, TrainState, build_model, check_init_from, fingerprint,
     is_patience_exhausted, load_dataset, resolve_config, resume, save_best, save_run,
-    save_snapshot, start_run_folder, wrap_model,
+    save_snapshot, set_start_token, start_run_folder, wrap_model,
 )  # fmt: skip
 from engine.run_folder import lock_run_folder, move_old_run_aside, resolve_out_dir
 from engine.trackers import check_trackers
@@ -76,6 +76,7 @@ def main() -> None:
             device=device.torch_device.type, dtype=device.dtype, dataset=fingerprint(dataset)
         )
         dist.broadcast_from_main(check_init_from, config, dataset.tokenizer)
+        dist.broadcast_from_main(set_start_token, config, dataset)
         if config.init_from != "resume" and not config.eval_only:
             # Now, because a restarted job resumes what it finds in the folder: its own run only.
             dist.broadcast_from_main(move_old_run_aside, folder)

@@ -345,15 +345,23 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
                 f"{tokens.name}: unused shards: {unused} of {len(tokens.shards)}; "
                 f"a window needs block_size + 1 = {block_size + 1:,} tokens"
             )
-    can_change = len(tokenizer.newline_ids) and not len(tokenizer.prefix_ids)
-    if can_change and is_rare(tokenizer.start_token_id, train):
-        tokenizer.starts_with_newline = True
     return Dataset(folder, tokenizer, meta, train, val)
 
 
-def is_rare(token_id: int, tokens: ShardedTokens) -> bool:
-    """Whether a token occurs less than 10 times at the beginning of a split (16 million tokens)."""
-    return np.count_nonzero(tokens.shards[0][: 2**24] == token_id) < 10
+def known_start_id(dataset: Dataset) -> int | None:
+    """A token to start a text, if new weights will not know the tokenizer's own; else None.
+
+    That is the newline or, in a text without newlines, the most frequent token. A token is known if
+    it occurs 10 times, or at least once in 1,000 tokens, in the first 16 million training tokens.
+    """
+    tokenizer, ids = dataset.tokenizer, dataset.train.shards[0][: 2**24]
+    if len(tokenizer.prefix_ids):
+        return None  # these tokens begin each prompt
+    counts = np.bincount(ids, minlength=tokenizer.vocab_size)
+    for token_id in (tokenizer.start_token_id, *tokenizer.newline_ids[:1]):
+        if counts[token_id] >= min(10, len(ids) / 1000):
+            return None if token_id == tokenizer.start_token_id else int(token_id)
+    return int(counts.argmax())
 
 
 def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenizer:

@@ -85,15 +85,15 @@ class HFTokenizer(Tokenizer):
             for name in ("bos_token", "eos_token", "pad_token")
             if name in self.special_tokens
         }
-        if self.starts_with_newline:
-            own["bos_token_id"] = self.start_token_id
+        if self.known_start_id is not None:
+            own["bos_token_id"] = self.known_start_id
         return super().special_token_ids | own
 
     @property
     def start_token_id(self) -> int:
         if len(self.prefix_ids):
             return int(self.prefix_ids[0])
-        if "bos_token" in self.special_tokens and not self.starts_with_newline:
+        if "bos_token" in self.special_tokens and self.known_start_id is None:
             return self._backend.token_to_id(self.special_tokens["bos_token"])
         return super().start_token_id
 

@@ -266,7 +266,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             theirs = open_with_transformers(folder)
             # GPT-2's older files, and models with other classes, may have a BPE of GPT-2's kind.
             tokenizer = bpe_from_dict(theirs.to_dict(), theirs.config_dict()) or theirs
-        tokenizer.starts_with_newline = config.get("starts_with_newline") is True
+        start = config.get("known_start_id")
+        if type(start) is int and 0 <= start < tokenizer.vocab_size:
+            tokenizer.known_start_id = start
         return tokenizer
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = first_line(error)

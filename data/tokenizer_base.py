@@ -26,8 +26,8 @@ class Tokenizer(ABC):
     # Whether a text that is cut before white space can be encoded piece by piece.
     can_encode_in_pieces = True
     # A BPE vocabulary has end-of-text even if the training text is one document, from which no
-    # model learns it. Then open_dataset() sets this; tokenizer_config.json keeps it.
-    starts_with_newline = False
+    # model learns it. Then this is a token that the model knows. tokenizer_config.json keeps it.
+    known_start_id: int | None = None
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -95,7 +95,7 @@ class Tokenizer(ABC):
         """Entries of config.json: what begins a text, ends it, and fills up a batch."""
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = dict.fromkeys(names, self.eos_token_id)
-        return {**ids, "bos_token_id": self.start_token_id} if self.starts_with_newline else ids
+        return ids if self.known_start_id is None else {**ids, "bos_token_id": self.known_start_id}
 
     @property
     def separator_ids(self) -> np.ndarray:
@@ -122,9 +122,11 @@ class Tokenizer(ABC):
     def start_token_id(self) -> int:
         """The token to start a text without a prompt: end-of-text, else a newline, else token 0.
 
-        The newline comes first if starts_with_newline is True.
+        known_start_id comes first.
         """
-        separator = self.newline_ids if self.starts_with_newline else self.separator_ids
+        if self.known_start_id is not None:
+            return self.known_start_id
+        separator = self.separator_ids
         return int(separator[0]) if len(separator) else 0
 
     def encode_prompt(self, text: str) -> np.ndarray:
@@ -152,8 +154,8 @@ class Tokenizer(ABC):
             "split_special_tokens": self.eos_token_id is None,
             **self.special_tokens,
         }
-        if self.starts_with_newline:  # a key of Folio's own
-            settings |= {"starts_with_newline": True, "bos_token": None}
+        if self.known_start_id is not None:  # a key of Folio's own
+            settings |= {"known_start_id": self.known_start_id, "bos_token": None}
         return settings
 
     def to_json(self) -> str:

@@ -16,6 +16,7 @@ folder of GPT-2's weights by any other program.
 engine/run_folder.py finds, locks and prepares the folder.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import glob
@@ -83,9 +84,11 @@ def save_model(
             raise OSError(str(error)) from None
         # The disk is not full: now replace all files, which belong together.
         write_json(folder / "config.json", config)
-        # A user may have added defaults, such as a temperature.
         path = folder / "generation_config.json"
-        write_json(path, {**read_json(path), **special_token_ids, **generation})
+        with contextlib.suppress(FolioError):  # damaged: replaced
+            # A user may have added defaults, such as a temperature.
+            generation = {**read_json(path), **generation}
+        write_json(path, {**generation, **special_token_ids})
 
 
 def unwrap(model: torch.nn.Module) -> GPT:

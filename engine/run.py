@@ -21,7 +21,7 @@ import torch
 from configurator import (
     FolioError, configure, first_line, format_value, print_or_discard, to_json, wrap,
 )  # fmt: skip
-from data.dataset import Dataset, open_dataset
+from data.dataset import Dataset, known_start_id, open_dataset
 from data.files import explain_os_error, write_text
 from data.shakespeare import DATASETS, ensure_shakespeare
 from data.tokenizer import (
@@ -229,8 +229,7 @@ def check_init_from(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """
     if config.init_from == "scratch":
         return
-    resumed = config.init_from == "resume"
-    folder = resolve_out_dir(config.out_dir) if resumed else resolve_model_dir(config.init_from)
+    resumed, folder = config.init_from == "resume", starting_folder(config)
     source_tokenizer = load_tokenizer(folder)
     if not resumed:
         check_sizes(folder, read_config(folder), source_tokenizer.vocab_size, config.block_size)
@@ -252,6 +251,21 @@ def check_init_from(config: TrainConfig, tokenizer: Tokenizer) -> None:
             "these weights were trained on the batches that this run will draw; "
             "--seed=NUMBER gives other batches"
         )
+
+
+def starting_folder(config: TrainConfig) -> Path:
+    """The folder of the weights to start from: the run to resume, or the model to finetune."""
+    if config.init_from == "resume":
+        return resolve_out_dir(config.out_dir)
+    return resolve_model_dir(config.init_from)
+
+
+def set_start_token(config: TrainConfig, dataset: Dataset) -> None:
+    """Set the token that begins a text without a prompt: one that the model knows."""
+    if config.init_from == "scratch":
+        dataset.tokenizer.known_start_id = known_start_id(dataset)
+    else:
+        dataset.tokenizer.known_start_id = load_tokenizer(starting_folder(config)).known_start_id
 
 
 def build_model(

@@ -335,6 +335,9 @@ def test_defaults_of_generation_that_a_user_added_are_kept(tmp_path):
     contents = json.loads((tmp_path / "generation_config.json").read_text())
     assert contents["temperature"] == 0.7
     assert contents["max_length"] == CONFIG.block_size  # of the model
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.7,}')  # not valid JSON
+    save_model(random_model(), tmp_path)  # a run must not end because of it
+    assert "temperature" not in (tmp_path / "generation_config.json").read_text()
 
 
 def test_a_loaded_model_does_not_change_if_its_file_does(tmp_path, tokens):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import train
 from configurator import FolioError, parse_overrides
-from data.dataset import open_dataset, training_batch
+from data.dataset import training_batch
 from data.prepare import split_text, write_dataset
 from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, save_tokenizer
 from engine import checkpoint
@@ -1250,10 +1250,15 @@ def test_the_last_step_is_logged_once(tiny_flags, tmp_path, run_train):
     assert steps == [0, 2, 4, 6, 8, 10]
 
 
-@pytest.mark.parametrize(("documents", "start"), [(20, "<|endoftext|>"), (1, "\n")])
-def test_the_folder_tells_how_a_text_begins_and_ends(documents, start, tiny_flags, tmp_path, call):
-    """A model that has seen (almost) no end-of-text does not begin with it."""
-    splits = {"train": ["low\n" * 99, None] * documents, "val": ["low " * 99]}
+@pytest.mark.parametrize(
+    ("text", "documents", "start"),
+    [("low\n", 20, "<|endoftext|>"), ("low\n", 1, "\n"), ("lower ", 1, " low")],
+)
+def test_the_folder_tells_how_a_text_begins_and_ends(
+    text, documents, start, tiny_flags, tmp_path, call
+):
+    """A model that has seen (almost) no end-of-text does not begin with it: nor with a newline."""
+    splits = {"train": [text * 999, None] * documents, "val": ["low " * 99]}
     write_dataset(tmp_path / "bpe", toy_bpe(), splits, {"source": "a test"})
     flags = [*tiny_flags, f"--dataset={tmp_path / 'bpe'}", "--max_iters=0"]
     assert call(train, *flags).returncode == 0
@@ -1269,21 +1274,37 @@ def test_the_folder_tells_how_a_text_begins_and_ends(documents, start, tiny_flag
     assert theirs.bos_token_id == (261 if documents > 1 else None)
 
 
-def test_training_and_sampling_start_with_one_token_also_with_a_foreign_tokenizer(
-    tiny_flags, tmp_path, call
-):
+def test_a_text_begins_with_a_known_token_also_with_a_foreign_tokenizer(tiny_flags, tmp_path, call):
     names = dict.fromkeys(("bos_token", "eos_token"), END)
     tokenizer = load_tokenizer(save(byte_level(use_regex=False), tmp_path / "theirs", **names))
-    splits = {"train": ["star\n" * 99], "val": ["star " * 99]}
+    splits = {"train": ["star\n" * 999, None], "val": ["star " * 99]}
     write_dataset(tmp_path / "foreign", tokenizer, splits, {"source": "a test"})
     flags = [*tiny_flags, f"--dataset={tmp_path / 'foreign'}", "--max_iters=0"]
     assert call(train, *flags).returncode == 0
-    for opened in (
-        open_dataset(tmp_path / "foreign", 8).tokenizer, load_tokenizer(tmp_path / "run"),
-    ):  # fmt: skip
-        assert opened.decode([opened.start_token_id]) == "\n"
+    opened = load_tokenizer(tmp_path / "run")
+    assert opened.decode([opened.start_token_id]) == "\n"
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert tokenizer.decode([config["bos_token_id"], config["eos_token_id"]]) == f"\n{END}"
+
+
+def test_finetuning_and_resuming_keep_the_token_that_begins_a_text(tiny_flags, tmp_path, run_train):
+    """The model knows its end-of-text from other texts, although the new text has none."""
+    folders = {True: tmp_path / "many", False: tmp_path / "one"}
+    for has_ends, folder in folders.items():
+        splits = {"train": ["low\n", None if has_ends else "lo"] * 999, "val": ["low " * 99]}
+        write_dataset(folder, toy_bpe(), splits, {"source": "a test"})
+    run_train(*tiny_flags, f"--dataset={folders[True]}", "--max_iters=2")
+    one, tuned = f"--dataset={folders[False]}", f"--out_dir={tmp_path / 'tuned'}"
+    run_train(*tiny_flags, one, tuned, f"--init_from={tmp_path / 'run'}", "--max_iters=2")
+    run_train(*tiny_flags, one, tuned, "--init_from=resume", "--max_iters=4")
+    assert load_tokenizer(tmp_path / "tuned").start_token_id == 261
+    run_train(*tiny_flags, one, f"--out_dir={tmp_path / 'new'}", "--max_iters=2")
+    run_train(
+        *tiny_flags, one, f"--out_dir={tmp_path / 'new'}", "--init_from=resume", "--max_iters=4"
+    )
+    tokenizer = load_tokenizer(tmp_path / "new")
+    assert tokenizer.decode([tokenizer.start_token_id]) == "\n"
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["bos_token_id"] == ord("\n")
 
 
 def test_the_bos_token_id_of_another_program_does_not_matter(tmp_path):
