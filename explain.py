@@ -24,14 +24,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from configurator import ROOT, FolioError, PositiveInt, configure, run_main
-from data.dataset import open_dataset
 from data.prepare import encode_prompt
 from data.tokenizer import CharTokenizer, Tokenizer
 from engine.checkpoint import load_model, load_model_and_tokenizer
 from engine.hf_format import WEIGHTS_FILE
 from engine.log_file import LOG_FILE, read_log
 from engine.run_folder import (
-    SETTINGS_FILE, chosen_model, read_run_settings, shown_path, weights_metadata,
+    SETTINGS_FILE, chosen_model, read_run_settings, shown_path, validation_split, weights_metadata,
 )  # fmt: skip
 from model import GPT, attention_weights
 
@@ -109,14 +108,11 @@ def choose_tokens(
 
 def validation_tokens(folder: Path, tokenizer: Tokenizer, count: int) -> np.ndarray:
     """The first tokens of the validation text of a run. tokenizer: that of the run."""
-    settings = read_run_settings(run_of(folder))
-    if settings is None:
-        raise FolioError("this model is not from a run of Folio: give a text with --start=...")
     try:
-        dataset = open_dataset(settings["dataset"], block_size=1, tokenizer=tokenizer)
-    except FolioError as error:  # it is not here, or was prepared again with another vocabulary
-        raise FolioError(f"give a text with --start; the dataset of this run: {error}") from None
-    return np.asarray(dataset.val.shards[0][:count])
+        tokens = validation_split(run_of(folder), block_size=1, tokenizer=tokenizer)
+    except FolioError as error:  # no run, or its dataset is not here or has changed
+        raise FolioError(f"give a text with --start=...; no validation text: {error}") from None
+    return np.asarray(tokens.shards[0][:count])
 
 
 def run_of(folder: Path) -> Path:

@@ -75,10 +75,11 @@ def main() -> None:
         dist.check_same(
             device=device.torch_device.type, dtype=device.dtype, dataset=fingerprint(dataset)
         )
-        dist.broadcast_from_main(check_init_from, config, dataset.tokenizer)
+        dist.broadcast_from_main(check_init_from, config, dataset)
         dist.broadcast_from_main(set_start_token, config, dataset)
         if config.init_from != "resume" and not config.eval_only:
-            # Now, because a restarted job resumes what it finds in the folder: its own run only.
+            # Now: if this job fails later, it is restarted, and it resumes the run in the folder.
+            # That must not be an older run.
             dist.broadcast_from_main(move_old_run_aside, folder)
         model = build_model(config, dataset.tokenizer, device, dist)
         optimizer = make_optimizer(model, config, device.dtype, dist)
@@ -436,7 +437,8 @@ def has_diverged(
     """Whether the loss of a window of the next training step is NaN or infinite.
 
     The training losses so far do not tell: each was computed before its step changed the weights.
-    Nor does a validation loss: in float16, one of its windows may overflow with good weights.
+    Nor does a validation loss: in float16, one of its windows may overflow, and training still goes
+    on. But a training loss that overflows ends the run: see check_finite().
     """
     batch = training_batch(dataset.train, 1, config.block_size, config.seed, state.step, 0)
     with device.autocast():

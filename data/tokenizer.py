@@ -207,7 +207,8 @@ class BPETokenizer(Tokenizer):
 
     def config_dict(self) -> dict[str, Any]:
         settings = super().config_dict()
-        if self.eos_token_id is not None:  # as in GPT-2's own file; CTranslate2 needs a name
+        # As in GPT-2's own file. CTranslate2, another program that runs GPT-2, needs this name.
+        if self.eos_token_id is not None:
             settings["unk_token"] = settings["eos_token"]
         return settings
 

@@ -132,7 +132,9 @@ class Tokenizer(ABC):
     def encode_prompt(self, text: str) -> np.ndarray:
         """The ids from which to generate a continuation, int64: at least one.
 
-        Unlike in encode(), "<|endoftext|>" is the end-of-text token, if the vocabulary has it.
+        Our own encode() never makes end-of-text. Here its name in the text, "<|endoftext|>", is the
+        token, if the vocabulary has it. (A tokenizer of another model, which cannot encode in
+        pieces, decides itself what its special tokens in a text become.)
         """
         is_special = self.eos_token_id is not None and self.can_encode_in_pieces
         parts = text.split(self.eos_token) if is_special else [text]

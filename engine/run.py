@@ -2,7 +2,7 @@
 
 config = resolve_config(overrides)                # which settings, and where to start from
 dataset = load_dataset(config)
-check_init_from(config, tokenizer)                # do the weights to start from fit the data?
+check_init_from(config, dataset)                  # do the weights to start from fit the data?
 move_old_run_aside(folder)                        # unless it is resumed
 model = build_model(config, tokenizer, device)    # new weights, or weights of a model
 state = resume(config, model, optimizer, ...)     # if resuming: continue where it stopped
@@ -39,7 +39,8 @@ from engine.hf_format import (
 from engine.optimizer import Optimizer
 from engine.run_folder import (
     SETTINGS_FILE, describe_run, make_folder, move_old_run_aside, read_run_settings,
-    remove_temporary_files, resolve_model_dir, resolve_out_dir, shown_path, weights_metadata,
+    remove_temporary_files, resolve_model_dir, resolve_out_dir, shown_path, was_evaluated_on,
+    weights_metadata,
 )  # fmt: skip
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
@@ -221,7 +222,7 @@ def load_dataset(config: TrainConfig) -> Dataset:
     return open_dataset(config.dataset, config.block_size, tokenizer)
 
 
-def check_init_from(config: TrainConfig, tokenizer: Tokenizer) -> None:
+def check_init_from(config: TrainConfig, dataset: Dataset) -> None:
     """Raise FolioError if the model to start from cannot be trained with these settings and data.
 
     This comes before an older run is moved aside: a run that cannot start moves nothing. Whether
@@ -234,7 +235,7 @@ def check_init_from(config: TrainConfig, tokenizer: Tokenizer) -> None:
     if not resumed:
         check_sizes(folder, read_config(folder), source_tokenizer.vocab_size, config.block_size)
         find_weights(folder)
-    if source_tokenizer != tokenizer:
+    if source_tokenizer != dataset.tokenizer:
         reason = f"its tokenizer is not the tokenizer of the model in {folder}; "
         advice = f"prepare the text with --tokenizer={folder}, or use --init_from=scratch"
         trained_on = (read_run_settings(folder) or {}).get("dataset", config.dataset)
@@ -246,7 +247,8 @@ def check_init_from(config: TrainConfig, tokenizer: Tokenizer) -> None:
         raise FolioError(f"--dataset={config.dataset}: {reason}{advice}")
     source = None if resumed or config.eval_only else read_run_settings(folder)
     names = ("dataset", "seed", "block_size")  # these determine the windows of a step
-    if source and all(source.get(name) == getattr(config, name) for name in names):
+    is_same = source and all(source.get(name) == getattr(config, name) for name in names)
+    if is_same and was_evaluated_on(folder, dataset):
         print(
             "these weights were trained on the batches that this run will draw; "
             "--seed=NUMBER gives other batches"
@@ -263,6 +265,7 @@ def starting_folder(config: TrainConfig) -> Path:
 def set_start_token(config: TrainConfig, dataset: Dataset) -> None:
     """Set the token that begins a text without a prompt: one that the model knows."""
     if config.init_from == "scratch":
+        dataset.tokenizer.known_start_id = None  # the tokenizer may come from another run
         dataset.tokenizer.known_start_id = known_start_id(dataset)
     else:
         dataset.tokenizer.known_start_id = load_tokenizer(starting_folder(config)).known_start_id
@@ -328,7 +331,8 @@ def wrap_model(
 def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
     """Create the run folder; save settings and tokenizer.
 
-    A process that has lost its lock may have made the folder again: then its run is moved aside.
+    If the folder and its lock were deleted while another process trained here, that process makes
+    the folder again (see save_run()). Then its run is moved aside.
     When resuming, changed settings are saved with the first checkpoint: until then, nothing has
     been trained with them.
     """

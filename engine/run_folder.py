@@ -18,8 +18,10 @@ from typing import Any
 import safetensors
 
 from configurator import ROOT, FolioError, did_you_mean, first_line, read_settings
+from data.dataset import Dataset, ShardedTokens, open_dataset
 from data.files import explain_os_error, file_lock, rename_to_backup, user_path
 from data.hub import GPT2_MODELS, hub_model, is_hub_name
+from data.tokenizer import Tokenizer
 from engine.hf_format import WEIGHTS_FILE
 from engine.log_file import LOG_FILE, read_log
 
@@ -169,6 +171,29 @@ def weights_metadata(folder: str | Path) -> dict[str, int | float]:
             if 0 <= number < math.inf:  # NaN is not
                 numbers[name] = number
     return numbers
+
+
+def validation_split(folder: str | Path, block_size: int, tokenizer: Tokenizer) -> ShardedTokens:
+    """The tokens on which the run in a folder was evaluated.
+
+    Raises FolioError if the folder is not a run's, or if its dataset is missing or has changed.
+    """
+    folder = Path(folder)
+    settings = read_run_settings(folder)
+    if settings is None:
+        raise FolioError(f"{folder}: has no settings.json of a run that train.py has trained")
+    dataset = open_dataset(settings["dataset"], block_size, tokenizer)
+    if not was_evaluated_on(folder, dataset):
+        raise FolioError(
+            f"{dataset.folder}: has been prepared again since the run in {folder} was evaluated, "
+            "so its validation text is another one"
+        )
+    return dataset.val
+
+
+def was_evaluated_on(folder: str | Path, dataset: Dataset) -> bool:
+    """Whether the weights in a folder were evaluated on this dataset; True if nothing is known."""
+    return weights_metadata(folder).get("val_checksum") in (None, dataset.val.checksum())
 
 
 def shown_path(folder: Path) -> str:

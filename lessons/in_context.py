@@ -110,17 +110,12 @@ def secret_words(steps: int = 400) -> list[float]:
 
 
 def trained_model(folder: Path) -> None:
-    from configurator import FolioError
-    from data.dataset import open_dataset
     from engine.checkpoint import load_model_and_tokenizer
-    from engine.run_folder import read_run_settings
+    from engine.run_folder import validation_split
 
-    settings = read_run_settings(folder)
-    if settings is None:
-        raise FolioError(f"{folder}: has no settings.json of a run that train.py has trained")
     model, tokenizer = load_model_and_tokenizer(folder)
     T = model.config.block_size
-    tokens = open_dataset(settings["dataset"], T, tokenizer).val
+    tokens = validation_split(folder, T, tokenizer)
     indices = torch.linspace(0, tokens.num_windows(T + 1) - 1, 200).long().numpy()
     windows = torch.from_numpy(tokens.windows(indices, T + 1))
     print(f"\nThe model in {folder}, on {len(windows)} windows of its validation text:")

@@ -20,9 +20,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import explain
 import train
 from configurator import FolioError, parse_overrides
-from data.dataset import training_batch
+from data.dataset import open_dataset, training_batch
 from data.prepare import split_text, write_dataset
 from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, save_tokenizer
 from engine import checkpoint
@@ -35,7 +36,9 @@ from engine.distributed import Distributed
 from engine.metrics import START_ID_FILE, StepMetrics
 from engine.optimizer import make_optimizer
 from engine.run import TrainState, build_model, check_divisible, load_dataset, resolve_config
-from engine.run_folder import SETTINGS_FILE, lock_run_folder, weights_metadata
+from engine.run_folder import (
+    SETTINGS_FILE, lock_run_folder, validation_split, weights_metadata,
+)  # fmt: skip
 from engine.train_config import TrainConfig
 from model import GPT
 from tests import processes
@@ -874,6 +877,23 @@ def test_finetuning_on_the_batches_of_the_first_training_is_told(tiny_flags, tmp
     note = "these weights were trained on the batches that this run will draw"
     assert note in run_train(*flags, f"--out_dir={tmp_path / 'a'}")
     assert note not in run_train(*flags, f"--out_dir={tmp_path / 'b'}", "--seed=2")
+
+
+def test_the_validation_text_of_a_run_is_not_that_of_another_preparation(
+    tiny_flags, tiny_dataset, tmp_path, run_train, call
+):
+    run_train(*tiny_flags)
+    tokenizer = load_tokenizer(tmp_path / "run")
+    before = open_dataset(tiny_dataset, 8).val
+    assert validation_split(tmp_path / "run", 8, tokenizer).checksum() == before.checksum()
+    text = "".join(tokenizer.characters) * 50
+    write_dataset(tiny_dataset, tokenizer, split_text(text), {"source": "another"})
+    with pytest.raises(FolioError, match="has been prepared again since the run in"):
+        validation_split(tmp_path / "run", 8, tokenizer)
+    result = call(explain, f"--out_dir={tmp_path / 'run'}", f"--output={tmp_path / 'page.html'}")
+    assert_one_line_error(result, "give a text with --start", "has been prepared again")
+    flags = (f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'tuned'}", "--max_iters=1")
+    assert "these weights were trained on the batches" not in run_train(*tiny_flags, *flags)
 
 
 def test_resuming_says_that_the_vocabulary_of_the_dataset_has_changed(
