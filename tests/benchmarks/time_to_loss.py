@@ -37,6 +37,7 @@ from configurator import (
     FolioError, NonNegativeFloat, NonNegativeInt, PositiveInt, configure, run_main,
 )  # fmt: skip
 from data.dataset import IGNORE_INDEX, Dataset, evaluation_batches, open_dataset
+from data.shakespeare import replacement_warning
 from engine.log_file import LOG_FILE, evaluations, read_log
 from tests.benchmarks.measuring import load_peer, report_results, save_results, split_csv
 
@@ -84,6 +85,8 @@ Results = dict[str, list[RunResult]]  # name of a recipe, or "nanoGPT" -> a resu
 def main() -> None:
     config = configure(TimeToLossConfig)
     dataset = open_dataset(DATASET, 256)
+    if warning := replacement_warning(dataset.meta):
+        print(warning)
     check(config)
     names = ([NANOGPT] if config.peer else []) + split_csv(config.recipes)
     results = run_all(names, config, dataset)
