@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from configurator import ROOT, FolioError, PositiveInt, configure, run_main
+from configurator import ROOT, FolioError, PositiveInt, configure, run_main, wrap
 from data.prepare import encode_prompt
 from data.tokenizer import CharTokenizer, Tokenizer
 from engine.checkpoint import load_model, load_model_and_tokenizer
 from engine.hf_format import WEIGHTS_FILE
+from engine.inference import computes_gpt2
 from engine.log_file import LOG_FILE, read_log
 from engine.run_folder import (
     SETTINGS_FILE, chosen_model, read_run_settings, shown_path, validation_split, weights_metadata,
@@ -59,6 +60,8 @@ def main() -> None:
     folder = chosen_model(config.init_from, config.out_dir)
     title = config.init_from or shown_path(folder)
     print(f"the page of {title}")
+    if not computes_gpt2():
+        print(wrap("model.py has been changed: the attention weights on the page are GPT-2's"))
     model, tokenizer = load_model_and_tokenizer(folder)
     ids = choose_tokens(config, folder, tokenizer, model.config.block_size)
     scores_of_one = model.config.n_layer * model.config.n_head * len(ids) * (len(ids) + 1) // 2

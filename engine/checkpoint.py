@@ -37,9 +37,11 @@ from data.files import (
 )  # fmt: skip
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.hf_format import (
-    SHA256_KEY, WEIGHTS_FILE, from_hf_state_dict, has_trained_biases, load_torch_file,
-    model_without_memory, read_config, read_weights, sha256_of, to_hf_config, to_hf_state_dict,
+    CHANGED_MODEL_TYPE, SHA256_KEY, WEIGHTS_FILE, from_hf_state_dict, has_trained_biases,
+    load_torch_file, model_without_memory, read_config, read_weights, sha256_of, to_hf_config,
+    to_hf_state_dict,
 )  # fmt: skip
+from engine.inference import computes_gpt2
 from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, shown_path
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
@@ -98,10 +100,8 @@ def unwrap(model: torch.nn.Module) -> GPT:
         if not isinstance(inner, torch.nn.Module):
             raise TypeError(f"a GPT is needed, not a {type(model).__name__}")
         model = inner
-    # Two embeddings; the weights (and biases) of ln_f and of six layers per block: ln_1, c_attn,
-    # c_proj, ln_2, c_fc, c_proj.
-    expected = 2 + (6 * model.config.n_layer + 1) * (1 + model.config.bias)
-    if len(list(model.parameters())) != expected:
+    expected = dict(model_without_memory(model.config).named_parameters())
+    if dict(model.named_parameters()).keys() != expected.keys():
         raise TypeError("parameters of this GPT have been removed or added; save the original GPT")
     return model
 
@@ -122,6 +122,11 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         command = shell_command("python", "train.py", *flags)
         raise FolioError(f"{folder}: this run has saved no weights yet; to continue it: {command}")
     saved_config, tensors = read_config(folder), read_weights(folder)
+    if (
+        read_json(folder / "config.json").get("model_type") == CHANGED_MODEL_TYPE
+        and computes_gpt2()
+    ):
+        raise FolioError(f"{folder}: was trained with a changed model.py; make the change again")
     if has_trained_biases(tensors):
         saved_config = dataclasses.replace(saved_config, bias=True)
     config = dataclasses.replace(saved_config, **overrides)
@@ -136,7 +141,8 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
             f"{folder}: the weights contain NaN or infinity; train again with lower learning rates"
         )
     positions, rows = "transformer.wpe.weight", "transformer.wte.weight"
-    state_dict[positions] = state_dict[positions][: config.block_size]
+    if positions in state_dict:
+        state_dict[positions] = state_dict[positions][: config.block_size]
     state_dict[rows] = state_dict[rows][: config.vocab_size]
     model = model_without_memory(config)  # the state_dict has the weights
     n_padding = model.transformer.wte.weight.size(0) - config.vocab_size

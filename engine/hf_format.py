@@ -23,11 +23,13 @@ from torch.overrides import TorchFunctionMode
 
 from configurator import FolioError, first_line
 from data.files import shell_command
+from engine.inference import computes_gpt2
 from model import GPT, GPTConfig
 
 WEIGHTS_FILE = "model.safetensors"
 TORCH_WEIGHTS_FILE = "pytorch_model.bin"  # what transformers wrote before safetensors existed
 SHA256_KEY = "folio_sha256"  # in the metadata of model.safetensors
+CHANGED_MODEL_TYPE = "folio-changed"  # of a model.py that was changed: transformers refuses it
 
 
 # --- config.json ---
@@ -36,7 +38,7 @@ SHA256_KEY = "folio_sha256"  # in the metadata of model.safetensors
 def to_hf_config(config: GPTConfig) -> dict[str, Any]:
     """The architecture in the keys of transformers' GPT2Config."""
     return {
-        "model_type": "gpt2",
+        "model_type": "gpt2" if computes_gpt2() else CHANGED_MODEL_TYPE,
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
@@ -56,7 +58,7 @@ def to_hf_config(config: GPTConfig) -> dict[str, Any]:
 # The values that make a model GPT-2. A config.json may leave these keys out, but not differ.
 # The first value of each is the default of transformers' GPT2Config.
 REQUIRED_GPT2_VALUES = {
-    "model_type": ("gpt2",),
+    "model_type": ("gpt2", CHANGED_MODEL_TYPE),
     "activation_function": (  # all names of the tanh approximation of GELU
         "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate",
     ),
@@ -133,8 +135,8 @@ def to_hf_state_dict(model: GPT) -> dict[str, torch.Tensor]:
         if name.endswith(TRANSPOSED):
             tensor = tensor.t()
         tensors[name] = tensor.cpu().contiguous()
-        if not model.config.bias and ".wte." not in name and ".wpe." not in name:
-            bias = name.replace("weight", "bias")
+        bias = f"{name.removesuffix('weight')}bias"
+        if not model.config.bias and bias.endswith(BIASES):
             tensors[bias] = torch.zeros(tensor.size(-1), dtype=tensor.dtype)
     return tensors
 
@@ -158,7 +160,9 @@ def from_hf_state_dict(
         if name.endswith(TRANSPOSED) and tensor.dim() == 2:
             tensor = tensor.t().contiguous()
         state_dict[name] = tensor.to(dtype)
-    lm_head = state_dict.pop("lm_head.weight", None)
+    model = model_without_memory(config)
+    is_tied = "lm_head.weight" not in model.state_dict()  # unless model.py was changed
+    lm_head = state_dict.pop("lm_head.weight", None) if is_tied else None
     if lm_head is not None:  # a file may store the tied matrix under either name, or both
         embedding = state_dict.setdefault("transformer.wte.weight", lm_head)
         if not torch.equal(lm_head, embedding):
@@ -171,7 +175,7 @@ def from_hf_state_dict(
             if not state_dict[name].any():
                 del state_dict[name]
     try:  # only to check names and shapes: assign=True copies no tensor
-        model_without_memory(config).load_state_dict(state_dict, assign=True)
+        model.load_state_dict(state_dict, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:1000]
         raise FolioError(f"{folder}: the weights do not match config.json: {reason}") from None

@@ -24,6 +24,7 @@ To understand the cache, read InferenceModel._generate(), KVCache, next_token_lo
 and crop_start(). _make_decode(), decode_step() and capture_cuda_graph() are for CUDA.
 """
 
+import copy
 import functools
 import platform
 from collections import deque
@@ -73,7 +74,10 @@ class InferenceModel:
         small = self.device.type == "cpu" and is_small(model)
         self.dtype = choose_dtype("float32" if small and dtype == "auto" else dtype, self.device)
         packed = not small and packing_is_faster(self.device, self.dtype, batch_size)
-        self.weights = prepare_weights(model, self.device, self.dtype, packed)
+        # model.py may have been changed, for an experiment: then the model itself computes.
+        self.changed_model = None if computes_gpt2() else copy.deepcopy(model).eval()
+        if self.changed_model is None:
+            self.weights = prepare_weights(model, self.device, self.dtype, packed)
         self.static_cache = static_cache or compile or self.device.type == "cuda"
         self.decode_step = torch.compile(decode_step, dynamic=False) if compile else decode_step
 
@@ -130,9 +134,32 @@ class InferenceModel:
             temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
         )  # fmt: skip
         stop = torch.tensor(stop_tokens, dtype=torch.long, device=self.device)
-        return self._generate(
-            idx.to(self.device, torch.long), max_new_tokens, overlap, stop, sample, generator
-        )
+        idx = idx.to(self.device, torch.long)
+        if self.changed_model is not None:
+            return self._generate_without_cache(idx, max_new_tokens, stop, sample)
+        return self._generate(idx, max_new_tokens, overlap, stop, sample, generator)
+
+    @torch.inference_mode()
+    def _generate_without_cache(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int | None,
+        stop: torch.Tensor,
+        sample: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Iterator[torch.Tensor]:
+        """The steps of generate() for a changed model.py, as in model.generate."""
+        model = self.changed_model.to(self.device)
+        finished = torch.zeros(len(idx), dtype=torch.bool, device=self.device)
+        for _ in count() if max_new_tokens is None else range(max_new_tokens):
+            idx = idx[:, -self.config.block_size :]
+            ids = sample(model(idx)[:, -1])  # (B,)
+            if len(stop):
+                ids = torch.where(finished, idx[:, -1], ids)  # repeat the stop token
+                finished |= (ids[:, None] == stop).any(dim=1)
+            yield ids
+            if len(stop) and finished.all():
+                return
+            idx = torch.cat((idx, ids[:, None]), dim=1)
 
     @torch.inference_mode()
     def _generate(
@@ -217,6 +244,34 @@ class InferenceModel:
             return step()
 
         return decode
+
+
+CHANGED_MODEL_NOTE = (
+    "model.py has been changed and does not compute GPT-2: text is generated without a cache, and "
+    "transformers cannot open this model"
+)
+
+
+@functools.cache
+def computes_gpt2() -> bool:
+    """Whether model.py computes GPT-2, as this module does; False if it was changed.
+
+    Compares the logits of a tiny model with random weights. In float64 they are equal to 15 digits.
+    """
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
+    idx = torch.arange(config.block_size)[None]  # (1, 8)
+    cpu, float64 = torch.device("cpu"), torch.float64
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # training draws its own numbers
+            torch.manual_seed(0)
+            model = GPT(config).double().eval()
+            for parameter in model.parameters():
+                parameter.normal_()
+            cache = KVCache(config, 1, config.block_size, cpu, float64)
+            expected = next_token_logits(prepare_weights(model, cpu, float64), idx, cache)
+            return torch.allclose(model(idx)[:, -1], expected)
+    except Exception:  # a layer is missing, or has another shape
+        return False
 
 
 def is_small(model: GPT) -> bool:

@@ -1,0 +1,136 @@
+"""What happens if model.py is changed, for an experiment: everything follows it, or says so."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import explain
+import sample
+import train
+from configurator import FolioError
+from data.tokenizer import CharTokenizer
+from engine.checkpoint import load_model, load_model_and_tokenizer, save_model
+from engine.inference import InferenceModel, computes_gpt2
+from model import GPT, MLP, CausalSelfAttention, GPTConfig
+
+GELU_OF_GPT2 = MLP.forward
+CONFIG = GPTConfig(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=16)
+
+
+def relu_squared(self: MLP, x: torch.Tensor) -> torch.Tensor:
+    return self.c_proj(torch.relu(self.c_fc(x)).square())
+
+
+def exact_gelu(self: MLP, x: torch.Tensor) -> torch.Tensor:
+    return self.c_proj(nn.functional.gelu(self.c_fc(x)))
+
+
+def no_mask(self: CausalSelfAttention, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = self.qkv(x)
+    y = nn.functional.scaled_dot_product_attention(q, k, v)
+    return self.c_proj(y.transpose(1, 2).reshape(x.shape))
+
+
+@pytest.fixture
+def change(monkeypatch):
+    """change(MLP, "forward", function), and undo() at the end or before."""
+    computes_gpt2.cache_clear()
+
+    def change_model(cls: type, name: str, function) -> None:
+        monkeypatch.setattr(cls, name, function)
+        computes_gpt2.cache_clear()
+
+    yield change_model
+    monkeypatch.undo()
+    computes_gpt2.cache_clear()
+
+
+@pytest.fixture
+def learned_scale(change):
+    """The scores of attention get a learned factor."""
+    init, qkv = CausalSelfAttention.__init__, CausalSelfAttention.qkv
+
+    def with_scale(self, config):
+        init(self, config)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def scaled(self, x):
+        q, k, v = qkv(self, x)
+        return q * self.scale, k, v
+
+    change(CausalSelfAttention, "__init__", with_scale)
+    change(CausalSelfAttention, "qkv", scaled)
+
+
+def random_model(config: GPTConfig = CONFIG) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def test_the_model_as_it_is_computes_gpt2(change):
+    numbers = torch.get_rng_state()
+    assert computes_gpt2()
+    assert torch.equal(numbers, torch.get_rng_state())  # training draws its own
+
+
+@pytest.mark.parametrize(
+    ("cls", "function"),
+    [(MLP, relu_squared), (MLP, exact_gelu), (CausalSelfAttention, no_mask)],
+)
+def test_a_changed_model_generates_its_own_text(change, cls, function):
+    change(cls, "forward", function)
+    assert not computes_gpt2()
+    model, idx = random_model().train(), torch.tensor([[0, 1, 2], [3, 4, 0]])
+    steps = InferenceModel(model).generate(idx, 20, temperature=0)
+    expected = model.eval().generate(idx, 20, top_k=1)[:, 3:]
+    assert torch.equal(torch.stack(list(steps), dim=1), expected)
+
+
+def test_generation_of_a_changed_model_ends_at_stop_tokens(change):
+    change(MLP, "forward", relu_squared)
+    idx = torch.tensor([[0, 1]])
+    ids = torch.cat(list(InferenceModel(random_model()).generate(idx, 9, temperature=0))).tolist()
+    stop = ids[3]
+    steps = InferenceModel(random_model()).generate(idx, 9, temperature=0, stop_tokens=[stop])
+    assert torch.cat(list(steps)).tolist() == ids[: ids.index(stop) + 1]
+
+
+def test_transformers_refuses_a_changed_model_and_folio_needs_the_change(change, tmp_path):
+    model, idx = random_model(), torch.tensor([[0, 1, 2]])
+    change(MLP, "forward", relu_squared)
+    save_model(model, tmp_path, CharTokenizer("abcd\n"))
+    assert torch.equal(load_model(tmp_path)(idx), model(idx))
+    with pytest.raises(ValueError, match="folio-changed"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    change(MLP, "forward", GELU_OF_GPT2)
+    with pytest.raises(FolioError, match=r"was trained with a changed model\.py"):
+        load_model(tmp_path)
+
+
+def test_a_model_with_new_parameters_is_trained_saved_and_loaded(
+    learned_scale, tiny_flags, tmp_path, call
+):
+    result = call(train, *tiny_flags, "--sample_tokens=5")
+    assert result.returncode == 0, result.stderr
+    assert "note     model.py has been changed" in result.stdout
+    model, _ = load_model_and_tokenizer(tmp_path / "run")
+    scales = [block.attn.scale.item() for block in model.transformer.h]
+    assert all(scale != 1 for scale in scales)  # they have been trained and saved
+    assert call(train, *tiny_flags, "--init_from=resume", "--max_iters=8").returncode == 0
+    result = call(sample, f"--out_dir={tmp_path / 'run'}", "--max_new_tokens=5")
+    assert result.returncode == 0
+    assert "model.py has been changed" in " ".join(result.stderr.split())
+
+
+def test_the_page_says_that_it_shows_gpt2(change, tiny_flags, tmp_path, call):
+    change(MLP, "forward", relu_squared)
+    assert call(train, *tiny_flags).returncode == 0
+    flags = (f"--out_dir={tmp_path / 'run'}", f"--output={tmp_path / 'page.html'}")
+    result = call(explain, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "model.py has been changed" in " ".join(result.stdout.split())
