@@ -34,6 +34,9 @@ UNPACK = {
 }  # fmt: skip
 
 
+MARKUP = (".rtf", ".html", ".htm")  # text between codes, as other programs write them
+
+
 # --- Which files ---
 
 
@@ -123,6 +126,8 @@ def format_advice(path: Path) -> str:
         # An archive is unpacked into a folder of its own.
         folder = [] if "--keep" in UNPACK[suffix] else [str(path.with_suffix(""))]
         return f"unpack it: {UNPACK[suffix]} {shell_command(str(path), *folder)}"
+    if suffix in MARKUP:
+        return "save it as plain text (UTF-8): its codes would be learned as text"
     return ""
 
 

@@ -149,9 +149,9 @@ def is_run_from(folder: Path, source: str) -> bool:
 
     A job with the wrong tokenizer, for example, ends with an error. torchrun then restarts it. If
     the job finetunes gpt2, but the run in the folder has started from scratch, then the job has not
-    made this run.
+    made this run. Nor has a job from scratch made a run that finetunes a model.
     """
-    if source in ("scratch", "resume"):
+    if source == "resume":
         return True
     return saved_settings(folder).get("init_from") == source
 

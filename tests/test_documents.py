@@ -113,6 +113,7 @@ def test_a_missing_file_and_a_folder_without_texts_are_one_line(tmp_path):
         ("table.csv", "pandas.read_csv('{}/table.csv', "), ("rows.JSON", "pandas.read_json('"),
         ("verse.ZIP", "unpack it: python -m zipfile -e {}/verse.ZIP {}/verse"),
         ("verse.txt.gz", "unpack it: gunzip --keep {}/verse.txt.gz"),
+        ("verse.rtf", "save it as plain text"), ("page.HTML", "save it as plain text"),
     ],
 )  # fmt: skip
 def test_a_file_of_another_format_is_refused_with_advice(tmp_path, name, advice):

@@ -445,6 +445,17 @@ def test_a_restarted_finetuning_job_resumes_its_own_run_only(
     assert settings["init_from"] == str(tmp_path / "weights")
 
 
+def test_a_restarted_job_from_scratch_does_not_continue_a_finetuned_run(
+    tiny_flags, tmp_path, run_train, monkeypatch
+):
+    run_train(*tiny_flags)
+    flags = (*tiny_flags, f"--out_dir={tmp_path / 'tuned'}")
+    run_train(*flags, f"--init_from={tmp_path / 'run'}")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "the previous run is now in" in run_train(*flags, "--max_iters=6")
+    assert "resuming with max_iters = 8" in run_train(*flags, "--max_iters=8")
+
+
 def test_resuming_in_a_new_run_without_checkpoint_names_the_run_that_was_moved_aside(
     tiny_flags, tmp_path, run_train, call, monkeypatch
 ):
