@@ -60,9 +60,9 @@ def main() -> None:
     folder = chosen_model(config.init_from, config.out_dir)
     title = config.init_from or shown_path(folder)
     print(f"the page of {title}")
-    if not computes_gpt2():
-        print(wrap("model.py has been changed: the attention weights on the page are GPT-2's"))
     model, tokenizer = load_model_and_tokenizer(folder)
+    if not computes_gpt2(model.config):
+        print(wrap("model.py has been changed: the attention weights on the page are GPT-2's"))
     ids = choose_tokens(config, folder, tokenizer, model.config.block_size)
     scores_of_one = model.config.n_layer * model.config.n_head * len(ids) * (len(ids) + 1) // 2
     max_snapshots = min(max(MAX_SCORES // scores_of_one - 1, 1), MAX_SNAPSHOTS)

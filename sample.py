@@ -39,9 +39,7 @@ from data.tokenizer import Tokenizer
 from engine.checkpoint import load_model_and_tokenizer
 from engine.cpu_threads import ThreadAdapter, use_one_thread
 from engine.device import DeviceName, DTypeName, choose_device, explain_out_of_memory
-from engine.inference import (
-    CHANGED_MODEL_NOTE, InferenceModel, computes_gpt2, is_small, read_ids,
-)  # fmt: skip
+from engine.inference import CHANGED_MODEL_NOTE, InferenceModel, is_small, read_ids
 from engine.run_folder import chosen_model, describe_run
 
 SEPARATOR = "---------------"  # a line between two texts
@@ -115,7 +113,7 @@ def sample(config: SampleConfig) -> None:
     else:
         prompts = [encode_prompt(config.start, tokenizer)]
     print(wrap(describe_run(folder)), file=sys.stderr)
-    if not computes_gpt2():
+    if inference.changed_model is not None:
         print(wrap(CHANGED_MODEL_NOTE), file=sys.stderr)
     threads = ThreadAdapter(device)  # without a report: it would interrupt the text
     with explain_out_of_memory("fewer --num_samples, or --device=cpu"):

@@ -122,10 +122,8 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         command = shell_command("python", "train.py", *flags)
         raise FolioError(f"{folder}: this run has saved no weights yet; to continue it: {command}")
     saved_config, tensors = read_config(folder), read_weights(folder)
-    if (
-        read_json(folder / "config.json").get("model_type") == CHANGED_MODEL_TYPE
-        and computes_gpt2()
-    ):
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type == CHANGED_MODEL_TYPE and computes_gpt2(saved_config):
         raise FolioError(f"{folder}: was trained with a changed model.py; make the change again")
     if has_trained_biases(tensors):
         saved_config = dataclasses.replace(saved_config, bias=True)

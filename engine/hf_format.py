@@ -38,7 +38,7 @@ CHANGED_MODEL_TYPE = "folio-changed"  # of a model.py that was changed: transfor
 def to_hf_config(config: GPTConfig) -> dict[str, Any]:
     """The architecture in the keys of transformers' GPT2Config."""
     return {
-        "model_type": "gpt2" if computes_gpt2() else CHANGED_MODEL_TYPE,
+        "model_type": "gpt2" if computes_gpt2(config) else CHANGED_MODEL_TYPE,
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,

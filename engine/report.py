@@ -57,7 +57,7 @@ def banner(
     if not config.eval_only:
         lines.append(labeled("steps", describe_steps(config, state, train_tokens)))
     lines.append(labeled("device", device.description))
-    if not computes_gpt2():
+    if not computes_gpt2(model.config):
         lines.append(labeled("note", CHANGED_MODEL_NOTE))
     if not config.eval_only and (note := long_run_note(config, state, model.config, device)):
         lines.append(labeled("note", note))

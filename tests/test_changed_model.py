@@ -11,11 +11,12 @@ import train
 from configurator import FolioError
 from data.tokenizer import CharTokenizer
 from engine.checkpoint import load_model, load_model_and_tokenizer, save_model
+from engine import inference as inference_module
 from engine.inference import InferenceModel, computes_gpt2
 from model import GPT, MLP, CausalSelfAttention, GPTConfig
 
 GELU_OF_GPT2 = MLP.forward
-CONFIG = GPTConfig(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=16)
+CONFIG = GPTConfig(block_size=32, vocab_size=5, n_layer=2, n_head=2, n_embd=16)
 
 
 def relu_squared(self: MLP, x: torch.Tensor) -> torch.Tensor:
@@ -32,18 +33,26 @@ def no_mask(self: CausalSelfAttention, x: torch.Tensor) -> torch.Tensor:
     return self.c_proj(y.transpose(1, 2).reshape(x.shape))
 
 
+def window(self: CausalSelfAttention, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = self.qkv(x)
+    distance = torch.arange(x.size(1))[:, None] - torch.arange(x.size(1))
+    mask = (distance >= 0) & (distance < 16)  # each token attends to the last 16
+    y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return self.c_proj(y.transpose(1, 2).reshape(x.shape))
+
+
 @pytest.fixture
 def change(monkeypatch):
     """change(MLP, "forward", function), and undo() at the end or before."""
-    computes_gpt2.cache_clear()
+    inference_module._computes_gpt2.cache_clear()
 
     def change_model(cls: type, name: str, function) -> None:
         monkeypatch.setattr(cls, name, function)
-        computes_gpt2.cache_clear()
+        inference_module._computes_gpt2.cache_clear()
 
     yield change_model
     monkeypatch.undo()
-    computes_gpt2.cache_clear()
+    inference_module._computes_gpt2.cache_clear()
 
 
 @pytest.fixture
@@ -74,21 +83,47 @@ def random_model(config: GPTConfig = CONFIG) -> GPT:
 
 def test_the_model_as_it_is_computes_gpt2(change):
     numbers = torch.get_rng_state()
-    assert computes_gpt2()
+    assert computes_gpt2(CONFIG)
     assert torch.equal(numbers, torch.get_rng_state())  # training draws its own
 
 
 @pytest.mark.parametrize(
     ("cls", "function"),
-    [(MLP, relu_squared), (MLP, exact_gelu), (CausalSelfAttention, no_mask)],
+    [
+        (MLP, relu_squared),
+        (MLP, exact_gelu),
+        (CausalSelfAttention, no_mask),
+        (CausalSelfAttention, window),
+    ],
 )
 def test_a_changed_model_generates_its_own_text(change, cls, function):
     change(cls, "forward", function)
-    assert not computes_gpt2()
+    assert not computes_gpt2(CONFIG)
     model, idx = random_model().train(), torch.tensor([[0, 1, 2], [3, 4, 0]])
-    steps = InferenceModel(model).generate(idx, 20, temperature=0)
-    expected = model.eval().generate(idx, 20, top_k=1)[:, 3:]
+    steps = InferenceModel(model).generate(idx, 40, temperature=0)
+    expected = model.eval().generate(idx, 40, top_k=1)[:, 3:]
     assert torch.equal(torch.stack(list(steps), dim=1), expected)
+
+
+class ReLUMLP(MLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(torch.relu(self.c_fc(x)))
+
+
+def test_a_model_with_hooks_or_other_layers_generates_its_own_text():
+    """As in a notebook: model.py is unchanged."""
+    hooked, relu, idx = random_model(), random_model(), torch.tensor([[0, 1, 2]])
+    hooked.transformer.h[0].mlp.register_forward_hook(lambda *args: torch.zeros(()))
+    relu.transformer.h[0].mlp.__class__ = ReLUMLP
+    for model in (hooked, relu):
+        steps = InferenceModel(model).generate(idx, 40, temperature=0)
+        expected = model.generate(idx, 40, top_k=1)[0, 3:]
+        assert torch.equal(torch.cat(list(steps)), expected)
+
+
+def test_the_default_device_of_torch_does_not_matter(change):
+    with torch.device("meta"):
+        assert computes_gpt2(CONFIG)
 
 
 def test_generation_of_a_changed_model_ends_at_stop_tokens(change):
