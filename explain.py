@@ -71,7 +71,13 @@ def main() -> None:
         label = checkpoint_label(path)
         print(f"computing {label or title}")
         snapshot = load_model(path, vocab_size=tokenizer.vocab_size) if path != folder else model
-        checkpoints.append({"label": label, "selected": path == folder, **explain(snapshot, ids)})
+        try:
+            page_data = explain(snapshot, ids)
+        except AttributeError as error:
+            if computes_gpt2(model.config):
+                raise
+            raise FolioError(f"the page needs all parts of GPT-2 ({error})") from None
+        checkpoints.append({"label": label, "selected": path == folder, **page_data})
     data = {
         "title": title,
         "token": "one character" if isinstance(tokenizer, CharTokenizer) else "a piece of text",

@@ -116,6 +116,8 @@ def train(
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         threads = ThreadAdapter(device, config.num_threads, dist.world_size, logger.print)
         logger.print(banner(config, state, dataset, model, device, folder))
+        if config.init_from == "resume":
+            warn_if_changed(config, state, dataset, model, device, logger)
         while True:
             evaluation = None  # validation loss and bits per byte, if evaluated at this step
             if is_evaluation_due(state, config):
@@ -403,9 +405,11 @@ def save_state(
     logger: MetricsLogger,
 ) -> None:
     """Write resume.pt; keep the old one if the weights do not give a finite loss any more."""
-    if has_diverged(config, state, dataset, model, device):  # equal in all processes
+    loss = probe_loss(dataset, model, config, device)  # equal in all processes
+    if not math.isfinite(loss):
         logger.warn_once("the training loss is not finite any more: resume.pt is not overwritten")
         return
+    state.probe_loss = loss
     state.last_checkpoint_step = state.step
     if logger.enabled:
         logger.check_folder()
@@ -430,20 +434,36 @@ def try_to_save_snapshot(
         logger.warn_once(f"{error}; the run goes on")
 
 
-@torch.no_grad()
-def has_diverged(
-    config: TrainConfig, state: TrainState, dataset: Dataset, model: GPT, device: ComputeDevice
-) -> bool:
-    """Whether the loss of a window of the next training step is NaN or infinite.
+def warn_if_changed(
+    config: TrainConfig,
+    state: TrainState,
+    dataset: Dataset,
+    model: GPT,
+    device: ComputeDevice,
+    logger: MetricsLogger,
+) -> None:
+    """Warn if the resumed model computes another loss than when it was saved."""
+    if not logger.enabled:
+        return  # only the main process has the weights already
+    change = abs(probe_loss(dataset, model, config, device) - state.probe_loss)
+    if change > 0.01 * state.probe_loss:  # False if the checkpoint has no loss (NaN)
+        logger.warn_once("the resumed model computes other losses: has model.py been changed?")
 
-    The training losses so far do not tell: each was computed before its step changed the weights.
-    Nor does a validation loss: in float16, one of its windows may overflow, and training still goes
-    on. But a training loss that overflows ends the run: see check_finite().
+
+@torch.no_grad()
+def probe_loss(dataset: Dataset, model: GPT, config: TrainConfig, device: ComputeDevice) -> float:
+    """The loss of one window of the training text, always the same.
+
+    If it is NaN or infinite at a checkpoint, the weights have diverged. The training losses so far
+    do not tell: each was computed before its step changed the weights. Nor does a validation loss:
+    in float16, one of its windows may overflow, and training still goes on.
     """
-    batch = training_batch(dataset.train, 1, config.block_size, config.seed, state.step, 0)
+    batch = training_batch(dataset.train, 1, config.block_size, seed=0, step=0, micro_batch=0)
+    model.eval()
     with device.autocast():
-        loss = model(*device.to_device(*batch))
-    return not math.isfinite(loss.item())
+        loss = model(*device.to_device(*batch)).item()
+    model.train()
+    return loss
 
 
 def show_sample(

@@ -11,7 +11,8 @@
 
 encode() never makes special tokens: the characters "<|endoftext|>" in a text are encoded like any
 other 13 characters. Only the preparation of a dataset puts end-of-text tokens between documents,
-and encode_prompt() makes them in a prompt. (transformers makes them in each text of a run folder.)
+and encode_prompt() makes them in a prompt. (transformers, with the tokenizer files of a run, makes
+end-of-text in every text.)
 (Models from elsewhere may have other tokenizers: data/hf_tokenizer.py.)
 """
 

@@ -151,12 +151,15 @@ class Tokenizer(ABC):
             # Without the class, AutoTokenizer builds GPT-2's tokenizer, even for characters.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            # True: special tokens in a text are encoded like other text. With end-of-text, this
-            # would surprise: programs for finetuning write it behind a text.
+            # True: special tokens in a text are encoded like other text. Without end-of-text, the
+            # padding token is a character, and has to stay one. With end-of-text, True would be a
+            # surprise: programs for finetuning write end-of-text behind a text.
             "split_special_tokens": self.eos_token_id is None,
             **self.special_tokens,
         }
-        if self.known_start_id is not None:  # a key of Folio's own
+        if self.known_start_id is not None:
+            # A key of Folio's own. No bos_token: the model does not know end-of-text, and
+            # transformers would add a new token for a newline.
             settings |= {"known_start_id": self.known_start_id, "bos_token": None}
         return settings
 

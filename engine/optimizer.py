@@ -50,9 +50,9 @@ def make_optimizer(
     few, and a gain belongs near 1 rather than near 0.
     """
     block_matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
-    is_block_matrix = set(block_matrices).__contains__
+    in_blocks = set(block_matrices)
     # And any other matrix that a changed model.py has.
-    embeddings = [p for p in model.parameters() if p.dim() >= 2 and not is_block_matrix(p)]
+    embeddings = [p for p in model.parameters() if p.dim() >= 2 and p not in in_blocks]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     use_muon = config.optimizer == "muon"
     decayed = embeddings if use_muon else embeddings + block_matrices

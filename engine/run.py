@@ -66,6 +66,7 @@ class TrainState:
     last_checkpoint_step: int = -1  # the step of the latest checkpoint
     unlogged_losses: float = 0.0  # sum of training losses since the last row of log.csv
     unlogged_steps: int = 0  # steps since that row
+    probe_loss: float = math.nan  # at the latest checkpoint: see probe_loss() in train.py
 
 
 def is_patience_exhausted(state: TrainState, config: TrainConfig) -> bool:
@@ -248,6 +249,7 @@ def check_init_from(config: TrainConfig, dataset: Dataset) -> None:
     source = None if resumed or config.eval_only else read_run_settings(folder)
     names = ("dataset", "seed", "block_size")  # these determine the windows of a step
     is_same = source and all(source.get(name) == getattr(config, name) for name in names)
+    # The dataset may have been prepared again, from another text: its validation tokens show this.
     if is_same and was_evaluated_on(folder, dataset):
         print(
             "these weights were trained on the batches that this run will draw; "

@@ -162,6 +162,15 @@ def test_a_model_with_new_parameters_is_trained_saved_and_loaded(
     assert "model.py has been changed" in " ".join(result.stderr.split())
 
 
+def test_resuming_notices_that_the_model_has_changed(change, tiny_flags, tmp_path, call):
+    note = "the resumed model computes other losses: has model.py been changed?"
+    assert call(train, *tiny_flags, "--dropout=0.2").returncode == 0
+    flags = (*tiny_flags, "--init_from=resume")
+    assert note not in " ".join(call(train, *flags, "--max_iters=8").stdout.split())
+    change(MLP, "forward", lambda self, x: x.flip(-1))
+    assert note in " ".join(call(train, *flags, "--max_iters=12").stdout.split())
+
+
 def test_the_page_says_that_it_shows_gpt2(change, tiny_flags, tmp_path, call):
     change(MLP, "forward", relu_squared)
     assert call(train, *tiny_flags).returncode == 0
