@@ -23,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 
 from configurator import FolioError, first_line
 from data.files import shell_command
-from engine.inference import computes_gpt2
 from model import GPT, GPTConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -38,7 +37,7 @@ CHANGED_MODEL_TYPE = "folio-changed"  # of a model.py that was changed: transfor
 def to_hf_config(config: GPTConfig) -> dict[str, Any]:
     """The architecture in the keys of transformers' GPT2Config."""
     return {
-        "model_type": "gpt2" if computes_gpt2(config) else CHANGED_MODEL_TYPE,
+        "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,

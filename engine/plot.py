@@ -58,7 +58,18 @@ def main() -> None:
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
+    runs, problems = {}, []
+    for name, folder in zip(names, folders, strict=True):
+        try:
+            runs[name] = read_run(folder)
+        except FolioError as error:
+            if not folder.is_dir():
+                raise
+            problems.append(error)
+    if not runs:
+        raise problems[0]
+    for problem in problems:
+        print(f"left out: {problem}")
     print(comparison_table(runs, shutil.get_terminal_size().columns))
     if note := comparability(list(runs.values())):
         print(f"\n{note}")

@@ -1,5 +1,7 @@
 """What happens if model.py is changed, for an experiment: everything follows it, or says so."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -115,10 +117,17 @@ def test_a_model_with_hooks_or_other_layers_generates_its_own_text():
     hooked, relu, idx = random_model(), random_model(), torch.tensor([[0, 1, 2]])
     hooked.transformer.h[0].mlp.register_forward_hook(lambda *args: torch.zeros(()))
     relu.transformer.h[0].mlp.__class__ = ReLUMLP
-    for model in (hooked, relu):
+    for model in (hooked, relu, relu.train()):
         steps = InferenceModel(model).generate(idx, 40, temperature=0)
         expected = model.generate(idx, 40, top_k=1)[0, 3:]
         assert torch.equal(torch.cat(list(steps)), expected)
+
+
+def test_a_model_with_other_layers_is_not_saved_as_gpt2(tmp_path):
+    model = random_model()
+    model.transformer.h[0].mlp.__class__ = ReLUMLP
+    save_model(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "folio-changed"
 
 
 def test_the_default_device_of_torch_does_not_matter(change):

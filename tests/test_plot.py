@@ -246,6 +246,15 @@ def test_the_picture_has_the_format_of_its_name(runs, call):
     assert_one_line_error(call(plot, str(runs / "a"), "--picture=a.jpg"), "must end in .png")
 
 
+def test_folders_that_are_no_runs_are_named_and_left_out(runs, call, tmp_path):
+    (tmp_path / "notes").mkdir()
+    folders = [str(runs / "a"), str(tmp_path / "notes"), str(runs / "b")]
+    result = call(plot, *folders, f"--picture={tmp_path / 'a.png'}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"left out: {tmp_path / 'notes'}: log.csv is missing")
+    assert "best validation loss  1.6000  2.6000" in result.stdout
+
+
 def test_a_folder_without_a_log_is_a_one_line_error(runs, call, tmp_path):
     assert_one_line_error(call(plot, str(tmp_path)), str(tmp_path), "log.csv")
     assert_one_line_error(call(plot, str(tmp_path / "none")), "none: no such folder")
