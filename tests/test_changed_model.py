@@ -1,5 +1,6 @@
 """What happens if model.py is changed, for an experiment: everything follows it, or says so."""
 
+import dataclasses
 import json
 
 import pytest
@@ -87,6 +88,14 @@ def test_the_model_as_it_is_computes_gpt2(change):
     numbers = torch.get_rng_state()
     assert computes_gpt2(CONFIG)
     assert torch.equal(numbers, torch.get_rng_state())  # training draws its own
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("changes", [{}, {"bias": False, "pad_vocab_to": 8}, {"block_size": 1}])
+def test_the_unchanged_model_is_not_called_changed(dtype, changes):
+    model = random_model(dataclasses.replace(CONFIG, **changes)).to(dtype)
+    assert InferenceModel(model).changed_model is None
+    assert InferenceModel(model.train()).changed_model is None and model.training
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,14 @@ def test_greedy_samples_are_the_cpus(tiny_flags, compile):
     assert torch.equal(samples[0], samples[1].cpu())
 
 
+def test_the_unchanged_model_is_not_called_changed(tiny_flags):
+    """TF32 and 16 bits round the logits of model.py and of engine/inference.py differently."""
+    choose_device(DEVICE, "float32")  # switches TF32 on
+    model = start_training(*tiny_flags).model.to(DEVICE)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert InferenceModel(model.to(dtype), DEVICE).changed_model is None
+
+
 def test_samples_depend_on_the_seed_alone(tiny_flags):
     model = start_training(*tiny_flags).model.eval()
     device = choose_device(DEVICE)
