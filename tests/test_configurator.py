@@ -133,6 +133,7 @@ def test_an_invalid_value_is_rejected_with_the_name_of_its_setting(flag):
         (["--xyz"], "unknown setting: --xyz (--help lists all settings)"),
         (["--lr=3"], "unknown setting: --lr (did you mean learning_rate?)"),
         (["--prompt=a"], "unknown setting: --prompt (did you mean start?)"),
+        (["--text=a"], "unknown setting: --text (did you mean start?)"),
         (["--config=a.py"], "unknown setting: --config (give the file alone: config/FILE.py)"),
         (["--min_lr=1e-4"], "unknown setting: --min_lr (the learning rate falls to zero)"),
     ],

@@ -128,6 +128,11 @@ def test_the_learning_rate_can_stay_constant_or_decay_to_a_minimum():
         TrainConfig(learning_rate=0.1, min_lr=0.2)
 
 
+def test_heads_that_do_not_divide_the_channels_are_refused_with_sizes_that_fit():
+    with pytest.raises(FolioError, match="n_head=3; try --n_head=2 or --n_embd=129"):
+        TrainConfig(n_embd=128, n_head=3)
+
+
 # --- One run ---
 
 
