@@ -98,6 +98,18 @@ def test_the_unchanged_model_is_not_called_changed(dtype, changes):
     assert InferenceModel(model.train()).changed_model is None and model.training
 
 
+def test_a_model_that_cannot_be_compared_is_not_called_changed(tmp_path):
+    needs_autocast = random_model(dataclasses.replace(CONFIG, float32_attention=True)).bfloat16()
+    overflows = random_model().half()
+    with torch.no_grad():
+        overflows.transformer.wte.weight.fill_(60_000)
+    for model in (needs_autocast.train(), overflows):
+        mode = model.training
+        save_model(model, tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt2"
+        assert model.training == mode
+
+
 @pytest.mark.parametrize(
     ("cls", "function"),
     [
