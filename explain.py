@@ -62,7 +62,7 @@ def main() -> None:
     print(f"the page of {title}")
     model, tokenizer = load_model_and_tokenizer(folder)
     if not computes_gpt2(model.config):
-        print(wrap("model.py has been changed: the attention weights on the page are GPT-2's"))
+        print(wrap("model.py has been changed: the page computes attention weights as GPT-2 does"))
     ids = choose_tokens(config, folder, tokenizer, model.config.block_size)
     scores_of_one = model.config.n_layer * model.config.n_head * len(ids) * (len(ids) + 1) // 2
     max_snapshots = min(max(MAX_SCORES // scores_of_one - 1, 1), MAX_SNAPSHOTS)
@@ -76,7 +76,9 @@ def main() -> None:
         except AttributeError as error:
             if computes_gpt2(model.config):
                 raise
-            raise FolioError(f"the page needs all parts of GPT-2 ({error})") from None
+            raise FolioError(
+                f"model.py has been changed, but the page needs all parts of GPT-2 ({error})"
+            ) from None
         checkpoints.append({"label": label, "selected": path == folder, **page_data})
     data = {
         "title": title,

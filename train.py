@@ -36,7 +36,7 @@ from engine.report import banner, indented, summary
 from engine.run import (
     OUT_OF_MEMORY_HINT, TrainState, build_model, check_init_from, fingerprint,
     is_patience_exhausted, load_dataset, resolve_config, resume, save_best, save_run,
-    save_snapshot, set_start_token, start_run_folder, wrap_model,
+    save_snapshot, start_run_folder, wrap_model,
 )  # fmt: skip
 from engine.run_folder import lock_run_folder, move_old_run_aside, resolve_out_dir
 from engine.trackers import check_trackers
@@ -75,8 +75,9 @@ def main() -> None:
         dist.check_same(
             device=device.torch_device.type, dtype=device.dtype, dataset=fingerprint(dataset)
         )
-        dist.broadcast_from_main(check_init_from, config, dataset)
-        dist.broadcast_from_main(set_start_token, config, dataset)
+        dataset.tokenizer.known_start_id = dist.broadcast_from_main(
+            check_init_from, config, dataset
+        )
         if config.init_from != "resume" and not config.eval_only:
             # Now: if this job fails later, it is restarted, and it resumes the run in the folder.
             # That must not be an older run.
@@ -444,7 +445,7 @@ def warn_if_changed(
 ) -> None:
     """Warn if the resumed model computes another loss than when it was saved."""
     if not logger.enabled:
-        return  # only the main process has the weights already
+        return  # all processes have equal weights, and one of them prints
     change = abs(probe_loss(dataset, model, config, device) - state.probe_loss)
     if change > 0.01 * state.probe_loss:  # False if the checkpoint has no loss (NaN)
         logger.warn_once("the resumed model computes other losses: has model.py been changed?")
@@ -452,11 +453,12 @@ def warn_if_changed(
 
 @torch.no_grad()
 def probe_loss(dataset: Dataset, model: GPT, config: TrainConfig, device: ComputeDevice) -> float:
-    """The loss of one window of the training text, always the same.
+    """The loss of one window of the training text: the same window at each call.
 
-    If it is NaN or infinite at a checkpoint, the weights have diverged. The training losses so far
-    do not tell: each was computed before its step changed the weights. Nor does a validation loss:
-    in float16, one of its windows may overflow, and training still goes on.
+    If this loss is NaN or infinite at a checkpoint, the weights have diverged. The training losses
+    so far do not tell: each was computed before its step changed the weights. Nor does a validation
+    loss: in float16, one of its windows may overflow, and training still goes on. When a run is
+    resumed, the loss shows whether the model is the model that was saved.
     """
     batch = training_batch(dataset.train, 1, config.block_size, seed=0, step=0, micro_batch=0)
     model.eval()

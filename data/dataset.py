@@ -349,11 +349,12 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
 
 
 def known_start_id(dataset: Dataset) -> int | None:
-    """A token to start a text, if new weights will not know the tokenizer's own; else None.
+    """Tokenizer.known_start_id for a model that is trained from scratch on this dataset.
 
-    That is the newline or, in a text without newlines, the most frequent token. A token is known if
-    it occurs 10 times, or at least once in 1,000 tokens, in the first shard of the training split
-    (of a large shard, in its first 16 million tokens).
+    None if the model will know tokenizer.start_token_id; else the newline or, in a text without
+    newlines, the most frequent token. The model will know a token that occurs 10 times, or at least
+    once in 1,000 tokens, in the first shard of the training split (of a large shard, in its first
+    16 million tokens).
     """
     tokenizer, ids = dataset.tokenizer, dataset.train.shards[0][: 2**24]
     if len(tokenizer.prefix_ids):

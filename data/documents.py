@@ -32,9 +32,7 @@ UNPACK = {
     ".gz": "gunzip --keep", ".bz2": "bunzip2 --keep", ".xz": "unxz --keep",
     ".zip": "python -m zipfile -e", ".tar": "python -m tarfile -e", ".tgz": "python -m tarfile -e",
 }  # fmt: skip
-
-
-MARKUP = (".rtf", ".html", ".htm")  # text between codes, as other programs write them
+FORMATTED = (".rtf", ".html", ".htm")  # text with formatting codes
 
 
 # --- Which files ---
@@ -126,8 +124,8 @@ def format_advice(path: Path) -> str:
         # An archive is unpacked into a folder of its own.
         folder = [] if "--keep" in UNPACK[suffix] else [str(path.with_suffix(""))]
         return f"unpack it: {UNPACK[suffix]} {shell_command(str(path), *folder)}"
-    if suffix in MARKUP:
-        return "save it as plain text (UTF-8): its codes would be learned as text"
+    if suffix in FORMATTED:
+        return "save it as plain text (UTF-8): the model would learn its formatting codes"
     return ""
 
 

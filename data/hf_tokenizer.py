@@ -31,9 +31,9 @@ from data.tokenizer_base import BYTE_DECODER, END_OF_TEXT, Tokenizer, decode_byt
 class HFTokenizer(Tokenizer):
     """A tokenizer that transformers has opened, run by `tokenizers`, the library below it.
 
-    backend: it has all tokens. special_tokens: {"eos_token": "</s>", ...}.
+    backend: the tokenizer of the library `tokenizers`. special_tokens: {"eos_token": "</s>", ...}.
     split_special_tokens: encode special tokens in a text like other text.
-    Raises ValueError if the ids are not usable.
+    Raises ValueError if the ids are random, or much larger than the number of tokens.
     """
 
     can_encode_in_pieces = False
@@ -177,14 +177,12 @@ def open_with_transformers(folder: Path) -> HFTokenizer:
             "pip install transformers"
         ) from None
     with tokenizers_errors_as(ValueError):
-        theirs = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    if not theirs.is_fast:
-        raise ValueError(f"{type(theirs).__name__} cannot be run by `tokenizers`")
-    names = theirs.special_tokens_map.items()
+        fast = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not fast.is_fast:  # transformers calls a tokenizer fast if `tokenizers` runs it
+        raise ValueError(f"{type(fast).__name__} cannot be run by `tokenizers`")
+    names = fast.special_tokens_map.items()
     special_tokens = {name: token for name, token in names if isinstance(token, str)}
-    return HFTokenizer(theirs.backend_tokenizer, special_tokens, theirs.split_special_tokens)
+    return HFTokenizer(fast.backend_tokenizer, special_tokens, fast.split_special_tokens)
 
 
 def find_prefix(backend: tokenizers.Tokenizer) -> np.ndarray:

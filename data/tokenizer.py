@@ -9,11 +9,11 @@
 
     tokenizer = load_tokenizer("out/shakespeare_char")
 
-encode() never makes special tokens: the characters "<|endoftext|>" in a text are encoded like any
-other 13 characters. Only the preparation of a dataset puts end-of-text tokens between documents,
-and encode_prompt() makes them in a prompt. (transformers, with the tokenizer files of a run, makes
-end-of-text in every text.)
-(Models from elsewhere may have other tokenizers: data/hf_tokenizer.py.)
+encode() never makes special tokens: it encodes the characters "<|endoftext|>" in a text like any
+other 13 characters. The preparation of a dataset puts end-of-text tokens between documents.
+encode_prompt() turns "<|endoftext|>" in a prompt into the token. (With the tokenizer files of a
+run, transformers does so in every text.) Models from elsewhere may have other tokenizers: see
+data/hf_tokenizer.py.
 """
 
 import contextlib
@@ -208,7 +208,7 @@ class BPETokenizer(Tokenizer):
 
     def config_dict(self) -> dict[str, Any]:
         settings = super().config_dict()
-        # As in GPT-2's own file. CTranslate2, another program that runs GPT-2, needs this name.
+        # As in GPT-2's own file. CTranslate2, another program that runs GPT-2, needs an unk_token.
         if self.eos_token_id is not None:
             settings["unk_token"] = settings["eos_token"]
         return settings
@@ -243,7 +243,9 @@ def recover_merge(
 # From here on: the file format of Hugging Face's `tokenizers`, in which AutoTokenizer opens our
 # tokenizers, and we open tokenizers of other programs. Nothing here is about language models.
 
-TOKENIZER_FILES = (  # the others are older; transformers reads them
+# A folder with a tokenizer has one of these files. Only transformers reads the older formats: all
+# files but tokenizer.json.
+TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model",
     "sentencepiece.bpe.model",
 )  # fmt: skip
@@ -265,9 +267,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if contents := read_json(path):
             tokenizer = char_from_dict(contents, config) or bpe_from_dict(contents, config)
         if tokenizer is None:
-            theirs = open_with_transformers(folder)
+            opened = open_with_transformers(folder)
             # GPT-2's older files, and models with other classes, may have a BPE of GPT-2's kind.
-            tokenizer = bpe_from_dict(theirs.to_dict(), theirs.config_dict()) or theirs
+            tokenizer = bpe_from_dict(opened.to_dict(), opened.config_dict()) or opened
         start = config.get("known_start_id")
         if type(start) is int and 0 <= start < tokenizer.vocab_size:
             tokenizer.known_start_id = start
@@ -318,7 +320,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     model_config = read_json(folder / "config.json")
     implied = model_config.get("tokenizer_class") or model_config.get("model_type")
     config["tokenizer_class"] = config.get("tokenizer_class") or implied
-    if (folder / "added_tokens.json").exists():  # written before 2023, too
+    if (folder / "added_tokens.json").exists():  # also written before 2023
         config["added_tokens"] = list(read_json(folder / "added_tokens.json"))
     return config
 

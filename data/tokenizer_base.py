@@ -25,8 +25,9 @@ class Tokenizer(ABC):
     eos_token = END_OF_TEXT  # its name
     # Whether a text that is cut before white space can be encoded piece by piece.
     can_encode_in_pieces = True
-    # A BPE vocabulary has end-of-text even if the training text is one document, from which no
-    # model learns it. Then this is a token that the model knows. tokenizer_config.json keeps it.
+    # The token that begins a text without a prompt, in place of end-of-text. It is set if the model
+    # does not know end-of-text: a BPE vocabulary has this token even if the training text is one
+    # document, from which no model learns it. tokenizer_config.json keeps the value.
     known_start_id: int | None = None
 
     @abstractmethod
@@ -86,7 +87,7 @@ class Tokenizer(ABC):
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """Names of tokens for transformers: end-of-text begins and ends a text, and fills it up."""
+        """Entries of tokenizer_config.json: what begins a text, ends it, and fills up a batch."""
         names = () if self.eos_token_id is None else ("bos_token", "eos_token", "pad_token")
         return dict.fromkeys(names, self.eos_token)
 
@@ -132,12 +133,12 @@ class Tokenizer(ABC):
     def encode_prompt(self, text: str) -> np.ndarray:
         """The ids from which to generate a continuation, int64: at least one.
 
-        Our own encode() never makes end-of-text. Here its name in the text, "<|endoftext|>", is the
-        token, if the vocabulary has it. (A tokenizer of another model, which cannot encode in
-        pieces, decides itself what its special tokens in a text become.)
+        "<|endoftext|>" in the text becomes the end-of-text token, if the vocabulary has this token.
+        (With the tokenizer of another model, which cannot encode in pieces, encode() decides what
+        special tokens in a text become.)
         """
-        is_special = self.eos_token_id is not None and self.can_encode_in_pieces
-        parts = text.split(self.eos_token) if is_special else [text]
+        has_end_of_text = self.eos_token_id is not None and self.can_encode_in_pieces
+        parts = text.split(self.eos_token) if has_end_of_text else [text]
         ids = self.encode(parts[0])
         for part in parts[1:]:
             ids = np.concatenate((ids, [self.eos_token_id], self.encode(part)))
@@ -153,7 +154,7 @@ class Tokenizer(ABC):
             "clean_up_tokenization_spaces": False,
             # True: special tokens in a text are encoded like other text. Without end-of-text, the
             # padding token is a character, and has to stay one. With end-of-text, True would be a
-            # surprise: programs for finetuning write end-of-text behind a text.
+            # surprise: programs for finetuning append "<|endoftext|>" to a text.
             "split_special_tokens": self.eos_token_id is None,
             **self.special_tokens,
         }

@@ -41,7 +41,7 @@ from engine.hf_format import (
     load_torch_file, model_without_memory, read_config, read_weights, sha256_of, to_hf_config,
     to_hf_state_dict,
 )  # fmt: skip
-from engine.inference import computes_gpt2, is_computed_here
+from engine.inference import computes_gpt2, is_gpt2
 from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, shown_path
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
@@ -76,7 +76,7 @@ def save_model(
     no_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     special_token_ids = no_ids if tokenizer is None else tokenizer.special_token_ids
     config = {**to_hf_config(model.config), **special_token_ids, "dtype": dtype}
-    if not is_computed_here(model):
+    if not is_gpt2(model):
         config["model_type"] = CHANGED_MODEL_TYPE
     generation = {"do_sample": True, "max_length": model.config.block_size, "max_new_tokens": None}
     metadata = {"format": "pt", SHA256_KEY: sha256_of(tensors)}
@@ -89,7 +89,7 @@ def save_model(
         # The disk is not full: now replace all files, which belong together.
         write_json(folder / "config.json", config)
         path = folder / "generation_config.json"
-        with contextlib.suppress(FolioError):  # damaged: replaced
+        with contextlib.suppress(FolioError):  # a damaged file is replaced
             # A user may have added defaults, such as a temperature.
             generation = {**read_json(path), **generation}
         write_json(path, {**generation, **special_token_ids})

@@ -223,7 +223,8 @@ def cpu_supports(instructions: str) -> bool:
 def cpu_quota(file: str | Path = "/sys/fs/cgroup/cpu.max") -> float:
     """Cores that this container may use, such as 2.0 with `docker run --cpus=2`; else infinity.
 
-    file: of Linux: "200000 100000" means 200 ms of CPU time in each 100 ms, "max" no limit.
+    file: Linux writes "200000 100000" there for 200 ms of CPU time in each 100 ms, and "max 100000"
+    for no limit.
     """
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path(file).read_text().split()

@@ -133,7 +133,7 @@ class Distributed:
         return results[0] if self.is_main else fn(*args)
 
     def check_same(self, **values: Any) -> None:
-        """Raises FolioError if a value is not the main process's; all processes exit.
+        """Raises FolioError if a value differs from the main process's value; all processes exit.
 
         check_same(dtype=torch.float16): the scaled gradients of float16, for example, cannot be
         averaged with the gradients of bfloat16.

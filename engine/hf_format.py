@@ -28,7 +28,7 @@ from model import GPT, GPTConfig
 WEIGHTS_FILE = "model.safetensors"
 TORCH_WEIGHTS_FILE = "pytorch_model.bin"  # what transformers wrote before safetensors existed
 SHA256_KEY = "folio_sha256"  # in the metadata of model.safetensors
-CHANGED_MODEL_TYPE = "folio-changed"  # of a model.py that was changed: transformers refuses it
+CHANGED_MODEL_TYPE = "folio-changed"  # model_type if model.py was changed: transformers refuses it
 
 
 # --- config.json ---

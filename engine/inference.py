@@ -74,8 +74,8 @@ class InferenceModel:
         small = self.device.type == "cpu" and is_small(model)
         self.dtype = choose_dtype("float32" if small and dtype == "auto" else dtype, self.device)
         packed = not small and packing_is_faster(self.device, self.dtype, batch_size)
-        # model.py may have been changed, for an experiment: then the model itself computes.
-        self.changed_model = None if is_computed_here(model) else copy.deepcopy(model).eval()
+        # If model.py was changed, for an experiment, the changed model computes the logits itself.
+        self.changed_model = None if is_gpt2(model) else copy.deepcopy(model).eval()
         if self.changed_model is None:
             self.weights = prepare_weights(model, self.device, self.dtype, packed)
         self.static_cache = static_cache or compile or self.device.type == "cuda"
@@ -147,7 +147,7 @@ class InferenceModel:
         stop: torch.Tensor,
         sample: Callable[[torch.Tensor], torch.Tensor],
     ) -> Iterator[torch.Tensor]:
-        """The steps of generate() for a changed model.py, as in model.generate."""
+        """The steps of generate() for a changed model: those of model.generate, without overlap."""
         model = self.changed_model.to(self.device)
         finished = torch.zeros(len(idx), dtype=torch.bool, device=self.device)
         for _ in count() if max_new_tokens is None else range(max_new_tokens):
@@ -253,7 +253,7 @@ CHANGED_MODEL_NOTE = (
 
 
 def computes_gpt2(config: GPTConfig) -> bool:
-    """Whether model.py computes GPT-2, as this module does; False if it was changed.
+    """Whether model.py computes GPT-2, as this module does; False if model.py was changed.
 
     Compares the logits of a small model with random weights, which has most settings of `config`.
     """
@@ -261,12 +261,12 @@ def computes_gpt2(config: GPTConfig) -> bool:
     return _computes_gpt2(n_layer, config.n_head, block_size, config.bias)
 
 
-@functools.cache
+@functools.cache  # model.py does not change while a program runs
 def _computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> bool:
     config = GPTConfig(block_size, 11, n_layer, n_head, n_embd=2 * n_head, bias=bias)
-    cpu, float64 = torch.device("cpu"), torch.float64  # equal to 15 digits
+    cpu, float64 = torch.device("cpu"), torch.float64  # float64: small rounding errors
     try:
-        # fork_rng: training draws its own random numbers.
+        # cpu: torch's default device may be another one. fork_rng: training draws its own numbers.
         with torch.no_grad(), cpu, torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = GPT(config).double().eval()
@@ -279,30 +279,28 @@ def _computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> bo
 
 
 @torch.no_grad()
-def is_computed_here(model: GPT) -> bool:
-    """Whether this module computes what `model` does, which may have hooks or other layers.
+def is_gpt2(model: GPT) -> bool:
+    """Whether the logits of this model are GPT-2's, as this module computes them.
 
-    Compares a few logits, in the precision of the model.
+    They are not if model.py was changed, or if this model has hooks or other layers. Compares a few
+    logits, in the precision of the model. A model that cannot be compared counts as GPT-2.
     """
-    parameter = next(model.parameters())
     if not computes_gpt2(model.config):
         return False
-    if parameter.is_meta:
-        return True  # the weights have shapes only
+    parameter = next(model.parameters())
+    is_random = model.training and model.config.dropout > 0
+    if is_random or parameter.is_meta:  # meta: the weights have shapes, but no numbers
+        return True
     n_tokens = min(model.config.block_size, model.config.vocab_size, 8)
-    idx = torch.arange(n_tokens, device=parameter.device)[None]
-    modes = {module: module.training for module in model.modules()}
+    idx = torch.arange(n_tokens, device=parameter.device)[None]  # (1, T)
     try:
-        expected = model.eval()(idx)[:, -1]  # without dropout
-    except RuntimeError:
-        return True  # this model needs autocast: float32_attention and weights of 16 bits
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+        expected = model(idx)[:, -1]  # (1, V)
+    except RuntimeError:  # with float32_attention, weights of 16 bits need autocast
+        return True
+    if not expected.isfinite().all():  # numbers that are too large for 16 bits, or NaN
+        return True
     logits = cached_logits(model, idx, parameter.device, parameter.dtype)
-    if not expected.isfinite().all():
-        return True  # weights that are too large for 16 bits, or NaN: nothing can be compared
-    # 16 bits, and float32 on a GPU (TF32), are less exact.
+    # Numbers of 16 bits, and of float32 on a GPU (TF32), have large rounding errors.
     is_exact = parameter.is_cpu and parameter.dtype in (torch.float32, torch.float64)
     tolerance = 1e-4 if is_exact else 0.05
     return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())

@@ -51,7 +51,7 @@ def make_optimizer(
     """
     block_matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     in_blocks = set(block_matrices)
-    # And any other matrix that a changed model.py has.
+    # wte and wpe. If model.py was changed, its other matrices belong here, too.
     embeddings = [p for p in model.parameters() if p.dim() >= 2 and p not in in_blocks]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     use_muon = config.optimizer == "muon"

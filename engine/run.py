@@ -150,7 +150,7 @@ def is_run_from(folder: Path, source: str) -> bool:
 
     A job with the wrong tokenizer, for example, ends with an error. torchrun then restarts it. If
     the job finetunes gpt2, but the run in the folder has started from scratch, then the job has not
-    made this run. Nor has a job from scratch made a run that finetunes a model.
+    made this run. A job from scratch has not made a run that finetunes a model either.
     """
     if source == "resume":
         return True
@@ -191,7 +191,8 @@ def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
             raise FolioError(f"--{name}={given}: the model in {folder} has {name}={actual}")
     config = TrainConfig(**{name: getattr(model_config, name) for name in FROM_MODEL} | overrides)
     if config.optimizer == "muon" and not config.eval_only:
-        # Too large a rate destroys what the model has learned, and nothing else shows Muon's.
+        # A learning rate that is too large destroys what the model has learned. A user who sets
+        # only learning_rate may not know that Muon has a learning rate of its own.
         print(
             f"learning rates: {config.muon_learning_rate:g} (Muon: the matrices of the blocks), "
             f"{config.learning_rate:g} (AdamW)"
@@ -220,18 +221,24 @@ def load_dataset(config: TrainConfig) -> Dataset:
     if config.dataset in DATASETS:
         ensure_shakespeare(config.dataset)
     tokenizer = BPETokenizer.gpt2() if config.tokenizer == "gpt2" else None
-    return open_dataset(config.dataset, config.block_size, tokenizer)
+    dataset = open_dataset(config.dataset, config.block_size, tokenizer)
+    dataset.tokenizer.known_start_id = None  # this run decides: see check_init_from()
+    return dataset
 
 
-def check_init_from(config: TrainConfig, dataset: Dataset) -> None:
+def check_init_from(config: TrainConfig, dataset: Dataset) -> int | None:
     """Raise FolioError if the model to start from cannot be trained with these settings and data.
+
+    Returns Tokenizer.known_start_id of this run: weights from elsewhere keep the value of their
+    tokenizer.
 
     This comes before an older run is moved aside: a run that cannot start moves nothing. Whether
     the weights themselves are damaged is known when they are loaded.
     """
     if config.init_from == "scratch":
-        return
-    resumed, folder = config.init_from == "resume", starting_folder(config)
+        return known_start_id(dataset)
+    resumed = config.init_from == "resume"
+    folder = resolve_out_dir(config.out_dir) if resumed else resolve_model_dir(config.init_from)
     source_tokenizer = load_tokenizer(folder)
     if not resumed:
         check_sizes(folder, read_config(folder), source_tokenizer.vocab_size, config.block_size)
@@ -255,22 +262,7 @@ def check_init_from(config: TrainConfig, dataset: Dataset) -> None:
             "these weights were trained on the batches that this run will draw; "
             "--seed=NUMBER gives other batches"
         )
-
-
-def starting_folder(config: TrainConfig) -> Path:
-    """The folder of the weights to start from: the run to resume, or the model to finetune."""
-    if config.init_from == "resume":
-        return resolve_out_dir(config.out_dir)
-    return resolve_model_dir(config.init_from)
-
-
-def set_start_token(config: TrainConfig, dataset: Dataset) -> None:
-    """Set the token that begins a text without a prompt: one that the model knows."""
-    if config.init_from == "scratch":
-        dataset.tokenizer.known_start_id = None  # the tokenizer may come from another run
-        dataset.tokenizer.known_start_id = known_start_id(dataset)
-    else:
-        dataset.tokenizer.known_start_id = load_tokenizer(starting_folder(config)).known_start_id
+    return source_tokenizer.known_start_id
 
 
 def build_model(

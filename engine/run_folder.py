@@ -192,7 +192,7 @@ def validation_split(folder: str | Path, block_size: int, tokenizer: Tokenizer) 
 
 
 def was_evaluated_on(folder: str | Path, dataset: Dataset) -> bool:
-    """Whether the weights in a folder were evaluated on this dataset; True if nothing is known."""
+    """Whether the weights in a folder were evaluated on this dataset; True if they do not tell."""
     return weights_metadata(folder).get("val_checksum") in (None, dataset.val.checksum())
 
 

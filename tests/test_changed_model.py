@@ -1,4 +1,4 @@
-"""What happens if model.py is changed, for an experiment: everything follows it, or says so."""
+"""A model.py that was changed for an experiment: text, files and messages are of that model."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def window(self: CausalSelfAttention, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def change(monkeypatch):
-    """change(MLP, "forward", function), and undo() at the end or before."""
+    """change(MLP, "forward", function) changes the model until the test ends."""
     inference_module._computes_gpt2.cache_clear()
 
     def change_model(cls: type, name: str, function) -> None:
@@ -149,6 +149,14 @@ def test_a_model_with_other_layers_is_not_saved_as_gpt2(tmp_path):
     model.transformer.h[0].mlp.__class__ = ReLUMLP
     save_model(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "folio-changed"
+
+
+def test_comparing_does_not_change_the_mode_of_a_model(monkeypatch):
+    """Another thread may train this model at the same time."""
+    models = [random_model(dataclasses.replace(CONFIG, dropout=p)).train() for p in (0.0, 0.2)]
+    assert computes_gpt2(CONFIG)
+    monkeypatch.setattr(GPT, "train", None)  # calling it, or eval(), would be an error
+    assert all(map(inference_module.is_gpt2, models))
 
 
 def test_the_default_device_of_torch_does_not_matter(change):
