@@ -1341,6 +1341,10 @@ def test_finetuning_and_resuming_keep_the_token_that_begins_a_text(tiny_flags, t
     tokenizer = load_tokenizer(tmp_path / "new")
     assert tokenizer.decode([tokenizer.start_token_id]) == "\n"
     assert json.loads((tmp_path / "new" / "config.json").read_text())["bos_token_id"] == ord("\n")
+    many, again = f"--dataset={folders[True]}", f"--out_dir={tmp_path / 'again'}"
+    run_train(*tiny_flags, many, again, f"--init_from={tmp_path / 'new'}", "--max_iters=2")
+    tokenizer = load_tokenizer(tmp_path / "again")
+    assert tokenizer.decode([tokenizer.start_token_id]) == "\n"
 
 
 def test_the_bos_token_id_of_another_program_does_not_matter(tmp_path):
