@@ -28,7 +28,7 @@ from data.prepare import encode_prompt
 from data.tokenizer import CharTokenizer, Tokenizer
 from engine.checkpoint import load_model, load_model_and_tokenizer
 from engine.hf_format import WEIGHTS_FILE
-from engine.inference import computes_gpt2
+from engine.inference import is_gpt2
 from engine.log_file import LOG_FILE, read_log
 from engine.run_folder import (
     SETTINGS_FILE, chosen_model, read_run_settings, shown_path, validation_split, weights_metadata,
@@ -61,7 +61,8 @@ def main() -> None:
     title = config.init_from or shown_path(folder)
     print(f"the page of {title}")
     model, tokenizer = load_model_and_tokenizer(folder)
-    if not computes_gpt2(model.config):
+    model_is_gpt2 = is_gpt2(model)
+    if not model_is_gpt2:
         print(wrap("model.py has been changed: the page computes attention weights as GPT-2 does"))
     ids = choose_tokens(config, folder, tokenizer, model.config.block_size)
     scores_of_one = model.config.n_layer * model.config.n_head * len(ids) * (len(ids) + 1) // 2
@@ -74,7 +75,7 @@ def main() -> None:
         try:
             page_data = explain(snapshot, ids)
         except AttributeError as error:
-            if computes_gpt2(model.config):
+            if model_is_gpt2:
                 raise
             raise FolioError(
                 f"model.py has been changed, but the page needs all parts of GPT-2 ({error})"

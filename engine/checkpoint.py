@@ -41,7 +41,7 @@ from engine.hf_format import (
     load_torch_file, model_without_memory, read_config, read_weights, sha256_of, to_hf_config,
     to_hf_state_dict,
 )  # fmt: skip
-from engine.inference import computes_gpt2, is_gpt2
+from engine.inference import is_gpt2
 from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, shown_path
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
@@ -124,9 +124,8 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         command = shell_command("python", "train.py", *flags)
         raise FolioError(f"{folder}: this run has saved no weights yet; to continue it: {command}")
     saved_config, tensors = read_config(folder), read_weights(folder)
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type == CHANGED_MODEL_TYPE and computes_gpt2(saved_config):
-        raise FolioError(f"{folder}: was trained with a changed model.py; make the change again")
+    is_changed = read_json(folder / "config.json").get("model_type") == CHANGED_MODEL_TYPE
+    advice = f"{folder}: was trained with a changed model.py; make the change again"
     if has_trained_biases(tensors):
         saved_config = dataclasses.replace(saved_config, bias=True)
     config = dataclasses.replace(saved_config, **overrides)
@@ -135,7 +134,10 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         if given != saved:
             raise ValueError(f"{name}={given}: the weights in {folder} have {name}={saved}")
     check_sizes(folder, saved_config, config.vocab_size, config.block_size)
-    state_dict = from_hf_state_dict(tensors, saved_config, folder)
+    try:
+        state_dict = from_hf_state_dict(tensors, saved_config, folder)
+    except FolioError as error:
+        raise FolioError(f"{advice} ({error})" if is_changed else str(error)) from None
     if not all(tensor.isfinite().all() for tensor in state_dict.values()):
         raise FolioError(
             f"{folder}: the weights contain NaN or infinity; train again with lower learning rates"
@@ -148,7 +150,10 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
     n_padding = model.transformer.wte.weight.size(0) - config.vocab_size
     state_dict[rows] = torch.nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
     model.load_state_dict(state_dict, assign=True)  # assign: parameters on "meta" have no memory
-    return model.eval()
+    model.eval()
+    if is_changed and is_gpt2(model):
+        raise FolioError(advice)
+    return model
 
 
 def check_sizes(folder: str | Path, saved: GPTConfig, vocab_size: int, block_size: int) -> None:

@@ -40,6 +40,7 @@ from engine.device import DTypeName, choose_dtype, has_bfloat16, is_intel_cpu, s
 from model import GPT, GPTConfig
 
 SMALL_MODEL_PARAMETERS = 2_000_000  # the weights of a smaller model stay in the CPU's caches
+LAYER_NORM_EPS = 1e-5  # GPT-2's; model.py may have been changed
 FINISHED_CHECK_INTERVAL = 16  # steps between checks whether all rows are finished, on a GPU
 
 
@@ -252,17 +253,12 @@ CHANGED_MODEL_NOTE = (
 )
 
 
-def computes_gpt2(config: GPTConfig) -> bool:
+@functools.cache  # model.py does not change while a program runs
+def computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> bool:
     """Whether model.py computes GPT-2, as this module does; False if model.py was changed.
 
-    Compares the logits of a small model with random weights, which has most settings of `config`.
+    Compares the logits after block_size tokens, of a narrow model with random weights.
     """
-    n_layer, block_size = min(config.n_layer, 3), min(config.block_size, 256)
-    return _computes_gpt2(n_layer, config.n_head, block_size, config.bias)
-
-
-@functools.cache  # model.py does not change while a program runs
-def _computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> bool:
     config = GPTConfig(block_size, 11, n_layer, n_head, n_embd=2 * n_head, bias=bias)
     cpu, float64 = torch.device("cpu"), torch.float64  # float64: small rounding errors
     try:
@@ -273,25 +269,32 @@ def _computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> bo
             for parameter in model.parameters():
                 parameter.normal_()
             idx = torch.randint(config.vocab_size, (1, block_size))
-            return torch.allclose(model(idx)[:, -1], cached_logits(model, idx, cpu, float64))
+            logits = cached_logits(model, idx, cpu, float64)
+            return torch.allclose(model(idx)[:, -1], logits, rtol=1e-9)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False  # a layer is missing, or has another shape
 
 
 @torch.no_grad()
 def is_gpt2(model: GPT) -> bool:
-    """Whether the logits of this model are GPT-2's, as this module computes them.
+    """Whether this model is a GPT-2: its logits are those that this module computes.
 
-    They are not if model.py was changed, or if this model has hooks or other layers. Compares a few
-    logits, in the precision of the model. A model that cannot be compared counts as GPT-2.
+    False if model.py was changed, or if this model has hooks or other layers. Compares the logits
+    of a small model after a long context (see computes_gpt2), then of this model after 8 tokens, in
+    its own precision. A model that cannot be compared counts as GPT-2.
     """
-    if not computes_gpt2(model.config):
+    config, parameter = model.config, next(model.parameters())
+    n_layer, block_size = min(config.n_layer, 3), min(config.block_size, 256)
+    if not computes_gpt2(n_layer, config.n_head, block_size, config.bias):
         return False
-    parameter = next(model.parameters())
-    is_random = model.training and model.config.dropout > 0
-    if is_random or parameter.is_meta:  # meta: the weights have shapes, but no numbers
+    if parameter.is_meta:  # the weights have shapes, but no numbers
         return True
-    n_tokens = min(model.config.block_size, model.config.vocab_size, 8)
+    if model.training and config.dropout > 0:
+        # A copy with the same weights, but without dropout. The mode of the model itself does not
+        # change: another thread may be training it.
+        same_weights = {id(weight): weight for weight in model.parameters()}
+        model = copy.deepcopy(model, same_weights).eval()
+    n_tokens = min(config.block_size, config.vocab_size, 8)
     idx = torch.arange(n_tokens, device=parameter.device)[None]  # (1, T)
     try:
         expected = model(idx)[:, -1]  # (1, V)
@@ -299,7 +302,13 @@ def is_gpt2(model: GPT) -> bool:
         return True
     if not expected.isfinite().all():  # numbers that are too large for 16 bits, or NaN
         return True
-    logits = cached_logits(model, idx, parameter.device, parameter.dtype)
+    try:
+        widths = {block.mlp.c_fc.weight.size(0) for block in model.transformer.h}
+        logits = cached_logits(model, idx, parameter.device, parameter.dtype)
+    except AttributeError:  # a layer is missing
+        return False
+    if widths != {4 * config.n_embd}:
+        return False
     # Numbers of 16 bits, and of float32 on a GPU (TF32), have large rounding errors.
     is_exact = parameter.is_cpu and parameter.dtype in (torch.float32, torch.float64)
     tolerance = 1e-4 if is_exact else 0.05
@@ -627,9 +636,8 @@ def prepare_weights(
         return make_linear(prepare(layer.weight), prepare(layer.bias))
 
     def layer_norm(layer: nn.LayerNorm) -> Layer:
-        shape, eps = layer.normalized_shape, layer.eps
-        weight, bias = prepare(layer.weight), prepare(layer.bias)
-        return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+        shape, weight, bias = layer.normalized_shape, prepare(layer.weight), prepare(layer.bias)
+        return lambda x: F.layer_norm(x, shape, weight, bias, LAYER_NORM_EPS)
 
     make_linear = packed_linear if packed else plain_linear
     wte = prepare(model.transformer.wte.weight)[: model.config.vocab_size]

@@ -16,7 +16,7 @@ from data.shakespeare import replacement_warning
 from engine.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, measured_on
 from engine.device import ComputeDevice
 from engine.flops import flops_per_token
-from engine.inference import CHANGED_MODEL_NOTE, computes_gpt2
+from engine.inference import CHANGED_MODEL_NOTE, is_gpt2
 from engine.log_file import LOG_FILE, LogRow, evaluations, read_log
 from engine.plot import PLOT_FILE
 from engine.run import TrainState, is_patience_exhausted
@@ -57,7 +57,7 @@ def banner(
     if not config.eval_only:
         lines.append(labeled("steps", describe_steps(config, state, train_tokens)))
     lines.append(labeled("device", device.description))
-    if not computes_gpt2(model.config):
+    if not is_gpt2(model):
         lines.append(labeled("note", CHANGED_MODEL_NOTE))
     if not config.eval_only and (note := long_run_note(config, state, model.config, device)):
         lines.append(labeled("note", note))

@@ -14,8 +14,7 @@ import train
 from configurator import FolioError
 from data.tokenizer import CharTokenizer
 from engine.checkpoint import load_model, load_model_and_tokenizer, save_model
-from engine import inference as inference_module
-from engine.inference import InferenceModel, computes_gpt2
+from engine.inference import InferenceModel, computes_gpt2, is_gpt2
 from model import GPT, MLP, CausalSelfAttention, GPTConfig
 
 GELU_OF_GPT2 = MLP.forward
@@ -47,15 +46,15 @@ def window(self: CausalSelfAttention, x: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def change(monkeypatch):
     """change(MLP, "forward", function) changes the model until the test ends."""
-    inference_module._computes_gpt2.cache_clear()
+    computes_gpt2.cache_clear()
 
     def change_model(cls: type, name: str, function) -> None:
         monkeypatch.setattr(cls, name, function)
-        inference_module._computes_gpt2.cache_clear()
+        computes_gpt2.cache_clear()
 
     yield change_model
     monkeypatch.undo()
-    inference_module._computes_gpt2.cache_clear()
+    computes_gpt2.cache_clear()
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def random_model(config: GPTConfig = CONFIG) -> GPT:
 
 def test_the_model_as_it_is_computes_gpt2(change):
     numbers = torch.get_rng_state()
-    assert computes_gpt2(CONFIG)
+    assert computes_gpt2(n_layer=2, n_head=2, block_size=32, bias=True)
     assert torch.equal(numbers, torch.get_rng_state())  # training draws its own
 
 
@@ -121,7 +120,6 @@ def test_a_model_that_cannot_be_compared_is_not_called_changed(tmp_path):
 )
 def test_a_changed_model_generates_its_own_text(change, cls, function):
     change(cls, "forward", function)
-    assert not computes_gpt2(CONFIG)
     model, idx = random_model().train(), torch.tensor([[0, 1, 2], [3, 4, 0]])
     steps = InferenceModel(model).generate(idx, 40, temperature=0)
     expected = model.eval().generate(idx, 40, top_k=1)[:, 3:]
@@ -151,17 +149,59 @@ def test_a_model_with_other_layers_is_not_saved_as_gpt2(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "folio-changed"
 
 
+def small_eps(self: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, eps=1e-6)
+
+
+def half_after_three_blocks(self: GPT, idx: torch.Tensor) -> torch.Tensor:
+    x = self.transformer.wte(idx) + self.transformer.wpe.weight[: idx.size(1)]
+    for i, block in enumerate(self.transformer.h):
+        x = block(x if i < 3 else x * 0.5)
+    return self.transformer.ln_f(x)
+
+
+def narrow_mlp(self: MLP, config: GPTConfig) -> None:
+    nn.Module.__init__(self)
+    self.dropout = config.dropout
+    self.c_fc = nn.Linear(config.n_embd, 2 * config.n_embd)
+    self.c_proj = nn.Linear(2 * config.n_embd, config.n_embd)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "function"),
+    [
+        (nn.LayerNorm, "forward", small_eps),
+        (GPT, "hidden_states", half_after_three_blocks),
+        (MLP, "__init__", narrow_mlp),
+    ],
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_small_and_late_changes_are_noticed_and_the_model_can_be_loaded(
+    change, cls, name, function, dropout, tmp_path
+):
+    change(cls, name, function)
+    model = random_model(dataclasses.replace(CONFIG, n_layer=4, dropout=dropout))
+    model.train()
+    assert not is_gpt2(model) and model.training
+    save_model(model, tmp_path, CharTokenizer("abcd\n"))
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "folio-changed"
+    idx = torch.tensor([[0, 1, 2]])
+    assert torch.equal(load_model(tmp_path)(idx), model.eval()(idx))
+
+
 def test_comparing_does_not_change_the_mode_of_a_model(monkeypatch):
     """Another thread may train this model at the same time."""
     models = [random_model(dataclasses.replace(CONFIG, dropout=p)).train() for p in (0.0, 0.2)]
-    assert computes_gpt2(CONFIG)
-    monkeypatch.setattr(GPT, "train", None)  # calling it, or eval(), would be an error
-    assert all(map(inference_module.is_gpt2, models))
+    assert all(map(is_gpt2, models))
+    train, changed = GPT.train, []  # GPT.eval() calls train(False)
+    monkeypatch.setattr(GPT, "train", lambda self, mode: changed.append(self) or train(self, mode))
+    assert all(map(is_gpt2, models))
+    assert not any(model is other for model in models for other in changed)
 
 
 def test_the_default_device_of_torch_does_not_matter(change):
     with torch.device("meta"):
-        assert computes_gpt2(CONFIG)
+        assert computes_gpt2(n_layer=2, n_head=2, block_size=32, bias=True)
 
 
 def test_generation_of_a_changed_model_ends_at_stop_tokens(change):
