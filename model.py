@@ -48,7 +48,7 @@ class GPTConfig:
     n_embd: int = 768  # channels: the length of the vector that represents a token
     dropout: float = 0.0  # probability of zeroing an activation during training
     bias: bool = True  # use biases in the linear layers and layer norms
-    pad_vocab_to: int = 1  # round the rows of the embedding up to a multiple of this (GPU speed)
+    pad_vocab_to: int = 1  # round the number of rows of wte up to a multiple (GPU speed)
     float32_attention: bool = False  # attention in float32 under autocast: faster on some CPUs
     activation_checkpointing: bool = False  # in training, store only each block's input (memory)
 
@@ -63,7 +63,7 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """The rows of the embedding: vocab_size, rounded up to a multiple of pad_vocab_to."""
+        """Rows of the token embedding wte: vocab_size, rounded up to a multiple of pad_vocab_to."""
         return math.ceil(self.vocab_size / self.pad_vocab_to) * self.pad_vocab_to
 
 
@@ -83,8 +83,8 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, causal: bool = True) -> 
     # A query and a key that point in the same direction have a large dot product.
     scores = q @ k.mT  # (8, 4, 64, 32) @ (8, 4, 32, 64) -> (8, 4, 64, 64)
     # The dot product of two vectors of head_dim independent numbers with mean 0 and variance 1 has
-    # variance head_dim. Without this division one weight would be almost 1, all others would be
-    # almost 0, and so would the gradient of the softmax.
+    # variance head_dim. Without this division, one weight would be almost 1 and all others almost
+    # 0. The gradient of the softmax would then be almost 0, too.
     scores = scores / math.sqrt(q.size(-1))
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(diagonal=1)
@@ -237,8 +237,8 @@ class GPT(nn.Module):
         The output layer is the token embedding again ("tied weights"): a logit is the dot product
         of a hidden state and the embedding of a token. So it has no weight of its own.
         cut_padding: False returns (..., padded_vocab_size), with -inf where there is no token: its
-        probability is 0, and the loss is equal. With pad_vocab_to=64, each row then starts at a
-        multiple of 128 bytes, and a GPU computes the loss faster.
+        probability is 0, and the loss is equal. With pad_vocab_to=64, each row of the logits
+        starts at a multiple of 128 bytes (64 numbers of 16 bits): a GPU computes the loss faster.
         """
         logits = F.linear(x, self.transformer.wte.weight)
         V = self.config.vocab_size

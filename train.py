@@ -126,7 +126,8 @@ def train(
                 record_evaluation(evaluation, config, state, dataset, model, logger)
             # If the run is killed before this checkpoint, the resumed run repeats the evaluation.
             interval = config.checkpoint_interval or config.eval_interval
-            if is_due(interval, state, config) and state.last_checkpoint_step != state.step:
+            is_saved = evaluation is None and state.last_checkpoint_step == state.step
+            if is_due(interval, state, config) and not is_saved:
                 save_state(config, state, dataset, model, optimizer, scaler, device, logger)
             interval = config.eval_interval * config.sample_interval
             if evaluation and config.sample_tokens and is_due(interval, state, config):
@@ -357,8 +358,8 @@ def record_evaluation(
         return
     logger.check_folder()
     if (state.best_step, state.best_val_loss) == (state.step, val_loss):
-        # These are the best weights: from now on or, if the run was killed between saving weights
-        # and model card, already before: see adopt_best_weights(). Save weights and model card.
+        # These are the best weights so far. (They may be in the folder already, without a model
+        # card: if the run was killed between the two files, it is evaluated again.)
         save_best(logger.folder, config, state, dataset, model, bits_per_byte)
     logger.log_row(val_loss, bits_per_byte)
     logger.print(f"\n{logger.evaluation_line()}")
@@ -380,8 +381,8 @@ def evaluate_only(
         print(banner(config, state, dataset, model, device, folder), flush=True)
     threads = ThreadAdapter(device, config.num_threads, dist.world_size, tqdm.write)
     evaluation = evaluate(wrapped_model, dataset, config, device, dist, threads)
-    # None: torchrun was killed. (A signal ends the program at once: main() catches signals around
-    # train() only.)
+    # None: torchrun was killed, which dist.shutdown.is_requested() notices. (A signal ends the
+    # program at once here: main() catches signals around train() only.)
     if evaluation is not None and dist.is_main:
         val_loss, bits_per_byte = evaluation
         # Perplexity 10: as unsure as a choice between 10 equally likely tokens.

@@ -98,7 +98,8 @@ def file_lock(path: str | Path, message: str, wait: bool = False) -> Iterator[No
     If another process holds it: raises FolioError(message), or prints message and waits.
     """
     path = Path(path)
-    lock = filelock.FileLock(path)
+    # No "soft" lock where the disk has none: it would stay after SIGKILL, and lock other nodes out.
+    lock = filelock.FileLock(path, fallback_to_soft=False)
     with explain_os_error(path, "cannot create this lock file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -116,7 +116,8 @@ def code_points(text: str) -> np.ndarray:
 # GPT-2 splits a text into words and then merges bytes within each word. A word is a contraction, or
 # letters, digits or other signs, each with the space before it, or a run of white space:
 #     "Hello, it's 42" -> ["Hello", ",", " it", "'s", " 42"]
-# \p{L} is a letter of any language, \p{N} a digit; ++ is +, but faster: it gives nothing back.
+# \p{L} is a letter of any language, \p{N} a digit; ++ is + without backtracking, which is faster.
+# Of several spaces, only the last one belongs to the next word: see lessons/bpe.py.
 # Source: OpenAI's tiktoken (MIT), where this is pat_str of the encoding "gpt2".
 GPT2_SPLIT_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -126,9 +127,9 @@ GPT2_SPLIT_PATTERN = (
 class BPETokenizer(Tokenizer):
     """Byte-level BPE: a token is a sequence of bytes.
 
-    Encoding starts with the bytes of a word. It merges the two adjacent tokens whose union has the
-    lowest id, again and again, until no two adjacent tokens form a token (Sennrich et al. 2016).
-    lessons/bpe.py has this loop in Python; here tiktoken runs it.
+    Encoding starts with the bytes of a word. It merges the two adjacent tokens whose concatenation
+    is the token with the lowest id, again and again, until no two adjacent tokens form a token
+    (Sennrich et al. 2016). lessons/bpe.py has this loop in Python; here tiktoken runs it.
 
     mergeable_ranks: the id of each token except end-of-text; all 256 bytes must be tokens.
     """

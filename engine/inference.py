@@ -148,7 +148,10 @@ class InferenceModel:
         stop: torch.Tensor,
         sample: Callable[[torch.Tensor], torch.Tensor],
     ) -> Iterator[torch.Tensor]:
-        """The steps of generate() for a changed model: those of model.generate, without overlap."""
+        """The steps of generate() for a changed model, without a cache.
+
+        As in model.generate, a full context moves by one token; there is no setting overlap.
+        """
         model = self.changed_model.to(self.device)
         finished = torch.zeros(len(idx), dtype=torch.bool, device=self.device)
         for _ in count() if max_new_tokens is None else range(max_new_tokens):

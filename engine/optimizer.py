@@ -12,8 +12,8 @@ however large its gradients are.
 But the weights of a matrix act together. The gradient of a matrix often has a few large singular
 values and many small ones. Muon (Jordan et al. 2024) orthogonalizes the running mean of gradients:
 of its singular value decomposition U S V^T it takes U V^T, whose singular values are all 1.
-For example, diag(10, 0.1) becomes diag(1, 1). So rare directions are learned as fast as common
-ones.
+For example, diag(10, 0.1) becomes diag(1, 1). So directions with small singular values are learned
+as fast as directions with large ones.
 
 lessons/optimizers.py has both in their simplest form.
 """
@@ -265,8 +265,8 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     # The Frobenius norm is at least as large as the largest singular value (before rounding).
     X = X / (X.norm(dim=(1, 2), keepdim=True) * SAFETY_FACTOR + 1e-7)
     for a, b, c in POLAR_EXPRESS_COEFFICIENTS:
-        # The polynomial of X / SAFETY_FACTOR. Dividing the coefficients takes no time. The first
-        # polynomial needs no second division, and is not harmed by it.
+        # The polynomial of X / SAFETY_FACTOR: to divide the coefficients takes less time than to
+        # divide X. (For the first polynomial, X has been divided already; once more is harmless.)
         a, b, c = a / SAFETY_FACTOR, b / SAFETY_FACTOR**3, c / SAFETY_FACTOR**5
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2

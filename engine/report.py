@@ -115,7 +115,8 @@ def summary(
     """
     folder, measured = Path(folder), measured_on(config.eval_tokens, n_val_tokens)
     total = max(config.max_iters, state.step)
-    status = "done" if state.step == total else "stopped"
+    is_evaluated = state.last_eval_step == state.step  # else a signal interrupted the evaluation
+    status = "done" if state.step == total and is_evaluated else "stopped"
     saved = "" if status == "done" else "; saved"
     if state.last_checkpoint_step != state.step:  # save_state() has refused
         saved = f"; not saved: {CHECKPOINT_FILE} is of step {state.last_checkpoint_step:,}"
@@ -131,7 +132,7 @@ def summary(
         lines.append(f"curve    {relative_path(folder / PLOT_FILE)}")
     if (folder / WEIGHTS_FILE).exists() and state.step > 0:  # not random weights
         lines.append(f"next     {sample_command(folder)}")
-    if state.step < config.max_iters:
+    if state.step < config.max_iters or not is_evaluated:
         more_patience = " --patience=0" if is_patience_exhausted(state, config) else ""
         flags = f"--init_from=resume{more_patience}"
         label = "or" if lines[-1].startswith("next") else "next"

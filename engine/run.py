@@ -100,6 +100,8 @@ def resolve_config(
     restarted = restarted and not overrides.get("eval_only")
     if (folder / CHECKPOINT_FILE).exists() and (source == "auto" or restarted):
         if source == "auto" or is_run_from(folder, source):
+            if restarted:
+                print(f"this job was restarted: it continues the run in {shown_path(folder)}")
             source = "resume"
     elif source == "auto":
         if not overrides.get("eval_only"):

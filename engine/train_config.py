@@ -55,7 +55,7 @@ class TrainConfig:
     n_embd: PositiveInt = 128  # channels C, the size of an embedding; a multiple of n_head
     dropout: Probability = 0.0  # dropout probability
     bias: bool = False  # biases in linear layers and layer norms; GPT-2 has them
-    pad_vocab_to: PositiveInt = 1  # round the embedding's rows in memory up to a multiple of this
+    pad_vocab_to: PositiveInt = 1  # round the number of embedding rows up to a multiple of this
 
     # --- Optimizer ---
     optimizer: Literal["muon", "adamw"] = "muon"  # for block matrices; other parameters: AdamW

@@ -17,7 +17,7 @@ from engine.checkpoint import load_model, load_model_and_tokenizer, save_model
 from engine.inference import InferenceModel, computes_gpt2, is_gpt2
 from model import GPT, MLP, CausalSelfAttention, GPTConfig
 
-GELU_OF_GPT2 = MLP.forward
+GELU_OF_GPT2, LAYER_NORM_INIT = MLP.forward, nn.LayerNorm.__init__
 CONFIG = GPTConfig(block_size=32, vocab_size=5, n_layer=2, n_head=2, n_embd=16)
 
 
@@ -149,8 +149,8 @@ def test_a_model_with_other_layers_is_not_saved_as_gpt2(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "folio-changed"
 
 
-def small_eps(self: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
-    return nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, eps=1e-6)
+def small_eps(self: nn.LayerNorm, n_embd: int, bias: bool) -> None:
+    LAYER_NORM_INIT(self, n_embd, eps=1e-6, bias=bias)
 
 
 def half_after_three_blocks(self: GPT, idx: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,7 @@ def narrow_mlp(self: MLP, config: GPTConfig) -> None:
 @pytest.mark.parametrize(
     ("cls", "name", "function"),
     [
-        (nn.LayerNorm, "forward", small_eps),
+        (nn.LayerNorm, "__init__", small_eps),
         (GPT, "hidden_states", half_after_three_blocks),
         (MLP, "__init__", narrow_mlp),
     ],

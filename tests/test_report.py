@@ -152,11 +152,19 @@ def test_the_summary_of_a_stopped_run_says_how_to_continue(tmp_path):
     ]
 
 
+def test_the_summary_says_that_the_last_evaluation_was_interrupted(tmp_path):
+    state = TrainState(step=10, seconds=75.2, last_checkpoint_step=10, last_eval_step=5)
+    assert summary(TrainConfig(max_iters=10), state, tmp_path).splitlines()[1::2] == [
+        "stopped  10 of 10 steps, 1:15 of training; saved",
+        "next     the same command with --init_from=resume, to continue",
+    ]
+
+
 def summary_after(logger: MetricsLogger, evaluations: list[tuple[int, float, float]]) -> str:
     with logger:
         for step, val_loss, train_loss in evaluations:
             make_step(logger, step, val_loss, train_loss)
-    logger.state.last_checkpoint_step = logger.state.step
+    logger.state.last_checkpoint_step = logger.state.last_eval_step = logger.state.step
     return " ".join(summary(logger.config, logger.state, logger.folder).split())
 
 

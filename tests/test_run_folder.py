@@ -139,14 +139,16 @@ def test_a_run_folder_is_locked_by_one_process_at_a_time(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="fcntl is Unix's")
-def test_a_disk_without_locks_is_named_and_used(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_disk_without_locks_is_named_and_used(tmp_path, capsys, monkeypatch, number):
     def flock(file, operation):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", flock)
     with lock_run_folder(tmp_path / "run"):
         output = " ".join(capsys.readouterr().out.split())  # without the ends of lines
         assert f"{tmp_path}: no file locks" in output
+        assert not any(path.is_file() and path.stat().st_size for path in tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="symbolic links need a permission on Windows")

@@ -1049,6 +1049,17 @@ def test_a_signal_interrupts_a_long_evaluation_and_resuming_repeats_it(
     assert without_times(read_log(reference)) == without_times(read_log(tmp_path / "run"))
 
 
+def test_an_interrupted_last_evaluation_is_repeated_and_saved(tiny_flags, tmp_path, run_train):
+    flags = [*tiny_flags, "--max_iters=4", "--eval_interval=4", "--batch_size=1"]
+    stopped = start((train_with_sigterm_in_evaluation, (2, flags), {})).wait()
+    assert stopped.exit_codes == [143], stopped.stderr
+    assert "stopped  4 of 4 steps" in stopped.stdout
+    for _ in range(2):  # the second time, nothing is left to do
+        run_train(*flags, "--init_from=resume")
+        state = load_checkpoint(tmp_path / "run")["train_state"]
+        assert (state["step"], state["last_eval_step"], state["best_step"]) == (4, 4, 4)
+
+
 def train_with_sigterm_in_evaluation(number: int, flags: list[str]) -> None:
     evaluation_batches, evaluations = train.evaluation_batches, itertools.count(1)
 
