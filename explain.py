@@ -37,8 +37,8 @@ from model import GPT, attention_weights
 
 PAGE = ROOT / "engine" / "page"
 MAX_TOKENS = 256  # a page of this length is still readable
-MAX_SNAPSHOTS = 7  # checkpoints of the training slider, beside the best weights
-MAX_SCORES = 400_000  # q · k of all checkpoints: fewer snapshots of a long text; about 2 MB
+MAX_SNAPSHOTS = 7  # of the training slider, beside the best weights
+MAX_SCORES = 400_000  # q · k of all snapshots: fewer snapshots of a long text; about 2 MB
 MAX_LOGITS = 1000  # of a larger vocabulary, the page gets the likeliest tokens one by one
 MAX_CHANNELS = 16  # of a value or a message, the page shows the first numbers
 TEMPERATURES = [round(0.1 * i, 1) for i in range(1, 21)]  # of the slider: 0.1, 0.2, ..., 2.0
@@ -67,11 +67,11 @@ def main() -> None:
     ids = choose_tokens(config, folder, tokenizer, model.config.block_size)
     scores_of_one = model.config.n_layer * model.config.n_head * len(ids) * (len(ids) + 1) // 2
     max_snapshots = min(max(MAX_SCORES // scores_of_one - 1, 1), MAX_SNAPSHOTS)
-    checkpoints = []
-    for path in choose_checkpoints(folder, max_snapshots):
-        label = checkpoint_label(path)
+    snapshots = []
+    for path in choose_folders(folder, max_snapshots):
+        label = weights_label(path)
         print(f"computing {label or title}")
-        snapshot = load_model(path, vocab_size=tokenizer.vocab_size) if path != folder else model
+        snapshot = model if path == folder else load_model(path, vocab_size=tokenizer.vocab_size)
         try:
             page_data = explain(snapshot, ids)
         except AttributeError as error:
@@ -80,7 +80,7 @@ def main() -> None:
             raise FolioError(
                 f"model.py has been changed, but the page needs all parts of GPT-2 ({error})"
             ) from None
-        checkpoints.append({"label": label, "selected": path == folder, **page_data})
+        snapshots.append({"label": label, "selected": path == folder, **page_data})
     data = {
         "title": title,
         "token": "one character" if isinstance(tokenizer, CharTokenizer) else "a piece of text",
@@ -88,9 +88,9 @@ def main() -> None:
         "n_head": model.config.n_head,
         "head_dim": model.config.n_embd // model.config.n_head,
         "ids": ids.tolist(),
-        "vocab": visible_vocab(tokenizer, ids, checkpoints),
+        "vocab": visible_vocab(tokenizer, ids, snapshots),
         "temperatures": TEMPERATURES,
-        "checkpoints": checkpoints,
+        "snapshots": snapshots,
     }
     output = output_path(config, folder)
     write_page(data, output)
@@ -133,7 +133,7 @@ def run_of(folder: Path) -> Path:
     return folder.parent if is_snapshot else folder
 
 
-def choose_checkpoints(folder: Path, max_snapshots: int) -> list[Path]:
+def choose_folders(folder: Path, max_snapshots: int) -> list[Path]:
     """Folders in the order of training: the best weights (the run folder) and snapshots.
 
     If there are too many snapshots (step_* folders), some of them at equal distances.
@@ -156,7 +156,7 @@ def saved_step(folder: Path) -> int:
     return weights_metadata(folder).get("step", -1)
 
 
-def checkpoint_label(folder: Path) -> str:
+def weights_label(folder: Path) -> str:
     """'step 500 of 2,000, validation loss 1.8721'; empty if the weights are not from a run."""
     step, run = saved_step(folder), run_of(folder)
     if step < 0:
@@ -274,13 +274,13 @@ def to_base64(numbers: np.ndarray) -> str:
 
 
 def visible_vocab(
-    tokenizer: Tokenizer, ids: torch.Tensor, checkpoints: list[dict[str, Any]]
+    tokenizer: Tokenizer, ids: torch.Tensor, snapshots: list[dict[str, Any]]
 ) -> dict[int, str]:
     """How each token that the page mentions is shown."""
     mentioned = set(ids.tolist())
-    for checkpoint in checkpoints:
-        mentioned.update(i for row in checkpoint["logit_ids"] for i in row)
-        mentioned.update(i for layer in checkpoint["layers"] for row in layer["ids"] for i in row)
+    for snapshot in snapshots:
+        mentioned.update(i for row in snapshot["logit_ids"] for i in row)
+        mentioned.update(i for layer in snapshot["layers"] for row in layer["ids"] for i in row)
     return {i: visible(tokenizer.token_bytes(i)) for i in sorted(mentioned)}
 
 

@@ -51,7 +51,7 @@ class SampleConfig:
     out_dir: str = (
         ""  # run folder; relative paths start at Folio's folder; empty: the newest in out/
     )
-    init_from: str = ""  # model instead of a run: gpt2, ..., gpt2-xl, or a folder
+    init_from: str = ""  # model instead of a run: gpt2, ..., a name on the hub, or a folder
     # --- Text ---
     start: str = ""  # prompt (\n: newline), or FILE:path to read it from; empty: start of a text
     num_samples: Annotated[int, Range(1, 1000)] = 1  # samples, computed together

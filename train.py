@@ -75,6 +75,7 @@ def main() -> None:
         dist.check_same(
             device=device.torch_device.type, dtype=device.dtype, dataset=fingerprint(dataset)
         )
+        # The token that begins a text without a prompt, if that is not end-of-text.
         dataset.tokenizer.known_start_id = dist.broadcast_from_main(
             check_init_from, config, dataset
         )
@@ -94,7 +95,7 @@ def main() -> None:
             evaluate_only(config, state, dataset, model, device, dist)
         else:
             dist.broadcast_from_main(start_run_folder, folder, config, dataset)
-            with dist.shutdown:  # signals, such as Ctrl-C, finish the step
+            with dist.shutdown:  # a signal, such as Ctrl-C, ends training after the current step
                 train(config, state, dataset, model, optimizer, scaler, device, dist)
         sys.exit(dist.shutdown.exit_status)
 
@@ -184,7 +185,8 @@ def train_step(
     """Update the weights once, with the mean gradient of all micro-batches.
 
     The four numbered lines are what every training step does. `dist` has an effect with several
-    processes only, `scaler` in float16 only, and autocast has no effect in float32.
+    processes, or after a signal such as Ctrl-C; `scaler` in float16 only; and autocast has no
+    effect in float32.
 
     Returns the metrics, equal in all processes. Raises FolioError if the loss or a gradient is NaN
     or infinite; the weights have not changed then. (In float16 an infinite gradient is normal: see

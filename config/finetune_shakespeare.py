@@ -20,6 +20,6 @@ max_iters = 100
 eval_interval = 20
 log_interval = 1
 warmup_iters = 10
-optimizer = "adamw"  # as in GPT-2's training; Muon's steps are too large for finetuning
+optimizer = "adamw"  # as in GPT-2's training; Muon's default learning rate is too high here
 learning_rate = 3e-5
 beta2 = 0.95

@@ -5,8 +5,8 @@
     with device.autocast():                   # matrix products in device.dtype
         loss = model(inputs, targets)
 
-No process group is needed. "auto" picks the best that this machine supports; requests for anything
-that it does not support raise FolioError.
+"auto" picks the best that this machine supports; requests for anything that it does not support
+raise FolioError.
 """
 
 import contextlib

@@ -218,8 +218,8 @@ class Distributed:
 
         After loss.backward(), each process has the mean of all processes' gradients. Compile the
         model before, not after: the methods below need the DDP module itself. (torch.compile then
-        makes one graph for each bucket of gradients, so that one bucket is sent while the backward
-        pass computes the next: torch._dynamo.config.optimize_ddp.)
+        makes one graph for each bucket, a group of gradients that DDP sends together. So one bucket
+        is sent while the backward pass computes the next: torch._dynamo.config.optimize_ddp.)
         """
         if self.world_size == 1:
             return model
@@ -272,7 +272,7 @@ def check_one_process_per_gpu(gpus: Sequence[str]) -> None:
         )
 
 
-# --- Rendezvous and restarts ---
+# --- Rendezvous (how the processes find one another) and restarts ---
 
 
 def rendezvous() -> tuple[torch_dist.Store, int, int]:

@@ -512,7 +512,7 @@ def adopt_best_weights(folder: Path, state: TrainState) -> None:
             f"{folder / WEIGHTS_FILE}: another program has replaced the best weights of this run; "
             "move this file away"
         )
-    else:  # no weights, or weights that were saved at the end of a process and not evaluated
+    else:  # no weights, or weights that were saved when training stopped, and not evaluated
         state.best_step, state.best_val_loss = -1, math.inf
 
 

@@ -20,7 +20,7 @@ class TrainConfig:
     # --- Run ---
     out_dir: str = "out/gpt"  # run folder; a relative path starts at the repository
     init_from: str = (
-        "scratch"  # scratch, resume, auto (resume if there is a run), gpt2, or a folder
+        "scratch"  # scratch, resume, auto (resume if there is a run), or gpt2, a hub name, a folder
     )
     max_iters: NonNegativeInt = 2000  # optimizer steps
     eval_interval: PositiveInt = 250  # steps between evaluations

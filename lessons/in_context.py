@@ -92,7 +92,7 @@ def secret_words(steps: int = 400) -> list[float]:
     print(f"\nThe 2nd letter costs {means[1]:.2f}, more than a guess, because the model copies too")
     print("early. It copies the letter two places before the current one. After the first")
     print("letter of a new word, this is the last letter of the old word. The model gives")
-    print("it a probability of about 0.3, and it is almost always wrong. With 800 steps of")
+    print("it a probability of 0.2 to 0.3, and it is almost always wrong. With 800 steps of")
     print("training, the 2nd letter costs about 3.3.")
     print("\nThe weights cannot know these words: each document has a new one. After the end")
     print("of a document the loss is high again, although the context still has the old")

@@ -85,19 +85,19 @@ def test_the_numbers_of_the_page_are_those_of_the_model(tmp_path, call):
     assert result.returncode == 0, result.stderr
     assert str(output) in result.stdout and output.as_uri() in result.stdout
     data, model = page_data(output), load_model(folder)
-    (checkpoint,) = data["checkpoints"]
+    (snapshot,) = data["snapshots"]
     idx = torch.tensor([data["ids"]])
     loss = model(idx[:, :-1], idx[:, 1:]).item()
-    assert np.mean(checkpoint["losses"]) == pytest.approx(loss, rel=1e-5)
+    assert np.mean(snapshot["losses"]) == pytest.approx(loss, rel=1e-5)
     block = model.transformer.h[0]
     x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(20))
     q, k, v = block.attn.qkv(block.ln_1(x))
-    scores = decode(checkpoint["scores"]).reshape(2, 2, -1)[0]  # (n_head, 20 * 21 / 2)
+    scores = decode(snapshot["scores"]).reshape(2, 2, -1)[0]  # (n_head, 20 * 21 / 2)
     lower = torch.ones(20, 20, dtype=torch.bool).tril()
     np.testing.assert_allclose(scores, (q @ k.mT)[0][:, lower].detach(), atol=2e-3)
-    messages = decode(checkpoint["messages"]).reshape(2, 2, 20, 16)[0]
+    messages = decode(snapshot["messages"]).reshape(2, 2, 20, 16)[0]
     np.testing.assert_allclose(messages, (attention_weights(q, k) @ v)[0].detach(), atol=2e-3)
-    last = checkpoint["layers"][-1]  # after the last block: what the model predicts
+    last = snapshot["layers"][-1]  # after the last block: what the model predicts
     probs = model(idx)[0].softmax(-1)
     # Six digits: the page rounds them to three, and must not round a rounded number.
     assert last["actual"][:-1] == pytest.approx(probs[range(19), idx[0, 1:]].tolist(), rel=1e-5)
@@ -105,7 +105,7 @@ def test_the_numbers_of_the_page_are_those_of_the_model(tmp_path, call):
     np.testing.assert_allclose(last["probs"], probs.topk(3).values.detach(), rtol=1e-5)
     assert last["mean_loss"] == pytest.approx(loss, rel=1e-5)
     probs = model.lm_head(model.transformer.ln_f(x))[0].softmax(-1)[range(19), idx[0, 1:]]
-    embedding = checkpoint["layers"][0]
+    embedding = snapshot["layers"][0]
     assert embedding["mean_loss"] == pytest.approx(-probs.log().mean().item(), rel=1e-5)
     assert data["token"] == "one character"
 
@@ -186,7 +186,7 @@ def test_a_page_of_128_tokens_has_at_most_2_megabytes(tmp_path, call):
     flags = [f"--output={output}", "--max_tokens=128", f"--start={text[:128]}"]
     assert call(explain, f"--init_from={folder}", *flags).returncode == 0
     assert len(page_data(output)["ids"]) == 128
-    assert len(page_data(output)["checkpoints"]) > 1
+    assert len(page_data(output)["snapshots"]) > 1
     assert output.stat().st_size <= 2e6
 
 
@@ -217,9 +217,9 @@ def test_a_page_of_gpt2_from_the_hub_has_at_most_5_megabytes(gpt2, tmp_path, cal
 
 
 def test_snapshots_are_shown_in_the_order_of_steps_and_the_best_weights_once(run_folder):
-    checkpoints = explain.choose_checkpoints(run_folder, max_snapshots=7)
-    assert [path.name for path in checkpoints] == ["step_000100", "run", "step_000300"]
-    assert [*map(explain.checkpoint_label, checkpoints)] == [
+    snapshots = explain.choose_folders(run_folder, max_snapshots=7)
+    assert [path.name for path in snapshots] == ["step_000100", "run", "step_000300"]
+    assert [*map(explain.weights_label, snapshots)] == [
         "step 100 of 300, validation loss 2.5000",
         "step 200 of 300, validation loss 2.0000 (best weights)",
         "step 300 of 300, not evaluated",
@@ -231,7 +231,7 @@ def test_the_loss_of_a_label_is_that_of_the_weights_not_of_a_repeated_step(run_f
     shutil.copytree(run_folder, tmp_path / "run")
     model = load_model(run_folder)
     save_model(model, tmp_path / "run", step=200, val_loss=1.5)  # log.csv: 2.0
-    label = explain.checkpoint_label(tmp_path / "run")
+    label = explain.weights_label(tmp_path / "run")
     assert label == "step 200 of 300, validation loss 1.5000 (best weights)"
 
 
@@ -239,7 +239,7 @@ def test_snapshots_of_an_abandoned_part_of_training_are_not_shown(run_folder, tm
     """Training was killed after step 300 and went on from step 200, with other settings."""
     folder = shutil.copytree(run_folder, tmp_path / "run")
     (folder / "step_000300").rename(folder / "step_000300.1")
-    names = [path.name for path in explain.choose_checkpoints(folder, max_snapshots=7)]
+    names = [path.name for path in explain.choose_folders(folder, max_snapshots=7)]
     assert names == ["step_000100", "run"]
 
 
@@ -247,7 +247,7 @@ def test_the_page_of_one_snapshot_names_its_step_and_loss(run_folder, tmp_path, 
     output = tmp_path / "page.html"
     flags = [f"--out_dir={run_folder / 'step_000100'}", f"--start={TEXT[:9]}"]
     assert call(explain, *flags, f"--output={output}").returncode == 0
-    labels = [checkpoint["label"] for checkpoint in page_data(output)["checkpoints"]]
+    labels = [snapshot["label"] for snapshot in page_data(output)["snapshots"]]
     assert labels == ["step 100 of 300, validation loss 2.5000"]
 
 
@@ -255,7 +255,7 @@ def test_a_run_may_be_called_like_a_snapshot(run_folder, tmp_path, call):
     folder, output = shutil.copytree(run_folder, tmp_path / "step_decay"), tmp_path / "page.html"
     flags = [f"--out_dir={folder}", f"--start={TEXT[:9]}", f"--output={output}"]
     assert call(explain, *flags).returncode == 0
-    labels = [checkpoint["label"] for checkpoint in page_data(output)["checkpoints"]]
+    labels = [snapshot["label"] for snapshot in page_data(output)["snapshots"]]
     assert all(" of 300" in label for label in labels), labels
 
 
@@ -266,7 +266,7 @@ def test_of_many_snapshots_the_first_the_last_and_some_between_are_shown(tmp_pat
     steps = {path: int(path.name[5:]) for path in tmp_path.glob("step_*")} | {tmp_path: 8}
     monkeypatch.setattr(explain, "saved_step", steps.get)
     for number, chosen in ((4, [1, 5, 8, 9, 13]), (12, list(range(1, 14)))):
-        folders = explain.choose_checkpoints(tmp_path, number)
+        folders = explain.choose_folders(tmp_path, number)
         assert [steps[folder] for folder in folders] == chosen
 
 
@@ -388,7 +388,7 @@ def test_sliders_reshape_probabilities_as_sampling_does(open_page, tmp_path, voc
         probs = sampling_probs(logits, temperature, top_k, top_p)
         for t in (0, 9):
             shown = page.evaluate(f"samplingProbs({t}, {temperature}, {top_k}, {top_p})")
-            ids = data["checkpoints"][0]["logit_ids"][t]
+            ids = data["snapshots"][0]["logit_ids"][t]
             assert len(shown) == len(ids) == min(1000, vocab_size)
             # The error is below 1 / 1000 where top-p also keeps some of the tokens of the sum.
             beyond += top_p < 1 and int((probs[t] > 0).sum()) > len(ids)
@@ -426,7 +426,7 @@ def test_clicks_and_keys_change_what_they_should(open_page, page_file):
 
 def test_in_a_slider_arrows_move_the_slider_and_letters_still_work(open_page, page_file):
     page = open_page(page_file)
-    for slider in ("temperature", "top-k", "top-p", "checkpoint"):
+    for slider in ("temperature", "top-k", "top-p", "snapshot"):
         page.focus(f"#{slider}")
         before, position = page.input_value(f"#{slider}"), page.evaluate("state.position")
         page.keyboard.press("ArrowLeft")
@@ -598,9 +598,9 @@ def test_the_page_says_from_which_layer_on_the_final_prediction_is_the_likeliest
 
 def test_the_training_slider_shows_earlier_weights_and_their_loss(open_page, page_file):
     page = open_page(page_file)
-    assert page.inner_text("#checkpoint-label").endswith("validation loss 2.0000 (best weights)")
+    assert page.inner_text("#snapshot-label").endswith("validation loss 2.0000 (best weights)")
     best = page.evaluate("attentionWeights(0, 0, 9)")
-    page.focus("#checkpoint")
+    page.focus("#snapshot")
     page.keyboard.press("ArrowLeft")
     assert page.inner_text("#training output") == "step 100 of 300, validation loss 2.5000"
     early = page.evaluate("attentionWeights(0, 0, 9)")
@@ -613,8 +613,8 @@ def test_tokens_with_html_do_nothing(open_page, page_file, tmp_path):
     data = page_data(page_file)
     data["title"] = HOSTILE
     data["vocab"] = {id_: f"{HOSTILE}{token}" for id_, token in data["vocab"].items()}
-    for checkpoint in data["checkpoints"]:
-        checkpoint["label"] = HOSTILE
+    for snapshot in data["snapshots"]:
+        snapshot["label"] = HOSTILE
     explain.write_page(data, tmp_path / "page.html")
     page = open_page(tmp_path / "page.html")
     page.keyboard.press("ArrowRight")

@@ -5,7 +5,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const T = data.ids.length, L = data.n_layer, H = data.n_head;
 // row, column: of the cell of the attention table under the mouse; -1: none.
-const state = { checkpoint: data.checkpoints.findIndex((checkpoint) => checkpoint.selected), position: 0,
+const state = { snapshot: data.snapshots.findIndex((snapshot) => snapshot.selected), position: 0,
                 layer: 0, head: 0, temperature: 1, topK: 0, topP: 1, row: -1, column: -1, all: false };
 const $ = (id) => document.getElementById(id);
 const name = (id) => data.vocab[id];
@@ -36,11 +36,11 @@ function numbers(encoded) {
   return Float32Array.from(new Int16Array(bytes(encoded.int16)), (i) => i * encoded.scale);
 }
 
-for (const checkpoint of data.checkpoints)
+for (const snapshot of data.snapshots)
   for (const key of ["scores", "values", "messages", "logits"])
-    checkpoint[key] = numbers(checkpoint[key]);
+    snapshot[key] = numbers(snapshot[key]);
 
-const now = () => data.checkpoints[state.checkpoint];
+const now = () => data.snapshots[state.snapshot];
 
 // q · k of row t with columns 0 ... t; the rows of a table are stored one after the other.
 function scores(layer, head, t) {
@@ -82,7 +82,7 @@ function samplingProbs(t, temperature, topK, topP) {
     for (let i = 0; i < probs.length; i++) {
       const p = probs[i];
       if (i > 0 && before >= topP) probs[i] = 0;
-      // All tokens beyond n: kept until the sum is topP. (In sampling, it exceeds topP by less than topP / n.)
+      // All tokens beyond n: kept until the sum is topP. (In sampling, the sum exceeds topP by less than a token.)
       else if (i === n) probs[i] = topP - before;
       before += p;
       kept += probs[i];
@@ -196,10 +196,10 @@ function buildSliders() {
     select({ topK: $("top-k").value === $("top-k").max ? 0 : Number($("top-k").value) }));
   $("top-p").addEventListener("input", () => select({ topP: Number($("top-p").value) }));
   $("reset").addEventListener("click", () => select({ temperature: 1, topK: 0, topP: 1 }));
-  if (data.checkpoints.length > 1) {
+  if (data.snapshots.length > 1) {
     $("training-slider").hidden = false;
-    Object.assign($("checkpoint"), { max: data.checkpoints.length - 1, value: state.checkpoint });
-    $("checkpoint").addEventListener("input", () => select({ checkpoint: Number($("checkpoint").value) }));
+    Object.assign($("snapshot"), { max: data.snapshots.length - 1, value: state.snapshot });
+    $("snapshot").addEventListener("input", () => select({ snapshot: Number($("snapshot").value) }));
   }
 }
 
@@ -371,13 +371,13 @@ function select(changes) {
   Object.assign(state, changes);
   const changed = Object.keys(state).filter((key) => state[key] !== before[key]);
   if (changed.length === 0) return;
-  if (changed.some((key) => key !== "row" && key !== "column")) show(changed.includes("checkpoint"));
+  if (changed.some((key) => key !== "row" && key !== "column")) show(changed.includes("snapshot"));
   else { showText(); showGraph(); showCell(); }
 }
 
 function show(repaint) {
-  $("checkpoint-label").textContent = now().label;
-  $("checkpoint").setAttribute("aria-valuetext", now().label);
+  $("snapshot-label").textContent = now().label;
+  $("snapshot").setAttribute("aria-valuetext", now().label);
   showText();
   showSurprises();
   showPrediction();
