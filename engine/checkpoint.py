@@ -38,8 +38,8 @@ from data.files import (
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.hf_format import (
     CHANGED_MODEL_TYPE, SHA256_KEY, WEIGHTS_FILE, from_hf_state_dict, has_trained_biases,
-    load_torch_file, model_without_memory, read_config, read_weights, sha256_of, to_hf_config,
-    to_hf_state_dict,
+    load_torch_file, read_config, read_weights, sha256_of, stored_tensors, to_hf_config,
+    to_hf_state_dict, uninitialized_model,
 )  # fmt: skip
 from engine.inference import is_gpt2
 from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, shown_path
@@ -69,7 +69,7 @@ def save_model(
     """
     model, folder = unwrap(model), user_path(folder)
     tensors = to_hf_state_dict(model)
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise FolioError(f"{folder}: not saved: the weights contain NaN or infinity")
     make_folder(folder)
     dtype = str(model.transformer.wte.weight.dtype).removeprefix("torch.")
@@ -102,7 +102,7 @@ def unwrap(model: torch.nn.Module) -> GPT:
         if not isinstance(inner, torch.nn.Module):
             raise TypeError(f"a GPT is needed, not a {type(model).__name__}")
         model = inner
-    expected = dict(model_without_memory(model.config).named_parameters())
+    expected = dict(uninitialized_model(model.config).named_parameters())
     if dict(model.named_parameters()).keys() != expected.keys():
         raise TypeError("parameters of this GPT have been removed or added; save the original GPT")
     return model
@@ -138,19 +138,21 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         state_dict = from_hf_state_dict(tensors, saved_config, folder)
     except FolioError as error:
         raise FolioError(f"{advice} ({error})" if is_changed else str(error)) from None
-    if not all(tensor.isfinite().all() for tensor in state_dict.values()):
-        raise FolioError(
-            f"{folder}: the weights contain NaN or infinity; train again with lower learning rates"
-        )
     positions, rows = "transformer.wpe.weight", "transformer.wte.weight"
     if positions in state_dict:
         state_dict[positions] = state_dict[positions][: config.block_size]
     state_dict[rows] = state_dict[rows][: config.vocab_size]
-    model = model_without_memory(config)  # the state_dict has the weights
-    n_padding = model.transformer.wte.weight.size(0) - config.vocab_size
+    n_padding = config.padded_vocab_size - config.vocab_size
     state_dict[rows] = torch.nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
-    model.load_state_dict(state_dict, assign=True)  # assign: parameters on "meta" have no memory
-    model.eval()
+    model = uninitialized_model(config).to(state_dict[rows].dtype).eval()
+    # Without copies (assign). But if two names mean one tensor, as they may in a changed model.py,
+    # it has to stay one tensor. from_hf_state_dict() has checked the names.
+    has_aliases = model.state_dict().keys() != stored_tensors(model).keys()
+    model.load_state_dict(state_dict, strict=False, assign=not has_aliases)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise FolioError(
+            f"{folder}: the weights contain NaN or infinity; train again with lower learning rates"
+        )
     if is_changed and is_gpt2(model):
         raise FolioError(advice)
     return model

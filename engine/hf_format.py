@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from configurator import FolioError, first_line
-from data.files import shell_command
+from data.files import join_names, shell_command
 from model import GPT, GPTConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -127,8 +127,7 @@ WRAPPERS = re.compile(r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wra
 def to_hf_state_dict(model: GPT) -> dict[str, torch.Tensor]:
     """The model's weights as Hugging Face's GPT-2 stores them, on the CPU."""
     tensors = {}
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
+    for name, tensor in stored_tensors(model).items():
         if name == "transformer.wte.weight":
             tensor = tensor[: model.config.vocab_size]  # without the rows of padding
         if name.endswith(TRANSPOSED):
@@ -140,6 +139,16 @@ def to_hf_state_dict(model: GPT) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def stored_tensors(model: GPT) -> dict[str, torch.Tensor]:
+    """The parameters, each under one name; and buffers, which a changed model.py may have.
+
+    As in state_dict(), without the buffers that are not persistent.
+    """
+    names, state_dict = dict(model.named_parameters()), model.state_dict()
+    buffers = dict(model.named_buffers())
+    return {name: state_dict[name] for name in state_dict if name in names or name in buffers}
+
+
 def from_hf_state_dict(
     tensors: dict[str, torch.Tensor], config: GPTConfig, folder: str | Path
 ) -> dict[str, torch.Tensor]:
@@ -149,18 +158,20 @@ def from_hf_state_dict(
     `folder` is named in error messages.
     Raises FolioError that lists the weights that are missing, unknown, or of a wrong shape.
     """
-    weights = [tensor for name, tensor in tensors.items() if not name.endswith(MASKS)]
-    is_float64 = all(tensor.dtype == torch.float64 for tensor in weights)
-    dtype, state_dict = torch.float64 if is_float64 else torch.float32, {}
+    # On "meta", tensors have shapes and no memory: config.json may state absurd sizes.
+    expected, state_dict = stored_tensors(uninitialized_model(config, "meta")), {}
     for stored_name, name in hf_names(tensors).items():
         tensor = tensors[stored_name]
-        if name.endswith(MASKS):
+        if name.endswith(MASKS) and name not in expected:
             continue
         if name.endswith(TRANSPOSED) and tensor.dim() == 2:
             tensor = tensor.t().contiguous()
-        state_dict[name] = tensor.to(dtype)
-    model = model_without_memory(config)
-    is_tied = "lm_head.weight" not in model.state_dict()  # unless model.py was changed
+        state_dict[name] = tensor
+    floats = {name: tensor for name, tensor in state_dict.items() if tensor.is_floating_point()}
+    is_float64 = all(tensor.dtype == torch.float64 for tensor in floats.values())
+    dtype = torch.float64 if is_float64 else torch.float32
+    state_dict |= {name: tensor.to(dtype) for name, tensor in floats.items()}
+    is_tied = "lm_head.weight" not in expected  # unless model.py was changed
     lm_head = state_dict.pop("lm_head.weight", None) if is_tied else None
     if lm_head is not None:  # a file may store the tied matrix under either name, or both
         embedding = state_dict.setdefault("transformer.wte.weight", lm_head)
@@ -173,12 +184,22 @@ def from_hf_state_dict(
         for name in [name for name in state_dict if name.endswith(BIASES)]:
             if not state_dict[name].any():
                 del state_dict[name]
-    try:  # only to check names and shapes: assign=True copies no tensor
-        model.load_state_dict(state_dict, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:1000]
-        raise FolioError(f"{folder}: the weights do not match config.json: {reason}") from None
+    if problems := list(compare_tensors(state_dict, expected)):
+        raise FolioError(f"{folder}: the weights do not match config.json: {join_names(problems)}")
     return state_dict
+
+
+def compare_tensors(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> Iterator[str]:
+    """Yield the differences of names and shapes: "transformer.extra is unknown"."""
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            yield f"{name} is missing"
+        elif name not in expected:
+            yield f"{name} is unknown"
+        elif found[name].shape != expected[name].shape:
+            yield f"{name} is {list(found[name].shape)}, not {list(expected[name].shape)}"
 
 
 def has_trained_biases(tensors: dict[str, torch.Tensor]) -> bool:
@@ -208,9 +229,9 @@ def hf_names(stored_names: Iterable[str]) -> dict[str, str]:
 
 
 class NoInitialization(TorchFunctionMode):
-    """Inside, the functions of torch.nn.init do nothing.
+    """Inside, the functions of torch.nn.init that draw random numbers do nothing.
 
-    For tensors on "meta", they would import torch's compiler, which takes two seconds.
+    Drawing them takes time, and for tensors on "meta" it would import torch's compiler.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -219,9 +240,12 @@ class NoInitialization(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def model_without_memory(config: GPTConfig) -> GPT:
-    """A GPT on the device "meta": its parameters have shapes, but no numbers."""
-    with torch.device("meta"), NoInitialization():
+def uninitialized_model(config: GPTConfig, device: torch.device | str = "cpu") -> GPT:
+    """A GPT whose parameters have shapes, but no meaningful numbers; they take no memory yet.
+
+    If model.py was changed, the model may also have constants, such as a mask: these are right.
+    """
+    with torch.device(device), torch.random.fork_rng(devices=[]), NoInitialization():
         return GPT(config)
 
 

@@ -274,8 +274,8 @@ def computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> boo
             idx = torch.randint(config.vocab_size, (1, block_size))
             logits = cached_logits(model, idx, cpu, float64)
             return torch.allclose(model(idx)[:, -1], logits, rtol=1e-9)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return False  # a layer is missing, or has another shape
+    except Exception:  # a changed model.py may lack a layer, or not work in these sizes
+        return False
 
 
 @torch.no_grad()

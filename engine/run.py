@@ -34,7 +34,7 @@ from engine.checkpoint import (
 from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
 from engine.hf_format import (
-    find_weights, has_trained_biases, model_without_memory, read_config, read_weights,
+    find_weights, has_trained_biases, read_config, read_weights, uninitialized_model,
 )  # fmt: skip
 from engine.optimizer import Optimizer
 from engine.run_folder import (
@@ -289,8 +289,7 @@ def build_model(
 
     def make_model() -> GPT:
         if config.init_from == "resume" or not dist.is_main:
-            # Uninitialized: fast, and allocates memory on the device only.
-            return model_without_memory(model_config).to_empty(device=device.torch_device)
+            return uninitialized_model(model_config, device.torch_device)
         if config.init_from == "scratch":
             torch.manual_seed(config.seed)
             return GPT(model_config)  # on the CPU: so the weights do not depend on the device

@@ -15,6 +15,7 @@ from configurator import FolioError
 from data.tokenizer import CharTokenizer
 from engine.checkpoint import load_model, load_model_and_tokenizer, save_model
 from engine.inference import InferenceModel, computes_gpt2, is_gpt2
+from engine.run_folder import describe_run
 from model import GPT, MLP, CausalSelfAttention, GPTConfig
 
 GELU_OF_GPT2, LAYER_NORM_INIT = MLP.forward, nn.LayerNorm.__init__
@@ -238,6 +239,79 @@ def test_a_model_with_new_parameters_is_trained_saved_and_loaded(
     result = call(sample, f"--out_dir={tmp_path / 'run'}", "--max_new_tokens=5")
     assert result.returncode == 0
     assert "model.py has been changed" in " ".join(result.stderr.split())
+
+
+def rotary(persistent: bool | None):
+    """__init__ and qkv of CausalSelfAttention with rotary position embeddings (Su et al. 2021).
+
+    persistent: of the buffers; None: the tables are plain attributes.
+    """
+    init, qkv = CausalSelfAttention.__init__, CausalSelfAttention.qkv
+
+    def with_tables(self, config):
+        init(self, config)
+        head_dim = config.n_embd // config.n_head
+        frequencies = 10_000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+        angles = torch.outer(torch.arange(config.block_size), frequencies)
+        for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
+            if persistent is None:
+                setattr(self, name, table)
+            else:
+                self.register_buffer(name, table, persistent=persistent)
+        if persistent:  # as nanoGPT's; not finite
+            future = torch.full((config.block_size, config.block_size), -torch.inf).triu(1)
+            self.register_buffer("bias", future)
+
+    def rotated(self, x):
+        def rotate(x):
+            (a, b), T = x.chunk(2, dim=-1), x.size(2)
+            cos, sin = self.cos[:T], self.sin[:T]
+            return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+        q, k, v = qkv(self, x)
+        return rotate(q), rotate(k), v
+
+    return with_tables, rotated
+
+
+@pytest.mark.parametrize("persistent", [True, False, None])
+def test_constants_of_a_changed_model_are_right_after_loading_and_resuming(
+    change, persistent, tiny_flags, tmp_path, call
+):
+    init, qkv = rotary(persistent)
+    change(CausalSelfAttention, "__init__", init)
+    change(CausalSelfAttention, "qkv", qkv)
+    reference = call(train, *tiny_flags, f"--out_dir={tmp_path / 'reference'}")
+    assert reference.returncode == 0, reference.stderr
+    call(train, *tiny_flags, "--max_iters=4")
+    result = call(train, *tiny_flags, "--init_from=resume", "--max_iters=8")
+    assert "has model.py been changed" not in " ".join(result.stdout.split())
+    result = call(train, *tiny_flags, "--init_from=resume", "--eval_only")
+    evaluated = call(train, *tiny_flags, f"--init_from={tmp_path / 'run'}", "--eval_only")
+    loss = describe_run(tmp_path / "run").rpartition(" ")[2]
+    assert f"validation loss {loss}" in evaluated.stdout
+    assert f"validation loss {loss}" in result.stdout
+    model, _ = load_model_and_tokenizer(tmp_path / "run")
+    angle = torch.tensor(3.0)  # of position 3 and the first frequency
+    assert torch.equal(model.transformer.h[1].attn.cos[3, 0], angle.cos())
+
+
+def test_a_tied_output_layer_under_a_name_of_its_own_stays_tied(change, tmp_path):
+    """As in nanoGPT."""
+    init = GPT.__init__
+
+    def with_head(self, config):
+        init(self, config)
+        self.head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.head.weight = self.transformer.wte.weight
+
+    change(GPT, "__init__", with_head)
+    change(GPT, "lm_head", lambda self, x: self.head(x))
+    model, idx = random_model(), torch.tensor([[0, 1, 2]])
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    assert torch.equal(loaded(idx), model(idx))
+    assert loaded.head.weight is loaded.transformer.wte.weight
 
 
 def test_resuming_notices_that_the_model_has_changed(change, tiny_flags, tmp_path, call):
