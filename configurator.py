@@ -280,6 +280,8 @@ def parse_command_line(
         name, equals, value = arg[2:].partition("=")
         if name.startswith("no-") and not equals:  # --no-bias means --bias=False
             name, value = name.removeprefix("no-"), "False"
+            if name in settings and False not in settings[name].choices:
+                raise FolioError(f"--{name} needs a value: --{name}=... ({arg} means False)")
         elif name in settings and not equals:  # the value may be the next argument
             follows = bool(args) and not args[0].startswith("--")
             choices = settings[name].choices

@@ -48,7 +48,7 @@ class GPTConfig:
     n_embd: int = 768  # channels: the length of the vector that represents a token
     dropout: float = 0.0  # probability of zeroing an activation during training
     bias: bool = True  # use biases in the linear layers and layer norms
-    pad_vocab_to: int = 1  # round the number of rows of wte up to a multiple (GPU speed)
+    pad_vocab_to: int = 1  # make the rows of wte a multiple of this (GPU speed)
     float32_attention: bool = False  # attention in float32 under autocast: faster on some CPUs
     activation_checkpointing: bool = False  # in training, store only each block's input (memory)
 
@@ -95,7 +95,7 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, causal: bool = True) -> 
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention.
 
-    Each token emits three vectors: a query (what it looks for), a key (what it contains), and a
+    Each token emits three vectors: a query (what it looks for), a key (what it is), and a
     value (what it passes on). There are n_head heads. Each head is an attention graph with its own
     queries, keys and values, which have head_dim = C / n_head channels.
     """
@@ -160,7 +160,7 @@ class Block(nn.Module):
         super().__init__()
         # Layer norm shifts and scales the C numbers of each token to mean 0 and variance 1, then
         # applies a learned gain (and bias). So each sublayer gets inputs of one size, however
-        # large the residual stream has become; deep stacks do not train without it.
+        # large the residual stream has become; deep stacks train badly without it.
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)

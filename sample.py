@@ -69,7 +69,7 @@ class SampleConfig:
     dtype: DTypeName = "auto"  # precision of the weights; auto: the fastest
     compile: bool = False  # compile the model first: only for CUDA, and for long texts
 
-    # Settings of train.py, and the error message for each of them.
+    # A config file of train.py has one of these settings. The error message, if one is given:
     replaced_settings: ClassVar[dict[str, str]] = dict.fromkeys(
         ("max_iters", "dataset", "n_layer", "block_size"),  # a config file of train.py
         "for train.py; to sample from a run: --out_dir=out/RUN",

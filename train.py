@@ -24,7 +24,7 @@ from tqdm import tqdm
 from configurator import FolioError, parse_overrides, run_main
 from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
 from data.dataset import derive_seed, evaluation_batches, prefetch, training_batch
-from engine.checkpoint import WEIGHTS_FILE
+from engine.checkpoint import WEIGHTS_FILE, measured_on
 from engine.cpu_threads import ThreadAdapter, one_thread
 from engine.device import ComputeDevice, choose_device, explain_out_of_memory, is_out_of_memory
 from engine.distributed import Distributed, is_restarted
@@ -80,8 +80,8 @@ def main() -> None:
             check_init_from, config, dataset
         )
         if config.init_from != "resume" and not config.eval_only:
-            # Now: if this job fails later, it is restarted, and it resumes the run in the folder.
-            # That must not be an older run.
+            # Before anything that may fail: a job that fails is restarted, and then resumes the run
+            # in the folder. That must not be an older run.
             dist.broadcast_from_main(move_old_run_aside, folder)
         model = build_model(config, dataset.tokenizer, device, dist)
         optimizer = make_optimizer(model, config, device.dtype, dist)
@@ -127,6 +127,7 @@ def train(
                 record_evaluation(evaluation, config, state, dataset, model, logger)
             # If the run is killed before this checkpoint, the resumed run repeats the evaluation.
             interval = config.checkpoint_interval or config.eval_interval
+            # An evaluation changes the state (best_step, last_eval_step): it is saved again.
             is_saved = evaluation is None and state.last_checkpoint_step == state.step
             if is_due(interval, state, config) and not is_saved:
                 save_state(config, state, dataset, model, optimizer, scaler, device, logger)
@@ -389,9 +390,10 @@ def evaluate_only(
         val_loss, bits_per_byte = evaluation
         # Perplexity 10: as unsure as a choice between 10 equally likely tokens.
         perplexity = torch.tensor(val_loss).exp()
+        measured = measured_on(config.eval_tokens, len(dataset.val))
         print(
             f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte, perplexity "
-            f"{perplexity:,.2f})"
+            f"{perplexity:,.2f}){measured}"
         )
 
 

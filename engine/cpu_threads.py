@@ -31,7 +31,7 @@ class ThreadAdapter:
     Call after_step() after each training step.
 
     The number of threads changes the order of sums, and so the last digits of all numbers. Runs
-    are equal bit by bit only if nothing was adapted. Nothing is if num_threads is not 0, if
+    are equal bit by bit only if it has not changed. It never changes if num_threads is not 0, if
     OMP_NUM_THREADS or MKL_NUM_THREADS is set, with several processes, on GPUs, and on other systems
     than Linux: only Linux says how much of the CPU other programs use.
     """

@@ -348,7 +348,7 @@ def load_torch_file(path: Path, mmap: bool = True, verify: bool = True) -> dict[
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except MemoryError:
         raise
-    except Exception as error:  # whatever the unpickler stumbles over, the file is at fault
+    except Exception as error:  # of the unpickler: the file is damaged, or is not plain data
         reason = first_line(error)
         raise FolioError(f"{path}: damaged, or not only weights and numbers ({reason})") from None
     if not isinstance(loaded, dict):

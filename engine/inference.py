@@ -260,7 +260,7 @@ CHANGED_MODEL_NOTE = (
 def computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> bool:
     """Whether model.py computes GPT-2, as this module does; False if model.py was changed.
 
-    Compares the logits after block_size tokens, of a narrow model with random weights.
+    Compares the logits of two positions, in a narrow model with random weights.
     """
     config = GPTConfig(block_size, 11, n_layer, n_head, n_embd=2 * n_head, bias=bias)
     cpu, float64 = torch.device("cpu"), torch.float64  # float64: small rounding errors
@@ -272,8 +272,13 @@ def computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> boo
             for parameter in model.parameters():
                 parameter.normal_()
             idx = torch.randint(config.vocab_size, (1, block_size))
-            logits = cached_logits(model, idx, cpu, float64)
-            return torch.allclose(model(idx)[:, -1], logits, rtol=1e-9)
+            logits = model(idx)
+            return all(
+                torch.allclose(
+                    logits[:, end - 1], cached_logits(model, idx[:, :end], cpu, float64), rtol=1e-9
+                )
+                for end in {block_size, (block_size + 1) // 2}
+            )
     except Exception:  # a changed model.py may lack a layer, or not work in these sizes
         return False
 
@@ -293,8 +298,8 @@ def is_gpt2(model: GPT) -> bool:
     if parameter.is_meta:  # the weights have shapes, but no numbers
         return True
     if model.training and config.dropout > 0:
-        # A copy with the same weights, but without dropout. The mode of the model itself does not
-        # change: another thread may be training it.
+        # A copy without dropout: another thread may be training the model itself. Because of
+        # same_weights, deepcopy() does not copy the weights, but uses them in the copy, too.
         same_weights = {id(weight): weight for weight in model.parameters()}
         model = copy.deepcopy(model, same_weights).eval()
     n_tokens = min(config.block_size, config.vocab_size, 8)

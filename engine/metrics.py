@@ -81,8 +81,8 @@ class MetricsLogger:
                 backup = rename_to_backup(path)
                 self.warn_once(f"{LOG_FILE} could not be read completely; kept as {backup.name}")
                 write_log(path, rows)
-            # Later rows stay in log.csv until this process logs its first row: if it fails before,
-            # nothing has changed.
+            # Rows of steps after the checkpoint stay in log.csv until this process logs its first
+            # row. If it fails before, log.csv has not changed.
             self.rows = [row for row in rows if row["step"] <= self.state.step]
             trackers = open_trackers(self.folder, self.config, self.state.step)
             self.trackers = self.exit_stack.enter_context(trackers)

@@ -106,7 +106,10 @@ def comparability(runs: list[LoggedRun]) -> str:
     """Why the losses of these runs cannot be compared; "" if they can."""
     found = {name: {run.settings.get(name) for run in runs} - {None, ""} for name in MEASURED_ON}
     if len(found["vocabulary"]) > 1:
-        return "losses of different vocabularies cannot be compared; compare bits per byte"
+        # The first tokens of two tokenizers are different parts of the text.
+        is_limited = any(found["eval_tokens"] - {0})
+        instead = "nor can bits per byte (eval_tokens)" if is_limited else "compare bits per byte"
+        return f"losses of different vocabularies cannot be compared; {instead}"
     if len(found["checksum of val.bin"]) > 1:
         return (
             "the runs were evaluated on different tokens (of another text, or by another "
@@ -240,8 +243,8 @@ def loss_range(logs: list[list[LogRow]]) -> tuple[float, float]:
     first evaluation of trained weights if that is earlier. A run whose only evaluation is that of
     step 0 counts only if no run has a later evaluation.
 
-    Earlier losses fall so fast that later losses would have a narrow strip of the picture. All
-    losses of a run count that started near its best loss: its weights were finetuned.
+    Earlier losses fall so fast that later losses would have a narrow strip of the picture. If a
+    run started near its best loss, because it finetuned trained weights, all its losses count.
     """
     losses = []
     trained = [rows for rows in logs if any(row["step"] for row in evaluations(rows))]

@@ -81,7 +81,12 @@ def resolve_model_dir(source: str | Path, on_hub: bool = True) -> Path:
 
 
 def chosen_model(init_from: str, out_dir: str) -> Path:
-    """The folder of the model that sample.py and explain.py use; both empty: the newest run."""
+    """The folder of the model that sample.py and explain.py use; both empty: the newest run.
+
+    Raises FolioError if both are given.
+    """
+    if init_from and out_dir:
+        raise FolioError(f"--init_from={init_from} --out_dir={out_dir}: give one of them")
     if init_from:
         return resolve_model_dir(init_from)
     return resolve_model_dir(out_dir, on_hub=False) if out_dir else newest_run()

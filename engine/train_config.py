@@ -61,7 +61,7 @@ class TrainConfig:
     optimizer: Literal["muon", "adamw"] = "muon"  # for block matrices; other parameters: AdamW
     learning_rate: NonNegativeFloat = 5e-3  # peak learning rate of AdamW
     muon_learning_rate: NonNegativeFloat = 0.02  # peak learning rate of Muon
-    warmup_iters: NonNegativeInt = 100  # steps of linear warmup: the first gradients mislead
+    warmup_iters: NonNegativeInt = 100  # steps of linear warmup: AdamW's first steps follow noise
     decay_lr: bool = True  # after warmup, decay the learning rate linearly until max_iters
     min_lr: NonNegativeFloat = (
         0.0  # AdamW's learning rate at the end of the decay; Muon's in proportion

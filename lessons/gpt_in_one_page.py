@@ -111,7 +111,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, steps
         # Clip: a gradient longer than 1 gets the length 1, so one unusual batch changes little.
         nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
         optimizer.step()  # step: change each parameter a little, so that the loss falls
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # backward() adds to the gradients: begin again at 0
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step:4}: training loss {loss.item():.3f}")
 

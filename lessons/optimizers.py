@@ -59,7 +59,8 @@ def muon(
     """Muon (Jordan et al. 2024), for matrices: each direction takes a step of the same size.
 
     A direction is a row of V^T in the singular value decomposition U S V^T (glossary, README.md).
-    In the gradient, the size of its step is its singular value in S. Muon sets all of them to 1.
+    A step along the gradient moves each direction in proportion to its singular value in S. Muon
+    sets all singular values to 1.
     """
     # A running mean, as in AdamW.
     m = state["m"] = momentum * state.get("m", torch.zeros_like(w)) + (1 - momentum) * g
@@ -147,7 +148,7 @@ def solve(optimizer: Callable[..., Tensor], lr: float, seed: int, steps: int = 3
 
 
 def normalized(w: Tensor, g: Tensor, state: dict, lr: float, momentum: float = 0.95) -> Tensor:
-    """A control: Muon's momentum, but the update is only divided by its length."""
+    """For comparison: Muon's momentum, but the update is only divided by its length."""
     m = state["m"] = momentum * state.get("m", torch.zeros_like(w)) + (1 - momentum) * g
     update = momentum * m + (1 - momentum) * g
     return w - lr * update / update.norm()
@@ -172,8 +173,8 @@ def compare() -> dict[str, Tensor]:
     print("""   SGD: the gradient of a short direction is tiny, and so is the step.
    AdamW: better, but it sees single weights. Each is part of all directions.
    Muon: it sees the matrix, so all directions are learned fast.
-   normalized: a control with Muon's momentum; the update is only divided by its
-   length. It is no better than SGD here: with noisy steps, the
+   normalized: for comparison. Muon's momentum, but the update is only divided
+   by its length. It is no better than SGD here: with noisy steps, the
    orthogonalization makes the difference. (With all examples in each step and
    no noise, normalized is as good as Muon: tests/test_lessons.py shows it.)""")
     return results

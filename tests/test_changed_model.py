@@ -127,6 +127,12 @@ def test_a_changed_model_generates_its_own_text(change, cls, function):
     assert torch.equal(torch.stack(list(steps), dim=1), expected)
 
 
+def test_a_missing_mask_is_noticed_in_a_single_block(change):
+    """The last position sees all tokens, with and without a mask; an earlier one does not."""
+    change(CausalSelfAttention, "forward", no_mask)
+    assert not is_gpt2(random_model(dataclasses.replace(CONFIG, n_layer=1)))
+
+
 class ReLUMLP(MLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(torch.relu(self.c_fc(x)))

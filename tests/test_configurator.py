@@ -107,6 +107,7 @@ def test_a_switch_before_a_file_does_not_take_the_file_as_its_value(config_file)
         "--dropout=1.5", "--dropout=-0.1", "--learning_rate=nan", "--learning_rate=inf",
         "--learning_rate=-1", "--compile=7", "--compile=1", "--bias=yes", "--device=toaster",
         "--n_layer=" + "9" * 30, "--n_layer=" + "9" * 5000, "--no-n_layer", "--n_layer",
+        "--no-device",
     ],
 )  # fmt: skip
 def test_an_invalid_value_is_rejected_with_the_name_of_its_setting(flag):

@@ -189,6 +189,18 @@ def test_the_table_shows_that_two_runs_have_different_vocabularies(runs, call):
     assert "vocabulary            65      60" in result.stdout.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("eval_tokens", "advice"),
+    [((0, 0), "; compare bits per byte"), ((0, 2000), "; nor can bits per byte (eval_tokens)")],
+)
+def test_bits_per_byte_are_compared_on_all_of_the_text_only(eval_tokens, advice):
+    runs = [
+        plot.LoggedRun({"vocabulary": 60 + i, "eval_tokens": n}, [])
+        for i, n in enumerate(eval_tokens)
+    ]
+    assert plot.comparability(runs).endswith(advice)
+
+
 @pytest.mark.parametrize(("size", "checksum"), [(65, 1), (60, 2), (65, 2)])
 def test_losses_on_different_texts_are_not_compared(runs, call, size, checksum):
     for name, numbers in (("a", (65, 1)), ("b", (size, checksum))):

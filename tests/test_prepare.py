@@ -190,6 +190,12 @@ def test_a_folder_that_is_no_dataset_is_never_renamed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_an_empty_folder_may_become_a_dataset(tmp_path):
+    (tmp_path / "mine").mkdir()
+    prepared(tmp_path / "mine", LINE * 9)
+    assert (tmp_path / "mine" / "train.bin").exists()
+
+
 def test_a_tokenizer_that_cannot_be_saved_as_it_is_makes_no_dataset(tmp_path, monkeypatch):
     def save_another(_, folder):
         save_tokenizer(CharTokenizer.from_text("ab"), folder)

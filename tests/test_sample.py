@@ -312,6 +312,7 @@ def test_errors_are_one_line(run_sample, folder, tmp_path):
     assert_one_line_error(run_sample(folder, "--num_samples=1000000000"), "from 1 to 1000")
     assert_one_line_error(run_sample(folder, "--num_samples=0"), "num_samples")
     assert_one_line_error(run_sample(folder, "--compile"), "compile", "CUDA")
+    assert_one_line_error(run_sample(folder, "--init_from=gpt2"), "--out_dir", "give one of them")
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(run_sample, tmp_path):

@@ -964,6 +964,8 @@ def test_eval_only_prints_the_loss_and_writes_nothing(tiny_flags, tmp_path, run_
     assert f"validation loss {val_loss:.4f}" in output
     assert f"perplexity {2.718281828**val_loss:,.2f}" in output
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    output = run_train(*tiny_flags, "--eval_only", "--init_from=resume", "--eval_tokens=8")
+    assert output.endswith(") on the first 8 validation tokens\n")
     run_train(*tiny_flags, "--eval_only", f"--out_dir={tmp_path / 'none'}")
     assert not (tmp_path / "none").exists()
 
