@@ -255,21 +255,19 @@ class GPT(nn.Module):
         | embeddings, weights of linear layers        | normal, std 0.02                | GPT    |
         | c_proj, which add to the residual stream    | normal, std 0.02/sqrt(2 n_layer)| GPT-2  |
         | biases                                      | 0                               | GPT    |
-        | gains of layer norms                        | 1                               | GPT    |
+        | gains of layer norms (by nn.LayerNorm)      | 1                               | GPT    |
 
         (OpenAI's code starts position embeddings with std 0.01, the library transformers with
         0.02.)
         """
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
                 # Each block adds twice to the residual stream. Dividing by the square root of the
                 # number of additions keeps its variance independent of the depth.
                 scale = math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 1
-                nn.init.normal_(parameter, std=0.02 / scale)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.ones_(parameter)
+                nn.init.normal_(module.weight, std=0.02 / scale)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @torch.no_grad()
     def generate(

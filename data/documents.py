@@ -231,6 +231,8 @@ def read_pieces(path: Path) -> Iterator[str]:
                     f"{path}: not UTF-8 text (invalid byte at offset {offset:,}); "
                     "convert or exclude this file"
                 ) from None
+            if position == 0 and raw.startswith(b"version https://git-lfs"):
+                raise FolioError(f"{path}: a Git LFS pointer, not the text; run `git lfs pull`")
             if b"\0" in raw:
                 raise FolioError(f"{path}: contains NUL bytes, so it is not UTF-8 text")
             position += len(raw)

@@ -182,6 +182,8 @@ def open_corpus(inputs: list[Path], config: PrepareTextConfig) -> Corpus:
     train, val = ([measure(document) for document in read(group)] for group in (files, val_files))
     sizes = [size for size, _, _ in (*train, *val)]
     n_marks = sum(count for _, count, _ in (*train, *val))
+    if separator and len(sizes) <= sum(not is_jsonl(path) for path in (*files, *val_files)):
+        print(f"--document_separator={config.document_separator} divides no text into documents")
     is_ordinary = config.tokenizer in TOKENIZER_TYPES  # other tokenizers may recognize it
     if n_marks and is_ordinary and not separator and not all(map(is_jsonl, files)):
         print(

@@ -145,9 +145,14 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
     n_padding = config.padded_vocab_size - config.vocab_size
     state_dict[rows] = torch.nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
     model = uninitialized_model(config).to(state_dict[rows].dtype).eval()
+    # A buffer of a changed model.py, such as a mask, may have another size: the model has its own.
+    own, buffers = model.state_dict(), dict(model.named_buffers())
+    for name in buffers.keys() & state_dict.keys():
+        if own[name].shape != state_dict[name].shape:
+            del state_dict[name]
     # Without copies (assign). But if two names mean one tensor, as they may in a changed model.py,
     # it has to stay one tensor. from_hf_state_dict() has checked the names.
-    has_aliases = model.state_dict().keys() != stored_tensors(model).keys()
+    has_aliases = own.keys() != stored_tensors(model).keys()
     model.load_state_dict(state_dict, strict=False, assign=not has_aliases)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise FolioError(

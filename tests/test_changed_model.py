@@ -300,6 +300,9 @@ def test_constants_of_a_changed_model_are_right_after_loading_and_resuming(
     model, _ = load_model_and_tokenizer(tmp_path / "run")
     angle = torch.tensor(3.0)  # of position 3 and the first frequency
     assert torch.equal(model.transformer.h[1].attn.cos[3, 0], angle.cos())
+    shorter = load_model(tmp_path / "run", block_size=4)
+    idx = torch.tensor([[0, 1, 2]])
+    torch.testing.assert_close(shorter(idx), model(idx))
 
 
 def test_a_tied_output_layer_under_a_name_of_its_own_stays_tied(change, tmp_path):

@@ -199,6 +199,22 @@ def test_weights_are_initialized_as_in_the_gpt2_paper():
             assert parameter.mean().item() == pytest.approx(0, abs=expected / 20), name
 
 
+def test_other_parameters_and_buffers_keep_the_values_of_their_own():
+    """Of a changed model: a gate that begins at 0, nanoGPT's mask with the name "bias"."""
+
+    class ChangedGPT(GPT):
+        def init_weights(self):
+            for block in self.transformer.h:
+                block.gate = torch.nn.Parameter(torch.full((1,), 0.5))
+                block.table = torch.nn.Parameter(torch.full((2, 3, 4), 0.5))
+                block.attn.register_buffer("bias", torch.full((4, 4), 0.5))
+            super().init_weights()
+
+    model = ChangedGPT(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=8))
+    block = model.transformer.h[0]
+    assert all((tensor == 0.5).all() for tensor in (block.gate, block.table, block.attn.bias))
+
+
 def test_an_untrained_model_gives_every_token_about_the_same_probability():
     model = GPT(GPTConfig(block_size=16, vocab_size=1000, n_layer=2, n_head=2, n_embd=32))
     idx = torch.randint(1000, (8, 17))

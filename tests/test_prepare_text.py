@@ -169,6 +169,9 @@ def test_an_end_of_text_that_would_be_ordinary_text_is_told(prepare, tmp_path):
     text = " ".join(prepare(path, "--dataset=a").stdout.split())
     assert f"{END} occurs 3 times" in text and f"--document_separator='{END}'" in text
     assert "occurs" not in prepare(path, "--dataset=b", f"--document_separator={END}").stdout
+    note = "--document_separator=### divides no text into documents"
+    assert note in prepare(path, "--dataset=c", "--document_separator=###").stdout
+    assert "divides no" not in prepare(path, "--dataset=d", f"--document_separator={END}").stdout
 
 
 # --- Tokenizers ---
@@ -312,6 +315,7 @@ def test_bad_input_is_one_line(prepare, tmp_path, data_folder):
     assert_one_line_error(refused(b""), "no text")
     assert_one_line_error(refused(b"\x89PNG\xff\xfe"), "offset 0")
     assert_one_line_error(refused("UTF-16".encode("utf-16-le")), "contains NUL bytes")
+    assert_one_line_error(refused(b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull")
     assert_one_line_error(refused(b"low low", "--tokenizer=bpe", "--vocab_size=99"), "257")
     assert_one_line_error(refused(b"low low", "--tokenizer=bpe", "--vocab_size=999"), "or less")
     assert_one_line_error(refused(b"low low", "--tokenizer=words"), "char, gpt2, bpe, or the fold")
