@@ -69,9 +69,9 @@ class SampleConfig:
     dtype: DTypeName = "auto"  # precision of the weights; auto: the fastest
     compile: bool = False  # compile the model first: only for CUDA, and for long texts
 
-    # A config file of train.py has one of these settings. The error message, if one is given:
+    # Settings of train.py's config files; with the error message if sample.py is given such a file.
     replaced_settings: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("max_iters", "dataset", "n_layer", "block_size"),  # a config file of train.py
+        ("max_iters", "dataset", "n_layer", "block_size"),
         "for train.py; to sample from a run: --out_dir=out/RUN",
     )
 

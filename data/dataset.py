@@ -12,6 +12,7 @@ predict the next token. The window 5 9 2 (T = 2) holds two examples:
 `python -m data.show shakespeare_char` prints a batch of a dataset in this form.
 """
 
+import contextlib
 import hashlib
 import math
 import mmap
@@ -328,7 +329,30 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
     window of block_size + 1 tokens, or if an id is outside the vocabulary.
     """
     folder = DATA_DIR / user_path(name)
-    tokenizer = find_tokenizer(folder, str(name), tokenizer)
+    while True:
+        before = folder_id(folder)
+        try:
+            dataset = read_dataset(folder, str(name), block_size, tokenizer)
+        except (FolioError, OSError):
+            if folder_id(folder) == before:
+                raise
+        else:
+            if folder_id(folder) == before:
+                return dataset
+        # Another process has prepared this dataset again just now: open the new one.
+
+
+def folder_id(folder: Path) -> tuple[int, int] | None:
+    """Which folder has this name now. A new folder of the same name is another one."""
+    with contextlib.suppress(OSError):  # there is none
+        status = folder.stat()
+        return status.st_dev, status.st_ino
+    return None
+
+
+def read_dataset(folder: Path, name: str, block_size: int, tokenizer: Tokenizer | None) -> Dataset:
+    """open_dataset() for a folder that is not replaced meanwhile."""
+    tokenizer = find_tokenizer(folder, name, tokenizer)
     meta = read_meta(folder)
     check_tokenizer(folder / "tokenizer.json", meta)
     train = ShardedTokens(folder, "train", meta, tokenizer.vocab_size)

@@ -43,13 +43,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             mode = temporary.stat().st_mode
             yield temporary
             temporary.chmod(mode)  # safetensors sets mode 600
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            fsync_file(temporary)
             os.replace(temporary, path)
         fsync_dir(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def fsync_file(path: str | Path) -> None:
+    """Flush a file's contents to the disk: they survive a power failure."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def fsync_dir(folder: str | Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
 from configurator import FolioError, first_line
@@ -139,6 +140,32 @@ def to_hf_state_dict(model: GPT) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The name and the shape of each parameter of GPT-2; without biases if config.bias is False.
+
+    A changed model.py may have other parameters.
+    """
+    C = config.n_embd
+    shapes = {
+        "wte.weight": (config.padded_vocab_size, C),
+        "wpe.weight": (config.block_size, C),
+        "ln_f.weight": (C,),
+    }
+    for i in range(config.n_layer):
+        shapes |= {
+            f"h.{i}.ln_1.weight": (C,),
+            f"h.{i}.attn.c_attn.weight": (3 * C, C),
+            f"h.{i}.attn.c_proj.weight": (C, C),
+            f"h.{i}.ln_2.weight": (C,),
+            f"h.{i}.mlp.c_fc.weight": (4 * C, C),
+            f"h.{i}.mlp.c_proj.weight": (C, 4 * C),
+        }
+    if config.bias:
+        with_bias = [name for name in shapes if name not in ("wte.weight", "wpe.weight")]
+        shapes |= {f"{name.removesuffix('weight')}bias": shapes[name][:1] for name in with_bias}
+    return {f"transformer.{name}": shape for name, shape in shapes.items()}
+
+
 def stored_tensors(model: GPT) -> dict[str, torch.Tensor]:
     """The parameters, each under one name; and buffers, which a changed model.py may have.
 
@@ -229,19 +256,21 @@ def hf_names(stored_names: Iterable[str]) -> dict[str, str]:
 
 
 class NoInitialization(TorchFunctionMode):
-    """Inside, the functions of torch.nn.init that draw random numbers do nothing.
+    """Inside, linear layers and embeddings draw no random numbers.
 
     Drawing them takes time, and for tensors on "meta" it would import torch's compiler.
     """
 
+    SKIPPED = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", "") == "torch.nn.init":
+        if func in self.SKIPPED:
             return kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
 
 def uninitialized_model(config: GPTConfig, device: torch.device | str = "cpu") -> GPT:
-    """A GPT whose parameters have shapes, but no meaningful numbers; they take no memory yet.
+    """A GPT whose weights have shapes, but no meaningful numbers.
 
     If model.py was changed, the model may also have constants, such as a mask: these are right.
     """

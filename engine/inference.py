@@ -37,6 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from engine.device import DTypeName, choose_dtype, has_bfloat16, is_intel_cpu, start_reading
+from engine.hf_format import gpt2_shapes
 from model import GPT, GPTConfig
 
 SMALL_MODEL_PARAMETERS = 2_000_000  # the weights of a smaller model stay in the CPU's caches
@@ -295,6 +296,9 @@ def is_gpt2(model: GPT) -> bool:
     n_layer, block_size = min(config.n_layer, 3), min(config.block_size, 256)
     if not computes_gpt2(n_layer, config.n_head, block_size, config.bias):
         return False
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    if shapes != gpt2_shapes(config):  # for example, one block that is used several times
+        return False
     if parameter.is_meta:  # the weights have shapes, but no numbers
         return True
     if model.training and config.dropout > 0:
@@ -311,11 +315,8 @@ def is_gpt2(model: GPT) -> bool:
     if not expected.isfinite().all():  # numbers that are too large for 16 bits, or NaN
         return True
     try:
-        widths = {block.mlp.c_fc.weight.size(0) for block in model.transformer.h}
         logits = cached_logits(model, idx, parameter.device, parameter.dtype)
     except AttributeError:  # a layer is missing
-        return False
-    if widths != {4 * config.n_embd}:
         return False
     # Numbers of 16 bits, and of float32 on a GPU (TF32), have large rounding errors.
     is_exact = parameter.is_cpu and parameter.dtype in (torch.float32, torch.float64)

@@ -29,10 +29,10 @@ def read_log(path: str | Path) -> list[LogRow]:
 
 
 def parse_log(path: str | Path) -> tuple[list[LogRow], bool]:
-    """Return all rows of log.csv, and whether all of it could be read.
+    """Return all rows of log.csv by step, and whether all of it could be read.
 
     A killed process may have written a part of the last line: it is ignored, unless it has all
-    columns. (A spreadsheet may leave out the last line end.)
+    columns. (A spreadsheet may leave out the last line end, and may have sorted the rows.)
     """
     path = Path(path)
     if not path.exists():
@@ -49,7 +49,7 @@ def parse_log(path: str | Path) -> tuple[list[LogRow], bool]:
     # Fields are numbers, so splitting at commas is enough.
     rows = [dict(zip(COLUMNS, map(_to_number, line.split(",")), strict=False)) for line in lines]
     valid = [row for row in rows if len(row) == len(COLUMNS) and has_progress(row)]
-    return valid, len(valid) == len(rows)
+    return sorted(valid, key=lambda row: row["step"]), len(valid) == len(rows)
 
 
 def has_progress(row: LogRow) -> bool:

@@ -161,10 +161,18 @@ def describe_best(rows: list[LogRow], state: TrainState, measured: str = "") -> 
     # A difference below 1% may be chance.
     if best and last["val_loss"] > 1.01 * state.best_val_loss:
         text += f"; it rose to {last['val_loss']:.4f} at step {last['step']:,}"
-        train_losses = (best["train_loss"], last["train_loss"])
-        if None not in train_losses and train_losses[1] < 0.99 * train_losses[0]:
+        losses = [training_loss(rows, row["step"]) for row in (best, last)]
+        if None not in losses and losses[1] < 0.97 * losses[0]:  # a small fall may be chance
             text += " while the training loss fell: overfitting"
     return text
+
+
+def training_loss(rows: list[LogRow], step: int) -> float | None:
+    """The mean training loss between the evaluation at a step and the one before it."""
+    start = max((row["step"] for row in evaluations(rows) if row["step"] < step), default=-1)
+    losses = [row["train_loss"] for row in rows if start < row["step"] <= step]
+    losses = [loss for loss in losses if loss is not None]
+    return sum(losses) / len(losses) if losses else None
 
 
 def sample_command(folder: Path) -> str:

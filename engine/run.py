@@ -10,6 +10,7 @@ start_run_folder(folder, config, dataset)         # settings.json and the tokeni
 save_best(...), save_run(...), save_snapshot(...) # the best weights, resume.pt, step_*
 """
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from configurator import (
     FolioError, configure, first_line, format_value, print_or_discard, to_json, wrap,
 )  # fmt: skip
 from data.dataset import Dataset, known_start_id, open_dataset
-from data.files import explain_os_error, write_text
+from data.files import explain_os_error, fsync_file, write_text
 from data.shakespeare import DATASETS, ensure_shakespeare
 from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
@@ -36,6 +37,7 @@ from engine.distributed import Distributed, map_tensors
 from engine.hf_format import (
     find_weights, has_trained_biases, read_config, read_weights, uninitialized_model,
 )  # fmt: skip
+from engine.log_file import LOG_FILE
 from engine.optimizer import Optimizer
 from engine.run_folder import (
     SETTINGS_FILE, describe_run, make_folder, move_old_run_aside, read_run_settings,
@@ -412,6 +414,8 @@ def save_run(
         "dataset": fingerprint(dataset),
         "settings": dataclasses.asdict(config),
     }
+    with contextlib.suppress(OSError):  # the log is not needed to continue
+        fsync_file(folder / LOG_FILE)  # before the checkpoint, which continues its rows
     save_checkpoint(folder, parts)
     write_text(folder / SETTINGS_FILE, to_json(config))
 

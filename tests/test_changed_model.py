@@ -133,6 +133,18 @@ def test_a_missing_mask_is_noticed_in_a_single_block(change):
     assert not is_gpt2(random_model(dataclasses.replace(CONFIG, n_layer=1)))
 
 
+@pytest.mark.parametrize("change_model", ["one block three times", "weight_norm"])
+def test_parameters_of_other_names_are_no_gpt2(change_model, tmp_path):
+    """The logits are those of GPT-2, but transformers would not find the weights in the file."""
+    model = random_model()
+    if change_model == "weight_norm":
+        for block in model.transformer.h:
+            nn.utils.parametrizations.weight_norm(block.mlp.c_fc)
+    else:
+        model.transformer.h = nn.ModuleList([model.transformer.h[0]] * CONFIG.n_layer)
+    assert not is_gpt2(model)
+
+
 class ReLUMLP(MLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(torch.relu(self.c_fc(x)))
@@ -267,6 +279,8 @@ def rotary(persistent: bool | None):
         if persistent:  # as nanoGPT's; not finite
             future = torch.full((config.block_size, config.block_size), -torch.inf).triu(1)
             self.register_buffer("bias", future)
+        ones = nn.init.constant_(torch.empty(2, 2), 1.0)
+        self.register_buffer("ones", ones, persistent=False)
 
     def rotated(self, x):
         def rotate(x):
@@ -275,7 +289,7 @@ def rotary(persistent: bool | None):
             return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
         q, k, v = qkv(self, x)
-        return rotate(q), rotate(k), v
+        return rotate(q), rotate(k), v * self.ones[0, 0]
 
     return with_tables, rotated
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configurator import FolioError
-from data import show
+from data import dataset, show
 from data.bpe import train_bpe
 from data.dataset import (
     HEADER_BYTES, IGNORE_INDEX, SHARD_MAGIC, SHARD_VERSION, ShardedTokens, derive_seed,
@@ -418,6 +418,27 @@ def test_any_bytes_are_a_dataset_or_are_refused(data_folder, n_trials):
 
     check()
     assert count.fraction_accepted() > 0.1
+
+
+def test_a_dataset_that_is_replaced_while_it_is_opened_is_never_a_mixture(
+    tiny_dataset, tmp_path, monkeypatch
+):
+    other, splits = tmp_path / "other", {}
+    shutil.copytree(tiny_dataset, other)
+    for split in ("train", "val"):  # another text of equal size
+        splits[split] = np.fromfile(other / f"{split}.bin", "<u2")[::-1]
+        splits[split].tofile(other / f"{split}.bin")
+
+    def replace_before_val(folder, split, *args):
+        if split == "val" and other.exists():
+            tiny_dataset.rename(tmp_path / "old")
+            other.rename(tiny_dataset)
+        return ShardedTokens(folder, split, *args)
+
+    monkeypatch.setattr(dataset, "ShardedTokens", replace_before_val)
+    opened = open_dataset(tiny_dataset, 8)
+    for tokens, split in ((opened.train, "train"), (opened.val, "val")):
+        assert np.array_equal(tokens.shards[0], splits[split])
 
 
 # --- python -m data.show ---

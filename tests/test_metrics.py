@@ -119,6 +119,13 @@ def test_a_log_saved_by_a_spreadsheet_with_commas_is_read(make_logger, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", START_ID_FILE]
 
 
+def test_a_log_that_a_spreadsheet_has_sorted_is_read_by_step(make_logger, tmp_path):
+    row = ROW.replace("2,", "1,", 1)
+    (tmp_path / "log.csv").write_text(f"{HEADER}\n{ROW}\n{row}\n")
+    with make_logger(step=2) as logger:
+        assert [row["step"] for row in logger.rows] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("content", "kept_steps"),
     [
