@@ -21,7 +21,7 @@ import data  # noqa: F401 - first: it says what to do if torch is missing
 import torch
 from tqdm import tqdm
 
-from configurator import FolioError, parse_overrides, run_main
+from configurator import FolioError, parse_overrides, run_main, wrap
 from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
 from data.dataset import derive_seed, evaluation_batches, prefetch, training_batch
 from engine.checkpoint import WEIGHTS_FILE, measured_on
@@ -118,8 +118,8 @@ def train(
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         threads = ThreadAdapter(device, config.num_threads, dist.world_size, logger.print)
         logger.print(banner(config, state, dataset, model, device, folder))
-        if config.init_from == "resume":
-            warn_if_changed(config, state, dataset, model, device, logger)
+        if config.init_from == "resume" and is_model_changed(state, dataset, model, device):
+            logger.warn_once(CHANGED_SINCE_SAVED)
         while True:
             evaluation = None  # validation loss and bits per byte, if evaluated at this step
             if is_evaluation_due(state, config):
@@ -383,6 +383,9 @@ def evaluate_only(
     if dist.is_main:
         print(banner(config, state, dataset, model, device, folder), flush=True)
     threads = ThreadAdapter(device, config.num_threads, dist.world_size, tqdm.write)
+    is_resumed = config.init_from == "resume"
+    if dist.is_main and is_resumed and is_model_changed(state, dataset, model, device):
+        print(wrap(f"WARNING  {CHANGED_SINCE_SAVED}", indent=9))
     evaluation = evaluate(wrapped_model, dataset, config, device, dist, threads)
     # None: torchrun was killed, which dist.shutdown.is_requested() notices. (A signal ends the
     # program at once here: main() catches signals around train() only.)
@@ -411,7 +414,7 @@ def save_state(
     logger: MetricsLogger,
 ) -> None:
     """Write resume.pt; keep the old one if the weights do not give a finite loss any more."""
-    loss = probe_loss(dataset, model, config, device)  # equal in all processes
+    loss = probe_loss(dataset, model, device)  # equal in all processes
     if not math.isfinite(loss):
         logger.warn_once("the training loss is not finite any more: resume.pt is not overwritten")
         return
@@ -440,35 +443,30 @@ def try_to_save_snapshot(
         logger.warn_once(f"{error}; the run goes on")
 
 
-def warn_if_changed(
-    config: TrainConfig,
-    state: TrainState,
-    dataset: Dataset,
-    model: GPT,
-    device: ComputeDevice,
-    logger: MetricsLogger,
-) -> None:
-    """Warn if the resumed model computes another loss than when it was saved."""
-    if not logger.enabled:
-        return  # all processes have equal weights, and one of them prints
-    change = abs(probe_loss(dataset, model, config, device) - state.probe_loss)
-    if change > 0.01 * state.probe_loss:  # False if the checkpoint has no loss (NaN)
-        logger.warn_once("the resumed model computes other losses: has model.py been changed?")
+CHANGED_SINCE_SAVED = "the resumed model computes other losses: has model.py been changed?"
+
+
+def is_model_changed(
+    state: TrainState, dataset: Dataset, model: GPT, device: ComputeDevice
+) -> bool:
+    """Whether the resumed model computes another loss than when it was saved."""
+    change = abs(probe_loss(dataset, model, device) - state.probe_loss)
+    return change > 0.001 * state.probe_loss  # False if the checkpoint has no loss (NaN)
 
 
 @torch.no_grad()
-def probe_loss(dataset: Dataset, model: GPT, config: TrainConfig, device: ComputeDevice) -> float:
+def probe_loss(dataset: Dataset, model: GPT, device: ComputeDevice) -> float:
     """The loss of one window of the training text: the same window at each call.
 
     If this loss is NaN or infinite at a checkpoint, the weights have diverged. The training losses
-    so far do not tell: each was computed before its step changed the weights. Nor does a validation
-    loss: in float16, one of its windows may overflow, and training still goes on. When a run is
-    resumed, the loss shows whether the model is the model that was saved.
+    so far do not tell: each was computed before its step changed the weights. When a run is
+    resumed, the loss shows whether the model is the model that was saved. It is computed without
+    autocast, so it is almost equal on all devices.
     """
-    batch = training_batch(dataset.train, 1, config.block_size, seed=0, step=0, micro_batch=0)
+    block_size = model.config.block_size
+    batch = training_batch(dataset.train, 1, block_size, seed=0, step=0, micro_batch=0)
     model.eval()
-    with device.autocast():
-        loss = model(*device.to_device(*batch)).item()
+    loss = model(*device.to_device(*batch)).item()
     model.train()
     return loss
 

@@ -14,7 +14,6 @@ predict the next token. The window 5 9 2 (T = 2) holds two examples:
 
 import contextlib
 import hashlib
-import math
 import mmap
 import os
 import zlib
@@ -80,12 +79,13 @@ def evaluation_batches(
     Each token of a file is predicted once, except the first one. A target is IGNORE_INDEX if the
     window before has predicted it (see evaluation_windows()), or if its row only fills up the last
     batch.
-    max_tokens: number of tokens to predict, rounded up to whole windows; 0 means all.
+    max_tokens: number of tokens to predict, at least; the last window is complete. 0 means all.
     rank, world_size: batch number i belongs to rank i % world_size; only these batches are built.
     """
     indices, num_repeated = evaluation_windows(tokens.lengths, block_size)
     if max_tokens:
-        num_windows = math.ceil(max_tokens / block_size)
+        num_predicted = np.cumsum(block_size - num_repeated)  # up to the end of each window
+        num_windows = int(np.searchsorted(num_predicted, max_tokens)) + 1
         indices, num_repeated = indices[:num_windows], num_repeated[:num_windows]
     for start in range(rank * batch_size, len(indices), world_size * batch_size):
         rows = indices[start : start + batch_size]
@@ -402,7 +402,8 @@ def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenize
         own = load_tokenizer(folder)
         if given not in (None, own):
             raise FolioError(
-                f"{folder}: its own tokenizer is another one (omit --tokenizer, if it is given)"
+                f"{folder}: its tokenizer is another one (was the dataset prepared again, or is "
+                "--tokenizer given?)"
             )
         return own
     if name in PREPARE_COMMANDS and "train.bin" not in files:

@@ -185,11 +185,10 @@ def open_corpus(inputs: list[Path], config: PrepareTextConfig) -> Corpus:
     if separator and len(sizes) <= sum(not is_jsonl(path) for path in (*files, *val_files)):
         print(f"--document_separator={config.document_separator} divides no text into documents")
     is_ordinary = config.tokenizer in TOKENIZER_TYPES  # other tokenizers may recognize it
-    if n_marks and is_ordinary and not separator and not all(map(is_jsonl, files)):
-        print(
-            f"{END_OF_TEXT} occurs {n_marks:,} times, and is read as ordinary text;\n"
-            f"to divide the text into documents there: --document_separator='{END_OF_TEXT}'"
-        )
+    if n_marks and is_ordinary:
+        print(f"{END_OF_TEXT} occurs {plural(n_marks, 'time')}, and is read as ordinary text")
+        if not separator and not all(map(is_jsonl, files)):
+            print(f"to divide the text there: --document_separator='{END_OF_TEXT}'")
     if not sum(sizes[: len(train)]):
         raise FolioError(f"{', '.join(map(str, inputs))}: no text found")
     numbers: dict[tuple[int, int, bytes], int] = {}

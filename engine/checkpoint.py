@@ -47,6 +47,7 @@ from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
 CHECKPOINT_FILE = "resume.pt"
+MAKE_THE_CHANGE_AGAIN = "{}: was trained with a changed model.py; make the change again"
 MAX_UNUSED_ROWS = 1023  # of a table of embeddings: some round its rows up to a multiple of 1024
 
 
@@ -124,8 +125,6 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         command = shell_command("python", "train.py", *flags)
         raise FolioError(f"{folder}: this run has saved no weights yet; to continue it: {command}")
     saved_config, tensors = read_config(folder), read_weights(folder)
-    is_changed = read_json(folder / "config.json").get("model_type") == CHANGED_MODEL_TYPE
-    advice = f"{folder}: was trained with a changed model.py; make the change again"
     if has_trained_biases(tensors):
         saved_config = dataclasses.replace(saved_config, bias=True)
     config = dataclasses.replace(saved_config, **overrides)
@@ -137,7 +136,9 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
     try:
         state_dict = from_hf_state_dict(tensors, saved_config, folder)
     except FolioError as error:
-        raise FolioError(f"{advice} ({error})" if is_changed else str(error)) from None
+        if read_json(folder / "config.json").get("model_type") == CHANGED_MODEL_TYPE:
+            raise FolioError(f"{MAKE_THE_CHANGE_AGAIN.format(folder)} ({error})") from None
+        raise
     positions, rows = "transformer.wpe.weight", "transformer.wte.weight"
     if positions in state_dict:
         state_dict[positions] = state_dict[positions][: config.block_size]
@@ -158,9 +159,15 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         raise FolioError(
             f"{folder}: the weights contain NaN or infinity; train again with lower learning rates"
         )
-    if is_changed and is_gpt2(model):
-        raise FolioError(advice)
+    check_change(folder, model)
     return model
+
+
+def check_change(folder: str | Path, model: GPT) -> None:
+    """Raise FolioError if the model in `folder` has a changed model.py, and this model has not."""
+    model_type = read_json(Path(folder) / "config.json").get("model_type")
+    if model_type == CHANGED_MODEL_TYPE and is_gpt2(model):
+        raise FolioError(MAKE_THE_CHANGE_AGAIN.format(folder))
 
 
 def check_sizes(folder: str | Path, saved: GPTConfig, vocab_size: int, block_size: int) -> None:

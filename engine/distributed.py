@@ -399,7 +399,7 @@ class GracefulShutdown:
         seconds = time.monotonic() - self.first_signal_time
         if self.exit_status and can_force and seconds > MIN_SIGNAL_INTERVAL:
             if self.dist.is_main:
-                print_stderr("exiting at once: steps after the last checkpoint are lost")
+                print_stderr("exiting at once; any steps after the last checkpoint are lost")
             raise KeyboardInterrupt
         if not self.exit_status and signum == signal.SIGINT and self.dist.is_main:
             again = "; press Ctrl-C again to exit at once" if can_force else ""

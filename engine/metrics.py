@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from configurator import FolioError, first_line, print_or_discard, wrap
 from data.dataset import Dataset
-from data.files import rename_to_backup, write_text
+from data.files import backup_path, rename_to_backup, write_text
 from data.prepare import plural
 from engine.checkpoint import CHECKPOINT_FILE
 from engine.distributed import Distributed
@@ -103,6 +103,10 @@ class MetricsLogger:
             with contextlib.suppress(FolioError):  # log.csv of another process stays as it is
                 self.check_folder()
                 self._save_rows()
+                if not self.log_is_complete:  # for example a spreadsheet that still locks the file
+                    backup = backup_path(self.folder / LOG_FILE)
+                    write_log(backup, self.rows)
+                    self.print(labeled("WARNING", f"the rows of {LOG_FILE} are in {backup.name}"))
         self.exit_stack.__exit__(*exception_info)
 
     def check_folder(self) -> None:

@@ -168,7 +168,7 @@ def describe_best(rows: list[LogRow], state: TrainState, measured: str = "") -> 
 
 
 def training_loss(rows: list[LogRow], step: int) -> float | None:
-    """The mean training loss between the evaluation at a step and the one before it."""
+    """The mean training loss of the steps after the previous evaluation, up to `step`."""
     start = max((row["step"] for row in evaluations(rows) if row["step"] < step), default=-1)
     losses = [row["train_loss"] for row in rows if start < row["step"] <= step]
     losses = [loss for loss in losses if loss is not None]

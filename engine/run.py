@@ -29,8 +29,8 @@ from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
 )  # fmt: skip
 from engine.checkpoint import (
-    CHECKPOINT_FILE, WEIGHTS_FILE, check_sizes, load_checkpoint, load_model, padding_token,
-    save_checkpoint, save_model, save_model_card,
+    CHECKPOINT_FILE, WEIGHTS_FILE, check_change, check_sizes, load_checkpoint, load_model,
+    padding_token, save_checkpoint, save_model, save_model_card,
 )  # fmt: skip
 from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
@@ -438,6 +438,7 @@ def resume(
 
     def restore_state() -> TrainState:
         state = restore(load_checkpoint(folder), config, model, optimizer, scaler, dataset)
+        check_change(folder, model)
         if not config.eval_only:  # which evaluates the weights of resume.pt
             adopt_best_weights(folder, state)
         return state

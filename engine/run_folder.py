@@ -27,6 +27,7 @@ from engine.log_file import LOG_FILE, read_log
 
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
+NO_RUN_FILES = (LOCK_FILE, "lost+found", ".DS_Store")  # the latter of Linux's disks, and of macOS
 
 
 # --- Paths ---
@@ -250,7 +251,9 @@ def move_old_run_aside(folder: str | Path) -> None:
     with explain_os_error(folder, "cannot be made ready for a run"):
         # A run that was killed while it saved its settings has left a temporary file, and no run.
         names = (path.name for path in folder.iterdir())
-        existing = sorted(name for name in names if name != LOCK_FILE and not is_temporary(name))
+        existing = sorted(
+            name for name in names if name not in NO_RUN_FILES and not is_temporary(name)
+        )
         if existing and read_run_settings(folder) is None:
             refuse_nanogpt_checkpoint(folder)
             raise FolioError(
@@ -261,6 +264,11 @@ def move_old_run_aside(folder: str | Path) -> None:
         for path in folder.iterdir():
             if read_run_settings(path) is not None:
                 raise FolioError(f"{folder}: holds the run {path.name}; choose another --out_dir")
+        if existing and os.path.ismount(folder):
+            raise FolioError(
+                f"{folder}: holds a run, and a mounted disk cannot be renamed; choose a folder on "
+                f"it: --out_dir={folder / 'run'}"
+            )
         if existing:
             print(f"the previous run is now in {shown_path(rename_to_backup(folder))}")
 

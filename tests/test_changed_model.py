@@ -17,6 +17,7 @@ from engine.checkpoint import load_model, load_model_and_tokenizer, save_model
 from engine.inference import InferenceModel, computes_gpt2, is_gpt2
 from engine.run_folder import describe_run
 from model import GPT, MLP, CausalSelfAttention, GPTConfig
+from tests.conftest import assert_one_line_error
 
 GELU_OF_GPT2, LAYER_NORM_INIT = MLP.forward, nn.LayerNorm.__init__
 CONFIG = GPTConfig(block_size=32, vocab_size=5, n_layer=2, n_head=2, n_embd=16)
@@ -343,7 +344,29 @@ def test_resuming_notices_that_the_model_has_changed(change, tiny_flags, tmp_pat
     flags = (*tiny_flags, "--init_from=resume")
     assert note not in " ".join(call(train, *flags, "--max_iters=8").stdout.split())
     change(MLP, "forward", lambda self, x: x.flip(-1))
-    assert note in " ".join(call(train, *flags, "--max_iters=12").stdout.split())
+    for more in ("--eval_only", "--max_iters=12"):
+        assert note in " ".join(call(train, *flags, more).stdout.split())
+
+
+def test_a_small_change_is_noticed_too(change, tiny_flags, tmp_path, call):
+    change(
+        nn.LayerNorm, "__init__", lambda *args, **kwargs: LAYER_NORM_INIT(*args, **kwargs, eps=0.01)
+    )
+    assert call(train, *tiny_flags).returncode == 0
+    change(
+        nn.LayerNorm, "__init__", lambda *args, **kwargs: LAYER_NORM_INIT(*args, **kwargs, eps=0.0)
+    )
+    output = " ".join(call(train, *tiny_flags, "--init_from=resume", "--eval_only").stdout.split())
+    assert "has model.py been changed" in output
+
+
+def test_resuming_a_changed_model_needs_the_change(change, tiny_flags, tmp_path, call):
+    change(MLP, "forward", relu_squared)
+    assert call(train, *tiny_flags).returncode == 0
+    change(MLP, "forward", GELU_OF_GPT2)
+    for more in ("--max_iters=12", "--eval_only"):
+        result = call(train, *tiny_flags, "--init_from=resume", more)
+        assert_one_line_error(result, "was trained with a changed model.py")
 
 
 def test_the_page_says_that_it_shows_gpt2(change, tiny_flags, tmp_path, call):

@@ -91,6 +91,16 @@ def test_evaluation_of_ten_tokens_by_hand(tmp_path):
     assert targets.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [-1, -1, -1, 9], [-1, -1, -1, -1]]
 
 
+def test_max_tokens_counts_each_token_of_several_shards_once(tmp_path):
+    """Shards of 6 and 30 tokens, windows of 4: 4 and 1 tokens of the first, then 4 and 4."""
+    tokens = write_shards(tmp_path, range(6), range(30))
+    targets = [
+        sum(int((t != IGNORE_INDEX).sum()) for _, t in evaluation_batches(tokens, 2, 4, max_tokens))
+        for max_tokens in (4, 5, 6, 9, 10, 0)
+    ]
+    assert targets == [4, 5, 9, 9, 13, 5 + 29]
+
+
 def test_evaluation_batches_have_one_shape_and_stop_at_max_tokens(tmp_path):
     tokens = write_shards(tmp_path, range(100))
     batches = list(evaluation_batches(tokens, 4, 8))
@@ -370,7 +380,7 @@ def test_nanogpt_characters_are_refused_with_the_command_that_prepares_them(tiny
 def test_tokenizer_other_than_that_of_the_dataset_is_refused(tiny_dataset):
     own = open_dataset(tiny_dataset, 8).tokenizer
     assert open_dataset(tiny_dataset, 8, own).tokenizer == own
-    with pytest.raises(FolioError, match="omit --tokenizer"):
+    with pytest.raises(FolioError, match="is --tokenizer given"):
         open_dataset(tiny_dataset, 8, toy_bpe())
 
 

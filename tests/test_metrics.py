@@ -12,7 +12,7 @@ import pytest
 
 from configurator import FolioError
 from engine import metrics
-from engine.log_file import COLUMNS, parse_log, read_log
+from engine.log_file import COLUMNS, parse_log, read_log, write_log
 from engine.metrics import START_ID_FILE, StepMetrics, show_evaluation
 from engine.run import TrainState
 from engine.train_config import TrainConfig
@@ -182,6 +182,24 @@ def test_a_row_that_cannot_be_written_is_written_later(
         monkeypatch.undo()
     assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [1, 2]
     assert capsys.readouterr().out.count("WARNING") == 1
+
+
+def test_rows_of_a_locked_log_are_kept_under_another_name(
+    make_logger, tmp_path, capsys, monkeypatch
+):
+    """A spreadsheet on Windows locks log.csv until the run ends."""
+    (tmp_path / "log.csv").write_text(f"{HEADER}\n{ROW}\n")
+
+    def write_unless_locked(path, rows):
+        if path.name == "log.csv":
+            raise PermissionError(13, "in use")
+        write_log(path, rows)
+
+    monkeypatch.setattr(metrics, "write_log", write_unless_locked)
+    with make_logger(step=2) as logger:
+        make_step(logger, 3)
+    assert [row["step"] for row in read_log(tmp_path / "log.csv.1")] == [2, 3]
+    assert "the rows of log.csv are in log.csv.1" in capsys.readouterr().out
 
 
 # --- Progress ---

@@ -169,6 +169,10 @@ def test_an_end_of_text_that_would_be_ordinary_text_is_told(prepare, tmp_path):
     text = " ".join(prepare(path, "--dataset=a").stdout.split())
     assert f"{END} occurs 3 times" in text and f"--document_separator='{END}'" in text
     assert "occurs" not in prepare(path, "--dataset=b", f"--document_separator={END}").stdout
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"text": f"{TINY_TEXT}{END}"}) + "\n")
+    output = prepare(lines, "--dataset=e").stdout
+    assert f"{END} occurs 1 time," in output and "--document_separator" not in output
     note = "--document_separator=### divides no text into documents"
     assert note in prepare(path, "--dataset=c", "--document_separator=###").stdout
     assert "divides no" not in prepare(path, "--dataset=d", f"--document_separator={END}").stdout

@@ -180,7 +180,11 @@ def test_the_lock_of_a_mount_point_is_inside(tmp_path, monkeypatch):
         lock_run_folder(tmp_path / "elsewhere"),
     ):
         pass
-    prepare(tmp_path / "volume")  # empty, but for the lock
+    (tmp_path / "volume" / "lost+found").mkdir()
+    prepare(tmp_path / "volume")  # empty, but for the lock and what Linux has put there
+    (tmp_path / "volume" / SETTINGS_FILE).write_text(json.dumps(RUN_SETTINGS))
+    with pytest.raises(FolioError, match=r"cannot be renamed; .*--out_dir=.*volume/run$"):
+        prepare(tmp_path / "volume")
     assert not list(tmp_path.glob("volume.*"))
 
 
