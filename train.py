@@ -482,7 +482,7 @@ def show_sample(
     """Print sample_tokens tokens from the model; fewer if a signal comes."""
     if not logger.enabled:
         return
-    start = torch.tensor([[dataset.tokenizer.start_token_id]], device=device.torch_device)
+    start = torch.from_numpy(dataset.tokenizer.encode_prompt(""))[None]  # (1, T)
     generator = device.generator(config.seed)
     try:
         with one_thread() if is_small(model) else contextlib.nullcontext():

@@ -142,7 +142,7 @@ class Tokenizer(ABC):
         ids = self.encode(parts[0])
         for part in parts[1:]:
             ids = np.concatenate((ids, [self.eos_token_id], self.encode(part)))
-        if not len(ids):
+        if not len(ids) and not len(self.prefix_ids):
             return np.array([self.start_token_id])
         return np.concatenate((self.prefix_ids, ids))
 

@@ -15,6 +15,7 @@ There, set GLOO_SOCKET_IFNAME to the network interface between the nodes, for ex
 
 import contextlib
 import datetime
+import inspect
 import os
 import signal
 import socket
@@ -223,11 +224,17 @@ class Distributed:
         """
         if self.world_size == 1:
             return model
+        # Buffers (constants of a changed model.py) are equal in all processes. To send them in each
+        # forward pass would be to wait for a process that has no batch to evaluate.
+        names = inspect.signature(DistributedDataParallel).parameters
+        is_new = "forward_sync_buffers" in names  # since torch 2.13
+        sync_buffers = "forward_sync_buffers" if is_new else "broadcast_buffers"
         return DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
             process_group=self._tensor_group(device),
             gradient_as_bucket_view=True,  # gradients live in the buffers that are sent
+            **{sync_buffers: False},
         )
 
     def set_grad_sync(self, model: torch.nn.Module, enabled: bool) -> None:

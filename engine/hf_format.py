@@ -186,10 +186,10 @@ def from_hf_state_dict(
     Raises FolioError that lists the weights that are missing, unknown, or of a wrong shape.
     """
     # On "meta", tensors have shapes and no memory: config.json may state absurd sizes.
-    expected, state_dict = stored_tensors(uninitialized_model(config, "meta")), {}
+    model, state_dict = uninitialized_model(config, "meta"), {}
     for stored_name, name in hf_names(tensors).items():
         tensor = tensors[stored_name]
-        if name.endswith(MASKS) and name not in expected:
+        if name.endswith(MASKS) and name not in model.state_dict():
             continue
         if name.endswith(TRANSPOSED) and tensor.dim() == 2:
             tensor = tensor.t().contiguous()
@@ -198,7 +198,7 @@ def from_hf_state_dict(
     is_float64 = all(tensor.dtype == torch.float64 for tensor in floats.values())
     dtype = torch.float64 if is_float64 else torch.float32
     state_dict |= {name: tensor.to(dtype) for name, tensor in floats.items()}
-    is_tied = "lm_head.weight" not in expected  # unless model.py was changed
+    is_tied = "lm_head.weight" not in dict(model.named_parameters())  # or model.py was changed
     lm_head = state_dict.pop("lm_head.weight", None) if is_tied else None
     if lm_head is not None:  # a file may store the tied matrix under either name, or both
         embedding = state_dict.setdefault("transformer.wte.weight", lm_head)
@@ -211,22 +211,24 @@ def from_hf_state_dict(
         for name in [name for name in state_dict if name.endswith(BIASES)]:
             if not state_dict[name].any():
                 del state_dict[name]
-    if problems := list(compare_tensors(state_dict, expected)):
+    if problems := list(compare_tensors(state_dict, model)):
         raise FolioError(f"{folder}: the weights do not match config.json: {join_names(problems)}")
     return state_dict
 
 
-def compare_tensors(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
-) -> Iterator[str]:
-    """Yield the differences of names and shapes: "transformer.extra is unknown"."""
-    for name in sorted(found.keys() | expected.keys()):
+def compare_tensors(found: dict[str, torch.Tensor], model: GPT) -> Iterator[str]:
+    """Yield what does not fit the model in names and shapes: "transformer.extra is unknown".
+
+    A buffer may be missing: if model.py was changed, the model has a value of its own.
+    """
+    known, required = model.state_dict(), dict(model.named_parameters())
+    for name in sorted(found.keys() | required.keys()):
         if name not in found:
             yield f"{name} is missing"
-        elif name not in expected:
+        elif name not in known:
             yield f"{name} is unknown"
-        elif found[name].shape != expected[name].shape:
-            yield f"{name} is {list(found[name].shape)}, not {list(expected[name].shape)}"
+        elif found[name].shape != known[name].shape:
+            yield f"{name} is {list(found[name].shape)}, not {list(known[name].shape)}"
 
 
 def has_trained_biases(tensors: dict[str, torch.Tensor]) -> bool:

@@ -23,7 +23,7 @@ from configurator import (
     FolioError, configure, first_line, format_value, print_or_discard, to_json, wrap,
 )  # fmt: skip
 from data.dataset import Dataset, known_start_id, open_dataset
-from data.files import explain_os_error, fsync_file, write_text
+from data.files import explain_os_error, fsync_file, join_names, write_text
 from data.shakespeare import DATASETS, ensure_shakespeare
 from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
@@ -35,7 +35,8 @@ from engine.checkpoint import (
 from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
 from engine.hf_format import (
-    find_weights, has_trained_biases, read_config, read_weights, uninitialized_model,
+    compare_tensors, find_weights, has_trained_biases, read_config, read_weights,
+    uninitialized_model,
 )  # fmt: skip
 from engine.log_file import LOG_FILE
 from engine.optimizer import Optimizer
@@ -475,7 +476,9 @@ def restore(
                 f"(SHA-256, tokens of both splits, checksums: {before} before, {now} now); "
                 "restore it (shards that were added can be moved away), or use --init_from=scratch"
             )
-        model.load_state_dict(saved["model"])
+        if problems := list(compare_tensors(saved["model"], model)):
+            raise ValueError(join_names(problems, max_names=3))
+        model.load_state_dict(saved["model"], strict=False)
         current_groups = [dict(group) for group in optimizer.param_groups]
         # Copies: `saved` is memory-mapped, and Windows cannot replace a file that is mapped.
         copies = map_tensors(saved["optimizer"], lambda tensor: tensor.to(device, copy=True))

@@ -320,6 +320,23 @@ def test_constants_of_a_changed_model_are_right_after_loading_and_resuming(
     torch.testing.assert_close(shorter(idx), model(idx))
 
 
+def test_weights_are_loaded_although_a_mask_was_added_to_the_model(
+    change, tiny_flags, tmp_path, call
+):
+    assert call(train, *tiny_flags, "--max_iters=4").returncode == 0
+    init = CausalSelfAttention.__init__
+
+    def with_mask(self, config):
+        init(self, config)
+        self.register_buffer("mask", torch.ones(config.block_size, config.block_size).tril())
+
+    change(CausalSelfAttention, "__init__", with_mask)
+    model, _ = load_model_and_tokenizer(tmp_path / "run")
+    assert model.transformer.h[0].attn.mask.sum() == 36  # 1 + 2 + ... + 8
+    result = call(train, *tiny_flags, "--init_from=resume", "--max_iters=8")
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_tied_output_layer_under_a_name_of_its_own_stays_tied(change, tmp_path):
     """As in nanoGPT."""
     init = GPT.__init__

@@ -32,7 +32,7 @@ from engine import run as run_module
 from engine.checkpoint import WEIGHTS_FILE, load_checkpoint
 from engine.distributed import Distributed, GracefulShutdown, is_restarted
 from engine.run_folder import lock_run_folder
-from model import GPT, GPTConfig
+from model import GPT, CausalSelfAttention, GPTConfig
 from tests.conftest import ROOT, make_tiny_flags, prepare_tiny_dataset
 from tests.processes import (
     free_port, run_torchrun, run_torchrun_command, run_train, start, start_job,
@@ -513,6 +513,24 @@ def test_processes_with_different_datasets_are_refused(dataset, tmp_path):
     assert result.stderr.count("\n") == 1
     assert "process 1 has {'dataset': " in result.stderr and "copy the dataset to" in result.stderr
     assert not (tmp_path / "run" / "resume.pt").exists()
+
+
+def run_train_with_buffer(*flags: str) -> None:
+    """As if model.py was changed: attention has nanoGPT's mask."""
+    init = CausalSelfAttention.__init__
+
+    def with_mask(self, config):
+        init(self, config)
+        self.register_buffer("mask", torch.ones(config.block_size, config.block_size).tril())
+
+    CausalSelfAttention.__init__ = with_mask  # in a process of its own
+    run_train(*flags)
+
+
+def test_a_process_without_a_batch_to_evaluate_does_not_wait_for_buffers(dataset, tmp_path):
+    flags = (*make_tiny_flags(dataset, tmp_path / "run"), *TWO_PROCESSES, "--eval_tokens=8")
+    result = start_job(run_train_with_buffer, *flags, n_processes=2).wait()
+    assert result.exit_codes == [0, 0], result.stderr
 
 
 def run_train_on_devices(devices: list[tuple[str, str]], *flags: str) -> None:
