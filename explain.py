@@ -64,6 +64,7 @@ def main() -> None:
     model_is_gpt2 = is_gpt2(model)
     if not model_is_gpt2:
         print(wrap("model.py has been changed: the page computes attention weights as GPT-2 does"))
+        title += " (model.py has been changed: attention weights as in GPT-2)"
     ids = choose_tokens(config, folder, tokenizer, model.config.block_size)
     scores_of_one = model.config.n_layer * model.config.n_head * len(ids) * (len(ids) + 1) // 2
     max_snapshots = min(max(MAX_SCORES // scores_of_one - 1, 1), MAX_SNAPSHOTS)

@@ -31,7 +31,7 @@ from engine.distributed import Distributed, is_restarted
 from engine.flops import peak_tokens_per_second
 from engine.inference import InferenceModel, is_small, read_ids
 from engine.metrics import MetricsLogger, StepMetrics, show_evaluation, show_progress
-from engine.optimizer import Optimizer, make_optimizer, set_lr_multiplier, step_if_finite
+from engine.optimizer import Optimizer, make_optimizer, set_lr_multiplier
 from engine.report import banner, indented, summary
 from engine.run import (
     OUT_OF_MEMORY_HINT, TrainState, build_model, check_init_from, fingerprint,
@@ -216,14 +216,13 @@ def train_step(
     # Loss and signals of all processes, in one all-reduce.
     stop_flag = torch.full_like(mean_loss, dist.shutdown.is_requested())
     mean_loss, n_stopped = dist.all_reduce_sum(torch.stack((mean_loss, stop_flag)))
-    is_finite = torch.isfinite(mean_loss) & torch.isfinite(grad_norm)
-    step_if_finite(optimizer, scaler, is_finite)  # 4. step
-    scaler.update()
-    # With several processes, the gradients stay in the buffers of DistributedDataParallel.
-    optimizer.zero_grad(set_to_none=dist.world_size == 1)
     # Only here does the CPU wait for the device.
     loss, norm, n_stopped = torch.stack((mean_loss, grad_norm, n_stopped)).tolist()
     check_finite(loss, norm, step, config, scaler, dist)
+    scaler.step(optimizer)  # 4. step
+    scaler.update()
+    # With several processes, the gradients stay in the buffers of DistributedDataParallel.
+    optimizer.zero_grad(set_to_none=dist.world_size == 1)
     if n_stopped > 0:  # a process has received a signal: all processes stop
         dist.shutdown.sync()  # and agree on the exit status
     return StepMetrics(loss, norm, lr_multiplier * config.learning_rate)

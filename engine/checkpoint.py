@@ -37,9 +37,9 @@ from data.files import (
 )  # fmt: skip
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.hf_format import (
-    CHANGED_MODEL_TYPE, SHA256_KEY, WEIGHTS_FILE, from_hf_state_dict, has_trained_biases,
-    load_torch_file, read_config, read_weights, sha256_of, stored_tensors, to_hf_config,
-    to_hf_state_dict, uninitialized_model,
+    CHANGED_MODEL_TYPE, SHA256_KEY, WEIGHTS_FILE, compare_tensors, from_hf_state_dict,
+    has_trained_biases, load_torch_file, read_config, read_weights, sha256_of, stored_tensors,
+    to_hf_config, to_hf_state_dict, uninitialized_model,
 )  # fmt: skip
 from engine.inference import is_gpt2
 from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, shown_path
@@ -78,7 +78,8 @@ def save_model(
     special_token_ids = no_ids if tokenizer is None else tokenizer.special_token_ids
     config = {**to_hf_config(model.config), **special_token_ids, "dtype": dtype}
     if not is_gpt2(model):
-        config["model_type"] = CHANGED_MODEL_TYPE
+        # It may have an output layer of its own, which is saved with its rows of padding.
+        config |= {"model_type": CHANGED_MODEL_TYPE, "pad_vocab_to": model.config.pad_vocab_to}
     generation = {"do_sample": True, "max_length": model.config.block_size, "max_new_tokens": None}
     metadata = {"format": "pt", SHA256_KEY: sha256_of(tensors)}
     metadata |= {name: str(number) for name, number in numbers.items()}
@@ -151,6 +152,8 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
     for name in buffers.keys() & state_dict.keys():
         if own[name].shape != state_dict[name].shape:
             del state_dict[name]
+    if problems := list(compare_tensors(state_dict, model)):  # sizes that a changed model.py adds
+        raise FolioError(f"{folder}: not with these settings: {join_names(problems, max_names=3)}")
     # Without copies (assign). But if two names mean one tensor, as they may in a changed model.py,
     # it has to stay one tensor. from_hf_state_dict() has checked the names.
     has_aliases = own.keys() != stored_tensors(model).keys()

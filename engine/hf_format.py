@@ -78,6 +78,7 @@ def read_config(folder: str | Path) -> GPTConfig:
         sizes = {
             "block_size": found["n_positions"],
             **{key: found[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")},
+            "pad_vocab_to": found.get("pad_vocab_to", 1),  # of a changed model.py: see save_model()
         }
         dropout, bias = found.get("resid_pdrop", 0.1), found.get("bias", True)
         required = {
@@ -211,6 +212,10 @@ def from_hf_state_dict(
         for name in [name for name in state_dict if name.endswith(BIASES)]:
             if not state_dict[name].any():
                 del state_dict[name]
+    rows = "transformer.wte.weight"
+    if rows in state_dict and len(state_dict[rows]) == config.vocab_size:
+        n_padding = config.padded_vocab_size - config.vocab_size
+        state_dict[rows] = nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
     if problems := list(compare_tensors(state_dict, model)):
         raise FolioError(f"{folder}: the weights do not match config.json: {join_names(problems)}")
     return state_dict

@@ -293,7 +293,7 @@ def is_gpt2(model: GPT) -> bool:
     its own precision. A model that cannot be compared counts as GPT-2.
     """
     config, parameter = model.config, next(model.parameters())
-    n_layer, block_size = min(config.n_layer, 3), min(config.block_size, 256)
+    n_layer, block_size = min(config.n_layer, 48), min(config.block_size, 256)
     if not computes_gpt2(n_layer, config.n_head, block_size, config.bias):
         return False
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}

@@ -80,36 +80,6 @@ def set_lr_multiplier(optimizer: "Optimizer", multiplier: float) -> None:
         group["lr"] = multiplier * group["initial_lr"]
 
 
-def step_if_finite(
-    optimizer: "Optimizer",
-    scaler: torch.amp.GradScaler,
-    is_finite: torch.Tensor,
-) -> None:
-    """optimizer.step(), which changes no weight if is_finite is False.
-
-    is_finite: () bool, on the device. On a GPU the CPU does not wait for it.
-    """
-    if scaler.is_enabled():  # float16: the scaler itself skips steps whose gradients overflow
-        scaler.step(optimizer)
-    elif is_finite.device.type not in ("cpu", "mps"):  # on Apple's GPUs AdamW ignores found_inf
-        step_unless(optimizer, ~is_finite)
-    elif is_finite:
-        optimizer.step()
-
-
-def step_unless(optimizer: "Optimizer", skip: torch.Tensor) -> None:
-    """optimizer.step(), which changes no weight if skip, () bool on the device, is True.
-
-    Fused optimizers of torch look for the attribute found_inf, which torch's GradScaler sets in the
-    same way: where it is 1, their kernels change nothing. Muon below changes no weight then; its
-    running means shrink.
-    """
-    for part in getattr(optimizer, "optimizers", (optimizer,)):
-        part.found_inf = skip.float()
-        part.step()
-        del part.found_inf
-
-
 class CombinedOptimizer:
     """Several optimizers, each with its own parameters, used as one."""
 
@@ -175,13 +145,9 @@ class Muon(torch.optim.Optimizer):
         # The _foreach functions apply one operation to a list of tensors at once.
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
+            if not params:  # all are frozen
+                continue
             gradients = [p.grad for p in params]
-            found_inf = getattr(self, "found_inf", None)  # see step_unless()
-            if found_inf is not None:
-                for gradient in gradients:
-                    gradient.masked_fill_(found_inf > 0, 0)  # NaN * 0 would be NaN
-                found_inf = found_inf.to(gradients[0].dtype)
-            keep = 1 if found_inf is None else 1 - found_inf  # 0: change no weight
             for p in params:
                 if not self.state[p]:  # the first step
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -191,14 +157,12 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(buffers, gradients, 1 - beta)
             # Nesterov momentum: update = beta * buffer + (1 - beta) * gradient
             updates = torch._foreach_lerp(gradients, buffers, beta)
-            torch._foreach_mul_(params, 1 - keep * lr * group["weight_decay"])
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             for (rows, columns), pairs in group_by_shape(zip(params, updates, strict=True)):
                 weights, matrices = zip(*pairs, strict=True)
                 stacked = torch.stack(matrices)
                 stacked = stacked.bfloat16() if self.use_bfloat16 else stacked
                 orthogonal = self.orthogonalize_sharded(stacked).to(weights[0].dtype)
-                if found_inf is not None:
-                    orthogonal = orthogonal * keep
                 # Without the factor, the numbers in matrix @ x would be smaller than the numbers
                 # in x if the matrix is tall. (lessons/optimizers.py computes three examples.)
                 step_size = lr * max(1, rows / columns) ** 0.5

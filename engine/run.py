@@ -299,7 +299,27 @@ def build_model(
         return load_model(resolve_model_dir(config.init_from), **dataclasses.asdict(model_config))
 
     model = dist.main_process_first(make_model)
+    check_lists(model)
     return model.to(device.torch_device, device.param_dtype).train()
+
+
+def check_lists(model: torch.nn.Module) -> None:
+    """Raise FolioError if a changed model.py has a Python list or dict of layers.
+
+    torch does not see layers in there: they would be neither trained nor saved.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            values = value.values() if isinstance(value, dict) else value
+            is_torchs = name.startswith("_")  # such as _parameters
+            if is_torchs or not isinstance(value, list | tuple | dict):
+                continue
+            if any(isinstance(v, torch.nn.Module | torch.nn.Parameter) for v in values):
+                raise FolioError(
+                    f"model.py: {type(module).__name__}.{name} is a {type(value).__name__} of "
+                    "layers, which are neither trained nor saved; use nn.ModuleList, ModuleDict, "
+                    "ParameterList or ParameterDict"
+                )
 
 
 def wrap_model(

@@ -209,8 +209,8 @@ MUTATIONS = [
         "A model that overfits at the end replaces better weights.",
     ),
     Mutation(
-        "with weights updated by a NaN loss", "engine/optimizer.py",
-        "    elif is_finite:\n", "    else:\n",
+        "with weights updated by a NaN loss", "train.py",
+        "    if math.isfinite(loss) and math.isfinite(grad_norm):\n", "    if True:\n",
         "test_train.py::test_a_nan_loss_stops_before_the_weights_change",
         "One NaN loss makes every weight NaN: the model is lost.",
     ),

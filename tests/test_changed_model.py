@@ -20,6 +20,7 @@ from model import GPT, MLP, CausalSelfAttention, GPTConfig
 from tests.conftest import assert_one_line_error
 
 GELU_OF_GPT2, LAYER_NORM_INIT = MLP.forward, nn.LayerNorm.__init__
+FULL_ATTENTION = CausalSelfAttention.forward
 CONFIG = GPTConfig(block_size=32, vocab_size=5, n_layer=2, n_head=2, n_embd=16)
 
 
@@ -144,6 +145,63 @@ def test_parameters_of_other_names_are_no_gpt2(change_model, tmp_path):
     else:
         model.transformer.h = nn.ModuleList([model.transformer.h[0]] * CONFIG.n_layer)
     assert not is_gpt2(model)
+
+
+def test_a_window_in_the_fourth_layer_is_noticed(change):
+    """It needs a late layer and a long context."""
+
+    def forward(self: GPT, idx: torch.Tensor) -> torch.Tensor:
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[: idx.size(1)]
+        for i, block in enumerate(self.transformer.h):
+            x = x + (window if i == 3 else FULL_ATTENTION)(block.attn, block.ln_1(x))
+            x = x + block.mlp(block.ln_2(x))
+        return self.transformer.ln_f(x)
+
+    change(GPT, "hidden_states", forward)
+    config = dataclasses.replace(CONFIG, n_layer=4)
+    assert not is_gpt2(random_model(config))
+    assert is_gpt2(random_model(CONFIG))  # three layers
+
+
+def test_an_untied_output_layer_with_padding_can_be_loaded(change, tmp_path):
+    init = GPT.__init__
+
+    def with_head(self, config):
+        init(self, config)
+        self.head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+
+    change(GPT, "__init__", with_head)
+    change(GPT, "lm_head", lambda self, x: self.head(x)[..., : self.config.vocab_size])
+    model = random_model(dataclasses.replace(CONFIG, pad_vocab_to=8))
+    save_model(model, tmp_path)
+    idx = torch.tensor([[0, 1, 2]])
+    assert torch.equal(load_model(tmp_path)(idx), model(idx))
+
+
+def test_weights_of_other_sizes_are_refused_in_one_line(change, tmp_path):
+    init = CausalSelfAttention.__init__
+
+    def with_table(self, config):
+        init(self, config)
+        self.relative = nn.Parameter(torch.zeros(config.block_size))
+
+    change(CausalSelfAttention, "__init__", with_table)
+    save_model(random_model(), tmp_path)
+    with pytest.raises(
+        FolioError, match=r"not with these settings: .*relative is \[32\], not \[8\]"
+    ):
+        load_model(tmp_path, block_size=8)
+
+
+def test_a_python_list_of_layers_is_refused(change, tiny_flags, call):
+    init = MLP.__init__
+
+    def with_gates(self, config):
+        init(self, config)
+        self.gates = [nn.Linear(config.n_embd, config.n_embd)]
+
+    change(MLP, "__init__", with_gates)
+    assert_one_line_error(call(train, *tiny_flags), "MLP.gates is a list of layers", "ModuleList")
 
 
 class ReLUMLP(MLP):
