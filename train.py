@@ -305,6 +305,7 @@ def evaluate(
     between vocabularies; bits per byte can: sum of losses / ln 2 / number of bytes of the text.
     """
     model.eval()
+    dist.broadcast_buffers(model)  # GPT-2 has none
     byte_lengths = torch.from_numpy(dataset.tokenizer.byte_lengths)
     batch_size = device.eval_batch_size(config.batch_size, config.block_size)
     batches = evaluation_batches(

@@ -235,7 +235,11 @@ def save_model_card(
     optimizer = f"AdamW (learning rate {config.learning_rate:g})"
     if config.optimizer == "muon":
         optimizer = f"Muon (learning rate {config.muon_learning_rate:g}) and {optimizer}"
-    card = MODEL_CARD.format(
+    is_changed = read_json(folder / "config.json").get("model_type") == CHANGED_MODEL_TYPE
+    card = (MODEL_CARD + (WITH_THE_CHANGE if is_changed else WITH_TRANSFORMERS)).format(
+        kind="A GPT with a changed model.py" if is_changed else "A GPT-2",
+        tag="folio" if is_changed else "gpt2, folio",
+        library="folio" if is_changed else "transformers",
         name=folder.name, folder=shown_path(folder), data=data, step=step, val_loss=val_loss,
         bits_per_byte=bits_per_byte, tokens_per_step=config.tokens_per_step, c=config, start=start,
         measured=measured_on(config.eval_tokens, n_val_tokens), optimizer=optimizer,
@@ -268,14 +272,14 @@ def measured_on(eval_tokens: int, n_val_tokens: int) -> str:
 
 MODEL_CARD = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
-tags: [gpt2, folio]
+tags: [{tag}]
 ---
 
 # {name}
 
-A GPT-2, trained with Folio.
+{kind}, trained with Folio.
 
 | | |
 |---|---|
@@ -296,7 +300,8 @@ from engine.checkpoint import load_model_and_tokenizer
 
 model, tokenizer = load_model_and_tokenizer("{folder}")
 ```
-
+"""
+WITH_TRANSFORMERS = """
 With transformers:
 
 ```python
@@ -304,6 +309,9 @@ from transformers import pipeline
 
 generate = pipeline("text-generation", model="{folder}")
 ```
+"""
+WITH_THE_CHANGE = """
+This needs the model.py with which the model was trained: it is not that of Folio.
 """
 
 

@@ -224,8 +224,8 @@ class Distributed:
         """
         if self.world_size == 1:
             return model
-        # Buffers (constants of a changed model.py) are equal in all processes. To send them in each
-        # forward pass would be to wait for a process that has no batch to evaluate.
+        # Buffers (of a changed model.py) are sent by broadcast_buffers(), and not in each forward
+        # pass: this would wait for a process that has no batch to evaluate.
         names = inspect.signature(DistributedDataParallel).parameters
         is_new = "forward_sync_buffers" in names  # since torch 2.13
         sync_buffers = "forward_sync_buffers" if is_new else "broadcast_buffers"
@@ -245,6 +245,12 @@ class Distributed:
         if self.world_size > 1:
             model.require_backward_grad_sync = enabled
 
+    def broadcast_buffers(self, model: torch.nn.Module) -> None:
+        """Give the main process's buffers to all: a changed model.py may have a BatchNorm in it."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                torch_dist.broadcast(buffer, group_src=0, group=self._tensor_group(buffer.device))
+
     def warm_up_ddp(self, model: torch.nn.Module, loss_fn: Callable[[], torch.Tensor]) -> None:
         """Run one forward and backward pass, and clear the gradients.
 
@@ -253,8 +259,12 @@ class Distributed:
         differ from an uninterrupted one in the last digit. With one process: nothing to do.
         """
         if self.world_size > 1:
+            buffers = [buffer.clone() for buffer in model.buffers()]
             loss_fn().backward()
             model.zero_grad(set_to_none=False)  # gradients stay in DDP's buffers
+            # The forward pass has changed the statistics of a BatchNorm, if model.py was changed.
+            for buffer, before in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
 
 
 def map_tensors(nested: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -307,9 +307,11 @@ def is_gpt2(model: GPT) -> bool:
         same_weights = {id(weight): weight for weight in model.parameters()}
         model = copy.deepcopy(model, same_weights).eval()
     n_tokens = min(config.block_size, config.vocab_size, 8)
-    idx = torch.arange(n_tokens, device=parameter.device)[None]  # (1, T)
+    # Two rows with ids from both ends of the vocabulary: end-of-text is usually the last one.
+    row = torch.tensor([0, -1, 1, 2, -2, 3, 4, 5][:n_tokens], device=parameter.device)
+    idx = torch.stack((row, row.flip(0))) % config.vocab_size  # (2, T)
     try:
-        expected = model(idx)[:, -1]  # (1, V)
+        expected = model(idx)[:, -1]  # (2, V)
     except RuntimeError:  # with float32_attention, weights of 16 bits need autocast
         return True
     if not expected.isfinite().all():  # numbers that are too large for 16 bits, or NaN
@@ -327,8 +329,8 @@ def is_gpt2(model: GPT) -> bool:
 def cached_logits(
     model: GPT, idx: torch.Tensor, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """(1, T) -> (1, V): the logits after the last token, as generate() computes them."""
-    cache = KVCache(model.config, 1, idx.size(1), device, dtype)
+    """(B, T) -> (B, V): the logits after the last token, as generate() computes them."""
+    cache = KVCache(model.config, len(idx), idx.size(1), device, dtype)
     return next_token_logits(prepare_weights(model, device, dtype), idx, cache)
 
 

@@ -204,6 +204,24 @@ def test_a_python_list_of_layers_is_refused(change, tiny_flags, call):
     assert_one_line_error(call(train, *tiny_flags), "MLP.gates is a list of layers", "ModuleList")
 
 
+def test_a_mask_between_documents_is_noticed(change):
+    """With a condition on the end-of-text token, the last of the vocabulary."""
+
+    def forward(self: GPT, idx: torch.Tensor) -> torch.Tensor:
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[: idx.size(1)]
+        document = (idx == 510).cumsum(1)  # in the middle of 0 ... 510
+        is_open = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+        for block in self.transformer.h:
+            q, k, v = block.attn.qkv(block.ln_1(x))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=is_open)
+            x = x + block.attn.c_proj(y.transpose(1, 2).reshape(x.shape))
+            x = x + block.mlp(block.ln_2(x))
+        return self.transformer.ln_f(x)
+
+    change(GPT, "hidden_states", forward)
+    assert not is_gpt2(random_model(dataclasses.replace(CONFIG, vocab_size=511)))
+
+
 class ReLUMLP(MLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(torch.relu(self.c_fc(x)))
@@ -309,6 +327,8 @@ def test_a_model_with_new_parameters_is_trained_saved_and_loaded(
     result = call(train, *tiny_flags, "--sample_tokens=5")
     assert result.returncode == 0, result.stderr
     assert "note     model.py has been changed" in result.stdout
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "A GPT with a changed model.py, trained" in card and "transformers" not in card
     model, _ = load_model_and_tokenizer(tmp_path / "run")
     scales = [block.attn.scale.item() for block in model.transformer.h]
     assert all(scale != 1 for scale in scales)  # they have been trained and saved

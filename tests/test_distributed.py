@@ -533,6 +533,33 @@ def test_a_process_without_a_batch_to_evaluate_does_not_wait_for_buffers(dataset
     assert result.exit_codes == [0, 0], result.stderr
 
 
+class BatchNorm(torch.nn.BatchNorm1d):
+    """In place of layer norm, as in lectures: its running means are buffers."""
+
+    def __init__(self, n_embd: int, bias: bool):
+        super().__init__(n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+def run_train_with_batch_norm(*flags: str) -> None:
+    torch.nn.LayerNorm = BatchNorm  # in a process of its own
+    run_train(*flags)
+
+
+def test_statistics_of_a_changed_model_survive_resuming(dataset, tmp_path):
+    logs = {}
+    for name, stops in (("whole", [8]), ("resumed", [4, 8])):
+        flags = (*make_tiny_flags(dataset, tmp_path / name), *TWO_PROCESSES, "--decay_lr=False")
+        for stop in stops:
+            more = (f"--max_iters={stop}", "--eval_interval=4", "--init_from=auto")
+            result = start_job(run_train_with_batch_norm, *flags, *more, n_processes=2).wait()
+            assert result.exit_codes == [0, 0], result.stderr
+        logs[name] = without_times(read_log(tmp_path / name))
+    assert logs["whole"] == logs["resumed"]
+
+
 def run_train_on_devices(devices: list[tuple[str, str]], *flags: str) -> None:
     """Each process finds another device and dtype, as on nodes with different GPUs."""
     name, dtype = devices[int(os.environ["RANK"])]
