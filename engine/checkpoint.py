@@ -153,7 +153,8 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         if own[name].shape != state_dict[name].shape:
             del state_dict[name]
     if problems := list(compare_tensors(state_dict, model)):  # sizes that a changed model.py adds
-        raise FolioError(f"{folder}: not with these settings: {join_names(problems, max_names=3)}")
+        sizes = f"block_size={config.block_size}, pad_vocab_to={config.pad_vocab_to}"
+        raise FolioError(f"{folder}: not with {sizes}: {join_names(problems, max_names=3)}")
     # Without copies (assign). But if two names mean one tensor, as they may in a changed model.py,
     # it has to stay one tensor. from_hf_state_dict() has checked the names.
     has_aliases = own.keys() != stored_tensors(model).keys()

@@ -81,7 +81,7 @@ class Distributed:
     def __exit__(self, kind, error, _) -> None:
         if not torch_dist.is_initialized():
             return
-        if error is None or isinstance(error, SystemExit):
+        if error is None or isinstance(error, SystemExit | FolioError):
             torch_dist.destroy_process_group()
         elif isinstance(error, RuntimeError) and (  # of a collective
             isinstance(error, torch_dist.DistError) or "gloo" in str(error)

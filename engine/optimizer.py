@@ -190,7 +190,7 @@ def group_by_shape(
 
     The matrix of queries, keys and values (3C, C) is three matrices in one. They do different
     things, so each is orthogonalized by itself. (Parts are views: a step of a part changes the
-    whole matrix.)
+    whole matrix. In a changed model.py, any matrix of this shape counts as three.)
     """
     parts = []
     for weight, update in pairs:

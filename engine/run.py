@@ -308,13 +308,14 @@ def check_lists(model: torch.nn.Module) -> None:
 
     torch does not see layers in there: they would be neither trained nor saved.
     """
+    known = {*model.modules(), *model.parameters()}
     for module in model.modules():
         for name, value in vars(module).items():
-            values = value.values() if isinstance(value, dict) else value
-            is_torchs = name.startswith("_")  # such as _parameters
-            if is_torchs or not isinstance(value, list | tuple | dict):
+            if not isinstance(value, list | tuple | dict):
                 continue
-            if any(isinstance(v, torch.nn.Module | torch.nn.Parameter) for v in values):
+            values = value.values() if isinstance(value, dict) else value
+            layers = [v for v in values if isinstance(v, torch.nn.Module | torch.nn.Parameter)]
+            if not known.issuperset(layers):
                 raise FolioError(
                     f"model.py: {type(module).__name__}.{name} is a {type(value).__name__} of "
                     "layers, which are neither trained nor saved; use nn.ModuleList, ModuleDict, "

@@ -197,7 +197,7 @@ MUTATIONS = [
     ),
     Mutation(
         "with dropout in the evaluation", "train.py",
-        "    model.eval()\n    byte_lengths", "    byte_lengths",
+        "    model.eval()\n    dist.broadcast", "    dist.broadcast",
         "test_train.py::test_evaluation_uses_no_dropout",
         "The validation loss is measured on a model with random parts switched off: it is too "
         "large, and different each time.",
