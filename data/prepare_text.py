@@ -125,6 +125,7 @@ class Corpus:
 
     read: Callable[[], Iterator[Iterator[str]]]
     sizes: list[int]  # characters of each document
+    hashes: list[bytes]  # of each document: see measure()
     cuts: list[int]  # where the validation part of each document begins, in characters
     # Numbers of the documents that are equal to an earlier one: left out of validation, and out of
     # training if the earlier one is for validation.
@@ -135,7 +136,7 @@ class Corpus:
         """The pieces of one split, "train" or "val", with None at the end of each document."""
         documents, is_open = self.read(), False  # is_open: the end of a document is not marked yet
         for number, (size, cut) in enumerate(zip(self.sizes, self.cuts, strict=True)):
-            document, position = next(documents, ()), 0
+            document, position, text_hash = next(documents, ()), 0, new_hash()
             if split == "val" and number in self.copies:
                 continue
             for piece in document:
@@ -146,7 +147,8 @@ class Corpus:
                     yield part
                     is_open = False
                 position += len(piece)
-            if position != size:
+                text_hash.update(piece.encode())
+            if text_hash.digest() != self.hashes[number]:
                 raise FolioError(CHANGED)
             # A cut document ends in the validation split. Its training part gets an end if another
             # document follows. An empty document is left out.
@@ -204,12 +206,18 @@ def open_corpus(inputs: list[Path], config: PrepareTextConfig) -> Corpus:
         cuts = validation_cuts(once, config.val_fraction)
         cuts = [cuts[first] for first in firsts]
     separated = len(train) > 1 or len(val) > 1
-    return Corpus(lambda: read([*files, *val_files]), sizes, cuts, copies, separated)
+    hashes = [text_hash for _, _, text_hash in (*train, *val)]
+    return Corpus(lambda: read([*files, *val_files]), sizes, hashes, cuts, copies, separated)
+
+
+def new_hash() -> Any:
+    """The hash of a text without pieces; update() adds a piece."""
+    return hashlib.blake2b(digest_size=16)
 
 
 def measure(document: Iterable[str]) -> tuple[int, int, bytes]:
     """The number of characters of a document, how often END_OF_TEXT is in it, and a hash."""
-    size, n_marks, text_hash = 0, 0, hashlib.blake2b(digest_size=16)
+    size, n_marks, text_hash = 0, 0, new_hash()
     for piece in document:
         size += len(piece)
         n_marks += piece.count(END_OF_TEXT)

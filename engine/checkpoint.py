@@ -244,6 +244,7 @@ def save_model_card(
         name=folder.name, folder=shown_path(folder), data=data, step=step, val_loss=val_loss,
         bits_per_byte=bits_per_byte, tokens_per_step=config.tokens_per_step, c=config, start=start,
         measured=measured_on(config.eval_tokens, n_val_tokens), optimizer=optimizer,
+        total=max(config.max_iters, step),
     )  # fmt: skip
     path = folder / "README.md"
     if path.exists():
@@ -287,7 +288,7 @@ tags: [{tag}]
 | data | {data} |
 | model | {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, \
 context of {c.block_size} tokens |
-| training | {step:,} of {c.max_iters:,} steps of {tokens_per_step:,} tokens, {optimizer}{start} |
+| training | {step:,} of {total:,} steps of {tokens_per_step:,} tokens, {optimizer}{start} |
 | validation loss | {val_loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte{measured} |
 
 Every setting is in `settings.json`, the training log in `log.csv`.

@@ -289,6 +289,8 @@ def test_a_model_card_that_was_changed_by_hand_is_kept(tmp_path, capsys):
         assert kept.read_text() == changed
         assert f"kept as {kept.name}" in capsys.readouterr().out
         assert "3 of 2,000 steps" in card.read_text()
+    save_model_card(tmp_path, config, {}, step=2010, **numbers)  # resumed with smaller max_iters
+    assert "2,010 of 2,010 steps" in card.read_text()
 
 
 # --- Weights saved by other programs ---

@@ -402,3 +402,18 @@ def test_a_text_that_grows_while_it_is_read_is_refused(
     monkeypatch.setattr(prepare_text, "choose_tokenizer", choose_and_add)
     result = prepare(tmp_path / name, "--dataset=mine")
     assert_one_line_error(result, "a.jsonl:10: not" if added == "cut" else "the text has changed")
+
+
+def test_a_text_that_is_rewritten_while_it_is_read_is_refused(
+    prepare, tmp_path, data_folder, monkeypatch
+):
+    """With as many characters: training and validation split would be of two texts."""
+    path, choose = tmp_path / "a.txt", prepare_text.choose_tokenizer
+    path.write_text("abcdefghij" * 90)
+
+    def choose_and_rewrite(*args):
+        path.write_text("jihgfedcba" * 90)
+        return choose(*args)
+
+    monkeypatch.setattr(prepare_text, "choose_tokenizer", choose_and_rewrite)
+    assert_one_line_error(prepare(path, "--dataset=mine"), "the text has changed")
