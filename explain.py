@@ -26,9 +26,9 @@ from torch.nn.functional import cross_entropy
 from configurator import ROOT, FolioError, PositiveInt, configure, run_main, wrap
 from data.prepare import encode_prompt
 from data.tokenizer import CharTokenizer, Tokenizer
+from engine.changed_model import is_gpt2
 from engine.checkpoint import load_model, load_model_and_tokenizer
 from engine.hf_format import WEIGHTS_FILE
-from engine.inference import is_gpt2
 from engine.log_file import LOG_FILE, read_log
 from engine.run_folder import (
     SETTINGS_FILE, chosen_model, read_run_settings, shown_path, validation_split, weights_metadata,

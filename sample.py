@@ -36,10 +36,11 @@ from configurator import (
 )
 from data.prepare import encode_prompt
 from data.tokenizer import Tokenizer
+from engine.changed_model import CHANGED_MODEL_NOTE
 from engine.checkpoint import load_model_and_tokenizer
 from engine.cpu_threads import ThreadAdapter, use_one_thread
 from engine.device import DeviceName, DTypeName, choose_device, explain_out_of_memory
-from engine.inference import CHANGED_MODEL_NOTE, InferenceModel, is_small, read_ids
+from engine.inference import InferenceModel, is_small, read_ids
 from engine.run_folder import chosen_model, describe_run
 
 SEPARATOR = "---------------"  # a line between two texts

@@ -36,12 +36,12 @@ from data.files import (
     write_json, write_text,
 )  # fmt: skip
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
+from engine.changed_model import is_gpt2
 from engine.hf_format import (
     CHANGED_MODEL_TYPE, SHA256_KEY, WEIGHTS_FILE, compare_tensors, from_hf_state_dict,
     has_trained_biases, load_torch_file, read_config, read_weights, sha256_of, stored_tensors,
     to_hf_config, to_hf_state_dict, uninitialized_model,
 )  # fmt: skip
-from engine.inference import is_gpt2
 from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, shown_path
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig

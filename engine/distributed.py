@@ -362,14 +362,14 @@ def is_restarted() -> bool:
 class GracefulShutdown:
     """Turns the first signal into a request that the training loop can see.
 
-    The signals are SIGINT, SIGTERM, SIGHUP and SIGUSR1, which SLURM can send before its time limit.
+    The signals are SIGINT, SIGTERM, SIGHUP, and those that schedulers can send before a time limit:
+    SIGUSR1 (SLURM), SIGUSR2 (Grid Engine, LSF), SIGXCPU (ulimit -t).
 
     with dist.shutdown:
         while not dist.shutdown.sync(): ...
     sys.exit(dist.shutdown.exit_status)
 
-    exit_status: 130, 143, 129 or 138 (128 + the signal's number, as in a shell; on Linux); 0
-    without a signal.
+    exit_status: 128 + the signal's number, as in a shell (130 after SIGINT); 0 without a signal.
     A second SIGINT or SIGTERM raises KeyboardInterrupt at once, except under torchrun. Signals that
     this process ignores, because it was started by nohup or in the background, stay ignored.
     """
@@ -401,8 +401,8 @@ class GracefulShutdown:
 
     def __enter__(self) -> "GracefulShutdown":
         self._previous_handlers = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            signum = getattr(signal, name, None)  # Windows has neither SIGHUP nor SIGUSR1
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+            signum = getattr(signal, name, None)  # Windows has only the first two
             if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:
                 self._previous_handlers[signum] = signal.signal(signum, self._handle)
         return self

@@ -28,6 +28,7 @@ from model import GPT, GPTConfig
 
 WEIGHTS_FILE = "model.safetensors"
 TORCH_WEIGHTS_FILE = "pytorch_model.bin"  # what transformers wrote before safetensors existed
+LAYER_NORM_EPS = 1e-5  # GPT-2's, and the default of nn.LayerNorm
 SHA256_KEY = "folio_sha256"  # in the metadata of model.safetensors
 CHANGED_MODEL_TYPE = "folio-changed"  # model_type if model.py was changed: transformers refuses it
 
@@ -47,7 +48,7 @@ def to_hf_config(config: GPTConfig) -> dict[str, Any]:
         "n_head": config.n_head,
         "n_embd": config.n_embd,
         "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
+        "layer_norm_epsilon": LAYER_NORM_EPS,
         "initializer_range": 0.02,
         "tie_word_embeddings": True,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
@@ -62,7 +63,7 @@ REQUIRED_GPT2_VALUES = {
     "activation_function": (  # all names of the tanh approximation of GELU
         "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate",
     ),
-    "layer_norm_epsilon": (1e-5,),
+    "layer_norm_epsilon": (LAYER_NORM_EPS,),
     "tie_word_embeddings": (True,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),

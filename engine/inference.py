@@ -36,12 +36,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from engine.changed_model import is_gpt2
 from engine.device import DTypeName, choose_dtype, has_bfloat16, is_intel_cpu, start_reading
-from engine.hf_format import gpt2_shapes
+from engine.hf_format import LAYER_NORM_EPS
 from model import GPT, GPTConfig
 
 SMALL_MODEL_PARAMETERS = 2_000_000  # the weights of a smaller model stay in the CPU's caches
-LAYER_NORM_EPS = 1e-5  # GPT-2's; model.py may have been changed
 FINISHED_CHECK_INTERVAL = 16  # steps between checks whether all rows are finished, on a GPU
 
 
@@ -249,89 +249,6 @@ class InferenceModel:
             return step()
 
         return decode
-
-
-CHANGED_MODEL_NOTE = (
-    "model.py has been changed and does not compute GPT-2: text is generated without a cache, and "
-    "transformers cannot open this model"
-)
-
-
-@functools.cache  # model.py does not change while a program runs
-def computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> bool:
-    """Whether model.py computes GPT-2, as this module does; False if model.py was changed.
-
-    Compares the logits of two positions, in a narrow model with random weights.
-    """
-    config = GPTConfig(block_size, 11, n_layer, n_head, n_embd=2 * n_head, bias=bias)
-    cpu, float64 = torch.device("cpu"), torch.float64  # float64: small rounding errors
-    try:
-        # cpu: torch's default device may be another one. fork_rng: training draws its own numbers.
-        with torch.no_grad(), cpu, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = GPT(config).double().eval()
-            for parameter in model.parameters():
-                parameter.normal_()
-            idx = torch.randint(config.vocab_size, (1, block_size))
-            logits = model(idx)
-            return all(
-                torch.allclose(
-                    logits[:, end - 1], cached_logits(model, idx[:, :end], cpu, float64), rtol=1e-9
-                )
-                for end in {block_size, (block_size + 1) // 2}
-            )
-    except Exception:  # a changed model.py may lack a layer, or not work in these sizes
-        return False
-
-
-@torch.no_grad()
-def is_gpt2(model: GPT) -> bool:
-    """Whether this model is a GPT-2: its logits are those that this module computes.
-
-    False if model.py was changed, or if this model has hooks or other layers. Compares the logits
-    of a small model after a long context (see computes_gpt2), then of this model after 8 tokens, in
-    its own precision. A model that cannot be compared counts as GPT-2.
-    """
-    config, parameter = model.config, next(model.parameters())
-    n_layer, block_size = min(config.n_layer, 48), min(config.block_size, 256)
-    if not computes_gpt2(n_layer, config.n_head, block_size, config.bias):
-        return False
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    if shapes != gpt2_shapes(config):  # for example, one block that is used several times
-        return False
-    if parameter.is_meta:  # the weights have shapes, but no numbers
-        return True
-    if model.training and config.dropout > 0:
-        # A copy without dropout: another thread may be training the model itself. Because of
-        # same_weights, deepcopy() does not copy the weights, but uses them in the copy, too.
-        same_weights = {id(weight): weight for weight in model.parameters()}
-        model = copy.deepcopy(model, same_weights).eval()
-    n_tokens = min(config.block_size, config.vocab_size, 8)
-    # Two rows with ids from both ends of the vocabulary: end-of-text is usually the last one.
-    row = torch.tensor([0, -1, 1, 2, -2, 3, 4, 5][:n_tokens], device=parameter.device)
-    idx = torch.stack((row, row.flip(0))) % config.vocab_size  # (2, T)
-    try:
-        expected = model(idx)[:, -1]  # (2, V)
-    except RuntimeError:  # with float32_attention, weights of 16 bits need autocast
-        return True
-    if not expected.isfinite().all():  # numbers that are too large for 16 bits, or NaN
-        return True
-    try:
-        logits = cached_logits(model, idx, parameter.device, parameter.dtype)
-    except AttributeError:  # a layer is missing
-        return False
-    # Numbers of 16 bits, and of float32 on a GPU (TF32), have large rounding errors.
-    is_exact = parameter.is_cpu and parameter.dtype in (torch.float32, torch.float64)
-    tolerance = 1e-4 if is_exact else 0.05
-    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
-
-
-def cached_logits(
-    model: GPT, idx: torch.Tensor, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    """(B, T) -> (B, V): the logits after the last token, as generate() computes them."""
-    cache = KVCache(model.config, len(idx), idx.size(1), device, dtype)
-    return next_token_logits(prepare_weights(model, device, dtype), idx, cache)
 
 
 def is_small(model: GPT) -> bool:

@@ -13,10 +13,10 @@ from data.dataset import Dataset
 from data.files import shell_command
 from data.prepare import plural
 from data.shakespeare import replacement_warning
+from engine.changed_model import CHANGED_MODEL_NOTE, is_gpt2
 from engine.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, measured_on
 from engine.device import ComputeDevice
 from engine.flops import flops_per_token
-from engine.inference import CHANGED_MODEL_NOTE, is_gpt2
 from engine.log_file import LOG_FILE, LogRow, evaluations, read_log
 from engine.plot import PLOT_FILE
 from engine.run import TrainState, is_patience_exhausted

@@ -14,7 +14,8 @@ import train
 from configurator import FolioError
 from data.tokenizer import CharTokenizer
 from engine.checkpoint import load_model, load_model_and_tokenizer, save_model
-from engine.inference import InferenceModel, computes_gpt2, is_gpt2
+from engine.changed_model import computes_gpt2, is_gpt2
+from engine.inference import InferenceModel
 from engine.run_folder import describe_run
 from model import GPT, MLP, CausalSelfAttention, GPTConfig
 from tests.conftest import assert_one_line_error

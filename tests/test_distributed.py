@@ -216,7 +216,7 @@ def test_ctrl_c_with_a_closed_terminal_still_stops_cleanly(monkeypatch):
         assert shutdown.sync()
 
 
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_a_closed_terminal_and_slurms_warning_request_a_stop_however_often_they_arrive(name):
     signum = getattr(signal, name)
     before = signal.signal(signum, signal.SIG_DFL)

@@ -1,0 +1,108 @@
+"""Whether model.py still computes GPT-2: a reader may have changed it, for an experiment.
+
+A changed model can be trained, and it can generate text. But engine/inference.py, transformers and
+config.json know GPT-2 only. So train.py, sample.py and save_model() ask is_gpt2(model).
+"""
+
+import copy
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from engine.hf_format import LAYER_NORM_EPS, gpt2_shapes
+from model import GPT, GPTConfig
+
+CHANGED_MODEL_NOTE = (
+    "model.py has been changed and does not compute GPT-2: text is generated without a cache, and "
+    "transformers cannot open this model"
+)
+
+
+@functools.cache  # model.py does not change while a program runs
+def computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> bool:
+    """Whether model.py computes GPT-2, as gpt2_logits() does; False if model.py was changed.
+
+    Compares the logits of two positions, in a narrow model with random weights.
+    """
+    config = GPTConfig(block_size, 11, n_layer, n_head, n_embd=2 * n_head, bias=bias)
+    try:
+        # cpu: torch's default device may be another one. fork_rng: training draws its own numbers.
+        with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = GPT(config).double().eval()  # float64: small rounding errors
+            for parameter in model.parameters():
+                parameter.normal_()
+            idx = torch.randint(config.vocab_size, (1, block_size))
+            logits = model(idx)
+            return all(
+                torch.allclose(logits[:, end - 1], gpt2_logits(model, idx[:, :end]), rtol=1e-9)
+                for end in {block_size, (block_size + 1) // 2}
+            )
+    except Exception:  # a changed model.py may lack a layer, or not work in these sizes
+        return False
+
+
+@torch.no_grad()
+def is_gpt2(model: GPT) -> bool:
+    """Whether this model is a GPT-2: its logits are those that gpt2_logits() computes.
+
+    False if model.py was changed, or if this model has hooks or other layers. Compares the logits
+    of a small model after a long context (see computes_gpt2), then of this model after 8 tokens, in
+    its own precision. A model that cannot be compared counts as GPT-2.
+    """
+    config, parameter = model.config, next(model.parameters())
+    n_layer, block_size = min(config.n_layer, 48), min(config.block_size, 256)
+    if not computes_gpt2(n_layer, config.n_head, block_size, config.bias):
+        return False
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    if shapes != gpt2_shapes(config):  # for example, one block that is used several times
+        return False
+    if parameter.is_meta:  # the weights have shapes, but no numbers
+        return True
+    if model.training and config.dropout > 0:
+        # A copy without dropout: another thread may be training the model itself. Because of
+        # same_weights, deepcopy() does not copy the weights, but uses them in the copy, too.
+        same_weights = {id(weight): weight for weight in model.parameters()}
+        model = copy.deepcopy(model, same_weights).eval()
+    n_tokens = min(config.block_size, config.vocab_size, 8)
+    # Two rows with ids from both ends of the vocabulary: end-of-text is usually the last one.
+    row = torch.tensor([0, -1, 1, 2, -2, 3, 4, 5][:n_tokens], device=parameter.device)
+    idx = torch.stack((row, row.flip(0))) % config.vocab_size  # (2, T)
+    try:
+        expected = model(idx)[:, -1]  # (2, V)
+    except RuntimeError:  # with float32_attention, weights of 16 bits need autocast
+        return True
+    if not expected.isfinite().all():  # numbers that are too large for 16 bits, or NaN
+        return True
+    logits = gpt2_logits(model, idx)
+    # Numbers of 16 bits, and of float32 on a GPU (TF32), have large rounding errors.
+    is_exact = parameter.is_cpu and parameter.dtype in (torch.float32, torch.float64)
+    tolerance = 1e-4 if is_exact else 0.05
+    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def gpt2_logits(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """(B, T) -> (B, V): GPT-2's logits after the last token, from the parameters of a model alone.
+
+    Nothing of model.py is called. So it makes no difference whether model.py was changed.
+    """
+    (B, T), n_head = idx.shape, model.config.n_head
+    weights = {name.removeprefix("transformer."): p for name, p in model.named_parameters()}
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def layer_norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+        return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
+
+    x = weights["wte.weight"][idx] + weights["wpe.weight"][:T]  # (B, T, C)
+    for i in range(model.config.n_layer):
+        qkv = linear(layer_norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")  # (B, T, 3C)
+        q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_dim)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + linear(y.transpose(1, 2).flatten(2), f"h.{i}.attn.c_proj")
+        hidden = linear(layer_norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")  # (B, T, 4C)
+        x = x + linear(F.gelu(hidden, approximate="tanh"), f"h.{i}.mlp.c_proj")
+    return F.linear(layer_norm(x[:, -1], "ln_f"), weights["wte.weight"][: model.config.vocab_size])
