@@ -120,7 +120,7 @@ class CausalSelfAttention(nn.Module):
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (8, 4, 64, 32) -> (8, 64, 128): join the heads
+        y = y.transpose(1, 2).reshape(B, T, C)  # (8, 4, 64, 32) -> (8, 64, 128): concatenate
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
     def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -159,7 +159,7 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         # Layer norm shifts and scales the C numbers of each token to mean 0 and variance 1, then
-        # applies a learned gain (and bias). So each sublayer gets inputs of one size, however
+        # applies a learned gain (and bias). So each sublayer gets inputs of one scale, however
         # large the residual stream has become; deep stacks train badly without it.
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
@@ -170,7 +170,7 @@ class Block(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         # Each sublayer adds to x and never replaces it. Along these sums the gradient flows from
         # the loss to the embeddings without shrinking. The norms stand before the sublayers
-        # ("pre-norm"), so they leave x itself alone.
+        # ("pre-norm"), so x itself is never normalized.
         x = x + self.attn(self.ln_1(x))  # tokens exchange information
         x = x + self.mlp(self.ln_2(x))  # each token is processed alone
         return x

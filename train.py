@@ -49,20 +49,19 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # inputs and targets, (B,
 
 
 def main() -> None:
-    # With one process, dist.broadcast_from_main(f, x) and dist.main_process_first(f, x) are f(x).
+    # With one process, dist.run_on_main(f, x) and dist.main_process_first(f, x) are f(x).
     # exit_stack: what enters it (the lock, the explanation of errors) ends when this block ends.
     with Distributed() as dist, contextlib.ExitStack() as exit_stack:
         # Settings, and the folder of the run
-        overrides = dist.broadcast_from_main(parse_overrides, TrainConfig)
+        overrides = dist.run_on_main(parse_overrides, TrainConfig)
         folder = resolve_out_dir(overrides.get("out_dir", TrainConfig.out_dir))
         if not overrides.get("eval_only"):  # lock before reading: another job may write there
-            lock = lock_run_folder(folder)  # of the main process
-            dist.broadcast_from_main(exit_stack.enter_context, lock)
+            dist.run_on_main(exit_stack.enter_context, lock_run_folder(folder))
         # torchrun and SLURM restart a job that failed; it then resumes. Only the restarted node
         # sees this in its environment variables.
         restarted = bool(dist.all_reduce_max(int(is_restarted())))
-        config = dist.broadcast_from_main(resolve_config, overrides, restarted, dist.world_size)
-        dist.broadcast_from_main(check_trackers, config)  # wandb, TensorBoard
+        config = dist.run_on_main(resolve_config, overrides, restarted, dist.world_size)
+        dist.run_on_main(check_trackers, config)  # wandb, TensorBoard
 
         # Device, dataset, model, optimizer
         exit_stack.enter_context(explain_out_of_memory(OUT_OF_MEMORY_HINT))
@@ -76,13 +75,11 @@ def main() -> None:
             device=device.torch_device.type, dtype=device.dtype, dataset=fingerprint(dataset)
         )
         # The token that begins a text without a prompt, if that is not end-of-text.
-        dataset.tokenizer.known_start_id = dist.broadcast_from_main(
-            check_init_from, config, dataset
-        )
+        dataset.tokenizer.known_start_id = dist.run_on_main(check_init_from, config, dataset)
         if config.init_from != "resume" and not config.eval_only:
             # Before anything that may fail: a job that fails is restarted, and then resumes the run
             # in the folder. That must not be an older run.
-            dist.broadcast_from_main(move_old_run_aside, folder)
+            dist.run_on_main(move_old_run_aside, folder)
         model = build_model(config, dataset.tokenizer, device, dist)
         optimizer = make_optimizer(model, config, device.dtype, dist)
         scaler = device.grad_scaler()  # keeps small float16 gradients above 0; else does nothing
@@ -94,7 +91,7 @@ def main() -> None:
         if config.eval_only:
             evaluate_only(config, state, dataset, model, device, dist)
         else:
-            dist.broadcast_from_main(start_run_folder, folder, config, dataset)
+            dist.run_on_main(start_run_folder, folder, config, dataset)
             with dist.shutdown:  # a signal, such as Ctrl-C, ends training after the current step
                 train(config, state, dataset, model, optimizer, scaler, device, dist)
         sys.exit(dist.shutdown.exit_status)
@@ -392,7 +389,7 @@ def evaluate_only(
     if evaluation is not None and dist.is_main:
         val_loss, bits_per_byte = evaluation
         # Perplexity 10: as unsure as a choice between 10 equally likely tokens.
-        perplexity = torch.tensor(val_loss).exp()
+        perplexity = torch.tensor(val_loss).exp()  # math.exp() refuses numbers above 709
         measured = measured_on(config.eval_tokens, len(dataset.val))
         print(
             f"validation loss {val_loss:.4f} ({bits_per_byte:.3f} bits per byte, perplexity "
@@ -414,11 +411,11 @@ def save_state(
     logger: MetricsLogger,
 ) -> None:
     """Write resume.pt; keep the old one if the weights do not give a finite loss any more."""
-    loss = probe_loss(dataset, model, device)  # equal in all processes
+    loss = fixed_batch_loss(dataset, model, device)  # equal in all processes
     if not math.isfinite(loss):
         logger.warn_once("the training loss is not finite any more: resume.pt is not overwritten")
         return
-    state.probe_loss = loss
+    state.fixed_batch_loss = loss
     state.last_checkpoint_step = state.step
     if logger.enabled:
         logger.check_folder()
@@ -450,12 +447,12 @@ def is_model_changed(
     state: TrainState, dataset: Dataset, model: GPT, device: ComputeDevice
 ) -> bool:
     """Whether the resumed model computes another loss than when it was saved."""
-    change = abs(probe_loss(dataset, model, device) - state.probe_loss)
-    return change > 0.001 * state.probe_loss  # False if the checkpoint has no loss (NaN)
+    change = abs(fixed_batch_loss(dataset, model, device) - state.fixed_batch_loss)
+    return change > 0.001 * state.fixed_batch_loss  # False if the checkpoint has no loss (NaN)
 
 
 @torch.no_grad()
-def probe_loss(dataset: Dataset, model: GPT, device: ComputeDevice) -> float:
+def fixed_batch_loss(dataset: Dataset, model: GPT, device: ComputeDevice) -> float:
     """The loss of one window of the training text: the same window at each call.
 
     If this loss is NaN or infinite at a checkpoint, the weights have diverged. The training losses

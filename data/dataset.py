@@ -12,7 +12,6 @@ predict the next token. The window 5 9 2 (T = 2) holds two examples:
 `python -m data.show shakespeare_char` prints a batch of a dataset in this form.
 """
 
-import contextlib
 import hashlib
 import mmap
 import os
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 
 from configurator import FolioError, did_you_mean, format_value
-from data.files import explain_os_error, user_path
+from data.files import explain_os_error, read_folder, user_path
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
 
 DATA_DIR = Path(__file__).resolve().parent
@@ -329,25 +328,7 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
     window of block_size + 1 tokens, or if an id is outside the vocabulary.
     """
     folder = DATA_DIR / user_path(name)
-    while True:
-        before = folder_id(folder)
-        try:
-            dataset = read_dataset(folder, str(name), block_size, tokenizer)
-        except (FolioError, OSError):
-            if folder_id(folder) == before:
-                raise
-        else:
-            if folder_id(folder) == before:
-                return dataset
-        # Another process has prepared this dataset again just now: open the new one.
-
-
-def folder_id(folder: Path) -> tuple[int, int] | None:
-    """Which folder has this name now. A new folder of the same name is another one."""
-    with contextlib.suppress(OSError):  # there is none
-        status = folder.stat()
-        return status.st_dev, status.st_ino
-    return None
+    return read_folder(folder, lambda: read_dataset(folder, str(name), block_size, tokenizer))
 
 
 def read_dataset(folder: Path, name: str, block_size: int, tokenizer: Tokenizer | None) -> Dataset:

@@ -7,13 +7,15 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 
 from configurator import FolioError, format_value, wrap
+
+T = TypeVar("T")
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # a file system without file locks
 NO_FSYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)
@@ -70,6 +72,30 @@ def fsync_dir(folder: str | Path) -> None:
     except OSError as error:
         if error.errno not in NO_FSYNC:
             raise FolioError(f"{folder}: fsync failed ({error.strerror})") from None
+
+
+def read_folder(folder: Path, read: Callable[[], T]) -> T:
+    """read(), again if another process has put another folder in its place meanwhile.
+
+    So the files that read() has read are of one folder.
+    """
+
+    def folder_id() -> tuple[int, int] | None:
+        with contextlib.suppress(OSError):  # there is none
+            status = folder.stat()
+            return status.st_dev, status.st_ino
+        return None
+
+    while True:
+        before = folder_id()
+        try:
+            result = read()
+        except (FolioError, OSError):
+            if folder_id() == before:
+                raise
+        else:
+            if folder_id() == before:
+                return result
 
 
 def write_text(path: str | Path, text: str) -> None:

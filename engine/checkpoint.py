@@ -32,7 +32,8 @@ import torch
 from configurator import FolioError, print_or_discard
 from data.dataset import ShardedTokens
 from data.files import (
-    atomic_write, explain_os_error, join_names, rename_to_backup, shell_command, user_path,
+    atomic_write, explain_os_error, join_names, read_folder, rename_to_backup, shell_command,
+    user_path,
     write_json, write_text,
 )  # fmt: skip
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
@@ -189,8 +190,12 @@ def check_sizes(folder: str | Path, saved: GPTConfig, vocab_size: int, block_siz
 
 def load_model_and_tokenizer(folder: str | Path) -> tuple[GPT, Tokenizer]:
     """Load both from one folder; FolioError if they do not belong together."""
-    tokenizer = load_tokenizer(folder)
-    return load_model(folder, vocab_size=tokenizer.vocab_size), tokenizer
+
+    def read() -> tuple[GPT, Tokenizer]:
+        tokenizer = load_tokenizer(folder)
+        return load_model(folder, vocab_size=tokenizer.vocab_size), tokenizer
+
+    return read_folder(user_path(folder), read)
 
 
 def padding_token(tokens: ShardedTokens) -> int | None:

@@ -1,21 +1,22 @@
 """The processes of a training job: ranks, collectives, DDP, and stopping together.
 
     with Distributed() as dist:                       # one process: world size 1, nothing to set up
-        config = dist.broadcast_from_main(read_config)
+        config = dist.run_on_main(read_config)
         for micro_batch in dist.shard(range(8)): ...  # rank 1 of 4: micro-batches 1 and 5
 
 torchrun starts one process per GPU (or per group of CPU cores) and tells each its rank. The same
 code serves one process and many: with one process, every method here is trivial.
 
-Several nodes: gloo connects the CPUs, also in a job on GPUs (for settings and for stopping). It
-listens at the address that the node's host name stands for, which on some clusters is 127.0.0.1.
-There, set GLOO_SOCKET_IFNAME to the network interface between the nodes, for example eth0 or ib0
-(and NCCL_SOCKET_IFNAME, if NCCL picks a wrong one).
+gloo connects the CPUs of all processes: it sends objects, such as settings. On GPUs, NCCL sends
+tensors, such as gradients.
+
+Several nodes: gloo listens at the address that the node's host name stands for. On some clusters
+this is 127.0.0.1. There, set GLOO_SOCKET_IFNAME to the network interface between the nodes, for
+example eth0 or ib0 (and NCCL_SOCKET_IFNAME, if NCCL picks a wrong one).
 """
 
 import contextlib
 import datetime
-import inspect
 import os
 import signal
 import socket
@@ -35,8 +36,6 @@ from configurator import FolioError, first_line
 T = TypeVar("T")
 
 CONTROL_TIMEOUT = datetime.timedelta(hours=1)  # for objects: rank 0 may prepare a dataset first
-# Seconds between two signals. A program that forwards signals may send one twice at once.
-MIN_SIGNAL_INTERVAL = 0.3
 TENSOR_TIMEOUT = datetime.timedelta(minutes=15)  # for tensors, such as gradients
 
 
@@ -103,7 +102,7 @@ class Distributed:
 
     # --- Collectives: each must be called by all processes, in the same order ---
 
-    def broadcast_from_main(self, fn: Callable[..., T], *args: Any) -> T:
+    def run_on_main(self, fn: Callable[..., T], *args: Any) -> T:
         """fn(*args), run by the main process, which sends the result to all.
 
         One process: just fn(*args).
@@ -130,7 +129,7 @@ class Distributed:
         So data is downloaded once, and an error is printed once.
         """
         results = []
-        self.broadcast_from_main(lambda: results.append(fn(*args)))  # fn's result is not sent
+        self.run_on_main(lambda: results.append(fn(*args)))  # fn's result is not sent
         return results[0] if self.is_main else fn(*args)
 
     def check_same(self, **values: Any) -> None:
@@ -139,7 +138,7 @@ class Distributed:
         check_same(dtype=torch.float16): the scaled gradients of float16, for example, cannot be
         averaged with the gradients of bfloat16.
         """
-        expected = self.broadcast_from_main(lambda: values)
+        expected = self.run_on_main(lambda: values)
         if not self.all_reduce_max(int(values != expected)):
             return
         different = [name for name, value in values.items() if value != expected[name]]
@@ -162,9 +161,7 @@ class Distributed:
             return map_tensors(nested, lambda tensor: tensor.to(device))
         # First the containers, the numbers, and the shapes and dtypes of the tensors: a tensor on
         # the device "meta" has nothing else.
-        received = self.broadcast_from_main(
-            lambda: map_tensors(nested, lambda tensor: tensor.to("meta"))
-        )
+        received = self.run_on_main(lambda: map_tensors(nested, lambda tensor: tensor.to("meta")))
 
         def send(tensor: torch.Tensor) -> torch.Tensor:
             tensor = tensor.to(device) if self.is_main else torch.empty_like(tensor, device=device)
@@ -203,7 +200,7 @@ class Distributed:
                 gpus: list[str] = [""] * self.world_size
                 own_gpu = str(torch.cuda.get_device_properties(device).uuid)
                 torch_dist.all_gather_object(gpus, own_gpu)
-                self.broadcast_from_main(check_one_process_per_gpu, gpus)
+                self.run_on_main(check_one_process_per_gpu, gpus)
             nccl = is_cuda and torch_dist.is_nccl_available()
             self._tensor_groups[device] = torch_dist.new_group(
                 backend="nccl" if nccl else "gloo",
@@ -224,18 +221,16 @@ class Distributed:
         """
         if self.world_size == 1:
             return model
-        # Buffers (of a changed model.py) are sent by broadcast_buffers(), and not in each forward
-        # pass: this would wait for a process that has no batch to evaluate.
-        names = inspect.signature(DistributedDataParallel).parameters
-        is_new = "forward_sync_buffers" in names  # since torch 2.13
-        sync_buffers = "forward_sync_buffers" if is_new else "broadcast_buffers"
-        return DistributedDataParallel(
+        ddp = DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
             process_group=self._tensor_group(device),
             gradient_as_bucket_view=True,  # gradients live in the buffers that are sent
-            **{sync_buffers: False},
         )
+        # Buffers (of a changed model.py) are sent by broadcast_buffers(), and not in each forward
+        # pass: this would wait for a process that has no batch to evaluate.
+        ddp.broadcast_buffers = False
+        return ddp
 
     def set_grad_sync(self, model: torch.nn.Module, enabled: bool) -> None:
         """Let the next forward and backward pass average gradients, or not (DDP's no_sync).
@@ -374,6 +369,9 @@ class GracefulShutdown:
     this process ignores, because it was started by nohup or in the background, stay ignored.
     """
 
+    # Seconds between two signals. A program that forwards signals may send one twice at once.
+    MIN_INTERVAL = 0.3
+
     def __init__(self, dist: Distributed):
         self.dist, self.exit_status, self.first_signal_time = dist, 0, 0.0
         self.should_stop = False  # equal in all processes, after sync()
@@ -414,7 +412,7 @@ class GracefulShutdown:
             signum in (signal.SIGINT, signal.SIGTERM) and not torch_dist.is_torchelastic_launched()
         )
         seconds = time.monotonic() - self.first_signal_time
-        if self.exit_status and can_force and seconds > MIN_SIGNAL_INTERVAL:
+        if self.exit_status and can_force and seconds > self.MIN_INTERVAL:
             if self.dist.is_main:
                 print_stderr("exiting at once; any steps after the last checkpoint are lost")
             raise KeyboardInterrupt

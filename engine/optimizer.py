@@ -6,8 +6,8 @@ AdamW (Loshchilov and Hutter 2019) treats each weight w alone. With its gradient
     v = beta2 * v + (1 - beta2) * g^2           running mean of squares: how large g usually is
     w = w - lr * (m / (sqrt(v) + eps) + weight_decay * w)
 
-(m and v are divided by 1 - beta^step, because they start at 0.) So each weight moves by about lr,
-however large its gradients are.
+(m and v, called the first and the second moment, are divided by 1 - beta^step, because they start
+at 0.) So each weight moves by about lr, however large its gradients are.
 
 But the weights of a matrix act together. The gradient of a matrix often has a few large singular
 values and many small ones. Muon (Jordan et al. 2024) orthogonalizes the running mean of gradients:

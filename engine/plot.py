@@ -219,7 +219,7 @@ def plot_run(
     train = [(row[x], row["train_loss"]) for row in rows if row["train_loss"] is not None]
     val = [(row[x], row["val_loss"]) for row in evaluations(rows)]
     if train:
-        label = None if name else "training batch"
+        label = None if name else "training"
         marker = "." if len(train) == 1 else ""  # one point makes no line
         axes.plot(
             *zip(*train, strict=True), marker + line, color=color, alpha=0.4, lw=1.2, label=label

@@ -69,7 +69,9 @@ class TrainState:
     last_checkpoint_step: int = -1  # the step of the latest checkpoint
     unlogged_losses: float = 0.0  # sum of training losses since the last row of log.csv
     unlogged_steps: int = 0  # steps since that row
-    probe_loss: float = math.nan  # at the latest checkpoint: see probe_loss() in train.py
+    fixed_batch_loss: float = (
+        math.nan
+    )  # at the latest checkpoint: see fixed_batch_loss() in train.py
 
 
 def is_patience_exhausted(state: TrainState, config: TrainConfig) -> bool:
@@ -465,7 +467,7 @@ def resume(
             adopt_best_weights(folder, state)
         return state
 
-    state = dist.broadcast_from_main(restore_state)
+    state = dist.run_on_main(restore_state)
     parts = (optimizer, scaler)
     states = [part.state_dict() for part in parts] if dist.is_main else None
     states = dist.broadcast_tensors(states, device.torch_device)

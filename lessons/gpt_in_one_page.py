@@ -66,7 +66,7 @@ class Block(nn.Module):
         scores = q @ k.mT / math.sqrt(C // N_HEAD)  # (16, 4, 32, 32)
         future = torch.ones(T, T, dtype=torch.bool).triu(diagonal=1)  # above the diagonal
         weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # each row sums to 1
-        return (weights @ v).transpose(1, 2).reshape(B, T, C)  # join the heads: (16, 32, 96)
+        return (weights @ v).transpose(1, 2).reshape(B, T, C)  # concatenate heads: (16, 32, 96)
 
 
 class GPT(nn.Module):

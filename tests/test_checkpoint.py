@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from configurator import FolioError
 from data.dataset import Dataset, ShardedTokens
 from data.tokenizer import CharTokenizer, save_tokenizer
+from engine import checkpoint
 from engine.checkpoint import (
     CHECKPOINT_FILE, WEIGHTS_FILE, find_checkpoint, load_checkpoint, load_model,
     load_model_and_tokenizer, padding_token, read_config, save_checkpoint, save_model,
@@ -424,6 +425,25 @@ def test_an_uninitialized_model_has_the_shapes_and_draws_no_numbers():
     assert operations and not any("normal_" in name or "uniform_" in name for name in operations)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     assert shapes == {name: p.shape for name, p in GPT(config).named_parameters()}
+
+
+def test_a_run_that_is_replaced_while_it_is_loaded_is_never_a_mixture(tmp_path, monkeypatch):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder, letters in ((run, "abcdefghijklm"), (other, "ABCDEFGHIJKLM")):
+        tokenizer = CharTokenizer(letters)
+        save_model(random_model(), folder, tokenizer)
+        save_tokenizer(tokenizer, folder)
+    load_model = checkpoint.load_model
+
+    def replace_and_load(*args, **kwargs):
+        if other.exists():
+            run.rename(tmp_path / "run.1")
+            other.rename(run)
+        return load_model(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "load_model", replace_and_load)
+    _, tokenizer = checkpoint.load_model_and_tokenizer(run)
+    assert tokenizer == CharTokenizer("ABCDEFGHIJKLM")
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

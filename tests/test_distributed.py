@@ -53,7 +53,7 @@ THREE_PROCESSES = (*TRAIN_FLAGS, "--dtype=float64", "--optimizer=muon")
 def test_one_process_needs_no_process_group():
     with Distributed() as dist:
         assert (dist.rank, dist.world_size, dist.local_rank, dist.is_main) == (0, 1, 0, True)
-        assert dist.broadcast_from_main(lambda: "settings") == "settings"
+        assert dist.run_on_main(lambda: "settings") == "settings"
         assert dist.main_process_first(lambda: "dataset") == "dataset"
         assert dist.broadcast_tensors({"step": 3}, torch.device("cpu")) == {"step": 3}
         assert dist.all_reduce_max(7) == 7
@@ -180,7 +180,7 @@ def test_processes_that_share_a_gpu_are_refused_in_one_line():
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_first_signal_requests_a_stop_and_the_second_exits(signum, status, monkeypatch):
-    monkeypatch.setattr(distributed_module, "MIN_SIGNAL_INTERVAL", 0)
+    monkeypatch.setattr(GracefulShutdown, "MIN_INTERVAL", 0)
     before = signal.getsignal(signum)
     with GracefulShutdown(Distributed()) as shutdown:
         assert not shutdown.sync()
@@ -279,7 +279,7 @@ def print_collectives() -> None:
     with Distributed() as dist:
         events = []
         time.sleep(0.05 * (dist.world_size - dist.rank))  # the main process is the last to come
-        chosen = dist.broadcast_from_main(lambda: events.append("chose") or dist.rank + 10)
+        chosen = dist.run_on_main(lambda: events.append("chose") or dist.rank + 10)
         # The same clock in all processes.
         turn = dist.main_process_first(
             lambda: (time.monotonic(), time.sleep(0.1), time.monotonic())

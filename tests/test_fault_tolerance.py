@@ -304,7 +304,7 @@ def test_a_second_ctrl_c_exits_at_once(flags):
     wait_for(lambda: "in the slow step" in job.read("stdout"), job)
     os.kill(job.processes[0].pid, signal.SIGINT)
     wait_for(lambda: job.read("stderr"), job)
-    time.sleep(0.5)  # longer than MIN_SIGNAL_INTERVAL
+    time.sleep(0.5)  # longer than GracefulShutdown.MIN_INTERVAL
     assert job.processes[0].is_alive()
     start_time = time.monotonic()
     os.kill(job.processes[0].pid, signal.SIGINT)
