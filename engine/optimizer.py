@@ -81,7 +81,10 @@ def set_lr_multiplier(optimizer: "Optimizer", multiplier: float) -> None:
 
 
 class CombinedOptimizer:
-    """Several optimizers, each with its own parameters, used as one."""
+    """Several optimizers, each with its own parameters, used as one.
+
+    It is no torch.optim.Optimizer. In place of torch's schedulers: set_lr_multiplier().
+    """
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers

@@ -76,6 +76,31 @@ def test_a_batched_update_equals_updates_one_at_a_time():
     torch.testing.assert_close(torch.cat([*together]), torch.cat([*alone]), rtol=1e-5, atol=1e-5)
 
 
+def test_momentum_is_nesterovs_with_a_decay_rate_of_0_95(monkeypatch):
+    """By hand, for the gradients 1 and 2, with updates that are not orthogonalized."""
+    monkeypatch.setattr(optimizer_module, "orthogonalize", lambda matrices: matrices)
+    weight = torch.nn.Parameter(torch.zeros(1, 1, dtype=torch.float64))
+    optimizer = Muon([weight], lr=1.0, weight_decay=0.0)
+    weights = []
+    for gradient in (1.0, 2.0):
+        weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+        weights.append(weight.item())
+    first_mean = 0.05 * 1
+    second_mean = 0.95 * first_mean + 0.05 * 2
+    first, second = 0.95 * first_mean + 0.05 * 1, 0.95 * second_mean + 0.05 * 2
+    assert weights == pytest.approx([-first, -first - second])
+
+
+def test_a_matrix_whose_gradient_is_zero_does_not_become_nan():
+    """As the matrices behind a gate that a changed model.py starts at 0."""
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    before = weight.detach().clone()
+    weight.grad = torch.zeros_like(weight)
+    Muon([weight], lr=0.1, weight_decay=0.0).step()
+    assert torch.equal(weight, before)
+
+
 def test_bfloat16_changes_the_update_only_slightly():
     exact, rounded = (torch.nn.Parameter(torch.zeros(64, 32)) for _ in range(2))
     rounded.grad = exact.grad = torch.randn(64, 32)
