@@ -647,6 +647,28 @@ def test_eight_processes_stop_resume_and_restart_exactly(nightly, dataset, tmp_p
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_compiled_processes_train_like_one_and_resume_exactly(nightly, dataset, tmp_path):
+    """As on eight GPUs: torch.compile, DDP with several buckets, and activation checkpointing."""
+    # 9 MB of gradients, in several buckets. No dropout: torch.compile draws other random numbers.
+    flags = (*TWO_PROCESSES, "--n_layer=3", "--n_embd=256", "--dropout=0")
+    compiled = ("--compile=True", "--activation_checkpointing")
+
+    def flags_for(name: str) -> list[str]:
+        return [*make_tiny_flags(dataset, tmp_path / name), *flags]
+
+    one = start_job(run_train, *flags_for("one"), n_processes=1).wait()
+    whole = start_job(run_train, *flags_for("whole"), *compiled, n_processes=2).wait(150)
+    assert {*one.exit_codes, *whole.exit_codes} == {0}, whole.stderr
+    assert_same_numbers(tmp_path / "one", tmp_path / "whole", 1e-3)
+    arguments = ({0: (6, signal.SIGTERM)}, *flags_for("stopped"), *compiled)
+    stopped = start_job(run_train_with_faults, *arguments, n_processes=2).wait(150)
+    assert set(stopped.exit_codes) == {143}, stopped.stderr
+    arguments = (*flags_for("stopped"), *compiled, "--init_from=resume")
+    resumed = start_job(run_train, *arguments, n_processes=2).wait(150)
+    assert set(resumed.exit_codes) == {0}, resumed.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
 def test_two_nodes_train_like_one_process_and_restart_exactly(nightly, dataset, tmp_path):
     """Two agents of torchrun, each with two processes, that meet at a port of 127.0.0.1."""
     flags = (*THREE_PROCESSES, "--gradient_accumulation_steps=4")
