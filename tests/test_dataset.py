@@ -197,6 +197,14 @@ def test_opening_reads_only_a_small_part_of_each_shard(tmp_path, monkeypatch):
     assert sum(checked) <= 2**17
 
 
+@pytest.mark.parametrize("position", [0, 199_999])
+def test_the_checksum_sees_the_first_and_the_last_ids(tmp_path, position):
+    ids = np.full(200_000, 7, "<u2")
+    before = write_shards(tmp_path, ids).checksum()
+    ids[position] = 1
+    assert write_shards(tmp_path, ids).checksum() != before
+
+
 # --- The folder ---
 
 

@@ -253,6 +253,34 @@ def test_one_batch_can_be_memorized():
     assert loss.item() < 0.02
 
 
+def test_dropout_acts_at_gpt2s_four_places():
+    """On the embeddings, the attention weights, and what attention and MLP add to the stream."""
+    config = GPTConfig(block_size=64, vocab_size=9, n_layer=1, n_head=2, n_embd=64, dropout=0.25)
+    model, zeros = GPT(config), {}
+    block = model.transformer.h[0]
+
+    def count_zeros(name):
+        return lambda module, *tensors: zeros.update(
+            {name: (tensors[-1] == 0).float().mean().item()}
+        )
+
+    block.register_forward_pre_hook(lambda module, x: count_zeros("embeddings")(module, *x))
+    block.attn.register_forward_hook(count_zeros("attention"))
+    block.mlp.register_forward_hook(count_zeros("mlp"))
+    messages = []
+    block.attn.c_proj.register_forward_pre_hook(lambda module, x: messages.extend(x))
+    with torch.no_grad():  # equal scores, and all values 1: each message is the sum of the weights
+        block.attn.c_attn.weight.zero_()
+        block.attn.c_attn.bias.fill_(1)
+    idx = torch.randint(9, (8, 64))
+    model.train()(idx)
+    assert zeros == pytest.approx(dict.fromkeys(("embeddings", "attention", "mlp"), 0.25), abs=0.02)
+    sums = messages[0][:, -1].flatten()  # of 64 weights of 1/64, each kept with probability 0.75
+    assert sums.mean().item() == pytest.approx(1, abs=0.1) and sums.std() > 0.02
+    model.eval()(idx)
+    assert set(zeros.values()) == {0.0} and (messages[1] - 1).abs().max() < 1e-6
+
+
 def test_dropout_is_active_in_training_only():
     model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=8, dropout=0.5))
     idx = torch.randint(9, (2, 8))
