@@ -69,9 +69,7 @@ class TrainState:
     last_checkpoint_step: int = -1  # the step of the latest checkpoint
     unlogged_losses: float = 0.0  # sum of training losses since the last row of log.csv
     unlogged_steps: int = 0  # steps since that row
-    fixed_batch_loss: float = (
-        math.nan
-    )  # at the latest checkpoint: see fixed_batch_loss() in train.py
+    fixed_batch_loss: float = math.nan  # at the latest checkpoint: see train.py
 
 
 def is_patience_exhausted(state: TrainState, config: TrainConfig) -> bool:
@@ -301,7 +299,7 @@ def build_model(
         return load_model(resolve_model_dir(config.init_from), **dataclasses.asdict(model_config))
 
     model = dist.main_process_first(make_model)
-    check_lists(model)
+    dist.run_on_main(check_lists, model)
     return model.to(device.torch_device, device.param_dtype).train()
 
 
