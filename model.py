@@ -48,7 +48,7 @@ class GPTConfig:
     n_embd: int = 768  # channels: the length of the vector that represents a token
     dropout: float = 0.0  # probability of zeroing an activation during training
     bias: bool = True  # use biases in the linear layers and layer norms
-    pad_vocab_to: int = 1  # make the rows of wte a multiple of this (GPU speed)
+    pad_vocab_to: int = 1  # number of rows of wte: a multiple of this (GPU speed)
     float32_attention: bool = False  # attention in float32 under autocast: faster on some CPUs
     activation_checkpointing: bool = False  # in training, store only each block's input (memory)
 
@@ -120,7 +120,7 @@ class CausalSelfAttention(nn.Module):
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (8, 4, 64, 32) -> (8, 64, 128): concatenate
+        y = y.transpose(1, 2).reshape(B, T, C)  # (8, 4, 64, 32) -> (8, 64, 128): concatenate heads
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
     def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -170,7 +170,7 @@ class Block(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         # Each sublayer adds to x and never replaces it. Along these sums the gradient flows from
         # the loss to the embeddings without shrinking. The norms stand before the sublayers
-        # ("pre-norm"), so x itself is never normalized.
+        # ("pre-norm"), so no block normalizes x itself.
         x = x + self.attn(self.ln_1(x))  # tokens exchange information
         x = x + self.mlp(self.ln_2(x))  # each token is processed alone
         return x
@@ -254,8 +254,8 @@ class GPT(nn.Module):
         |---------------------------------------------|---------------------------------|--------|
         | embeddings, weights of linear layers        | normal, std 0.02                | GPT    |
         | c_proj, which add to the residual stream    | normal, std 0.02/sqrt(2 n_layer)| GPT-2  |
-        | biases                                      | 0                               | GPT    |
-        | gains of layer norms (by nn.LayerNorm)      | 1                               | GPT    |
+        | biases of linear layers                     | 0                               | GPT    |
+        | layer norms (by nn.LayerNorm): gain, bias   | 1, 0                            | GPT    |
 
         (OpenAI's code starts position embeddings with std 0.01, the library transformers with
         0.02.)

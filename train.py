@@ -77,12 +77,12 @@ def main() -> None:
         # The token that begins a text without a prompt, if that is not end-of-text.
         dataset.tokenizer.known_start_id = dist.run_on_main(check_init_from, config, dataset)
         if config.init_from != "resume" and not config.eval_only:
-            # Before anything that may fail: a job that fails is restarted, and then resumes the run
-            # in the folder. That must not be an older run.
+            # Before the model is built. If this job fails later and is restarted, it resumes the
+            # run in the folder: that must not be an older run.
             dist.run_on_main(move_old_run_aside, folder)
         model = build_model(config, dataset.tokenizer, device, dist)
         optimizer = make_optimizer(model, config, device.dtype, dist)
-        scaler = device.grad_scaler()  # keeps small float16 gradients above 0; else does nothing
+        scaler = device.grad_scaler()  # keeps small float16 gradients above 0
 
         # Resume, train
         state = TrainState(init_from=config.init_from)
@@ -124,7 +124,7 @@ def train(
                 record_evaluation(evaluation, config, state, dataset, model, logger)
             # If the run is killed before this checkpoint, the resumed run repeats the evaluation.
             interval = config.checkpoint_interval or config.eval_interval
-            # An evaluation changes the state (best_step, last_eval_step): it is saved again.
+            # An evaluation changes the state (best_step, last_eval_step), so it has to be saved.
             is_saved = evaluation is None and state.last_checkpoint_step == state.step
             if is_due(interval, state, config) and not is_saved:
                 save_state(config, state, dataset, model, optimizer, scaler, device, logger)
@@ -213,12 +213,12 @@ def train_step(
     # Loss and signals of all processes, in one all-reduce.
     stop_flag = torch.full_like(mean_loss, dist.shutdown.is_requested())
     mean_loss, n_stopped = dist.all_reduce_sum(torch.stack((mean_loss, stop_flag)))
-    # Only here does the CPU wait for the device.
+    # Here the CPU waits for the device (in float16 also in scaler.step()).
     loss, norm, n_stopped = torch.stack((mean_loss, grad_norm, n_stopped)).tolist()
     check_finite(loss, norm, step, config, scaler, dist)
-    scaler.step(optimizer)  # 4. step
+    scaler.step(optimizer)  # 4. step: optimizer.step(), unless a float16 gradient overflowed
     scaler.update()
-    # With several processes, the gradients stay in the buffers of DistributedDataParallel.
+    # With several processes, the gradients stay in the buckets of DistributedDataParallel.
     optimizer.zero_grad(set_to_none=dist.world_size == 1)
     if n_stopped > 0:  # a process has received a signal: all processes stop
         dist.shutdown.sync()  # and agree on the exit status
@@ -247,7 +247,7 @@ def check_finite(
     scaler: torch.amp.GradScaler,
     dist: Distributed,
 ) -> None:
-    """Raise FolioError if a loss or gradient is NaN or infinite. The step has changed no weights.
+    """Raise FolioError if a loss or gradient is NaN or infinite: before a step changes weights.
 
     In float16 a gradient may overflow: the scaler then skips the step and lowers its scale. If the
     scale is already tiny, lowering it does not help, so this is an error.
@@ -448,7 +448,8 @@ def is_model_changed(
 ) -> bool:
     """Whether the resumed model computes another loss than when it was saved."""
     change = abs(fixed_batch_loss(dataset, model, device) - state.fixed_batch_loss)
-    return change > 0.001 * state.fixed_batch_loss  # False if the checkpoint has no loss (NaN)
+    # 0.1%: more than the rounding of another device. NaN (a checkpoint without this loss): False.
+    return change > 0.001 * state.fixed_batch_loss
 
 
 @torch.no_grad()
@@ -456,7 +457,7 @@ def fixed_batch_loss(dataset: Dataset, model: GPT, device: ComputeDevice) -> flo
     """The loss of one window of the training text: the same window at each call.
 
     If this loss is NaN or infinite at a checkpoint, the weights have diverged. The training losses
-    so far do not tell: each was computed before its step changed the weights. When a run is
+    so far do not show this: each was computed before its step changed the weights. When a run is
     resumed, the loss shows whether the model is the model that was saved. It is computed without
     autocast, so it is almost equal on all devices.
     """

@@ -17,7 +17,7 @@ bias = False
 
 max_iters = 2000
 patience = 2  # stop after two evaluations without improvement: this model overfits small texts
-# (patience is for eval_interval=250; if you evaluate more often, set it to 0, or higher)
+# (for eval_interval=250: if you evaluate more often, set a higher patience, or 0: never stop)
 warmup_iters = 100
 learning_rate = 5e-3
 muon_learning_rate = 0.02

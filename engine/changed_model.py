@@ -1,7 +1,7 @@
 """Whether model.py still computes GPT-2: a reader may have changed it, for an experiment.
 
 A changed model can be trained, and it can generate text. But engine/inference.py, transformers and
-config.json know GPT-2 only. So train.py, sample.py and save_model() ask is_gpt2(model).
+config.json know GPT-2 only. So all programs and save_model() ask is_gpt2(model).
 """
 
 import copy
@@ -19,9 +19,52 @@ CHANGED_MODEL_NOTE = (
 )
 
 
+@torch.no_grad()
+def is_gpt2(model: GPT) -> bool:
+    """Whether this model is a GPT-2: it has GPT-2's parameters, and its logits are gpt2_logits().
+
+    False if model.py was changed in one of these, or if this model has hooks or other layers.
+    Another initialization or another loss leaves it a GPT-2.
+    Compares the logits of a small model after a long context (see computes_gpt2), then of this
+    model after 8 tokens, in its own precision. If this model gives no numbers to compare (on the
+    device meta, in 16 bits without autocast, NaN), the small model alone decides.
+    """
+    config, parameter = model.config, next(model.parameters())
+    # At most as deep as gpt2-xl, and 256 tokens: that takes about two seconds on one core.
+    n_layer, block_size = min(config.n_layer, 48), min(config.block_size, 256)
+    if not computes_gpt2(n_layer, config.n_head, block_size, config.bias):
+        return False
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    if shapes != gpt2_shapes(config):  # for example, one block that is used several times
+        return False
+    if parameter.is_meta:  # the weights have shapes, but no numbers
+        return True
+    if model.training and config.dropout > 0:
+        # A copy without dropout: another thread may be training the model itself. Because of
+        # same_weights, deepcopy() does not copy the weights, but uses them in the copy, too.
+        same_weights = {id(weight): weight for weight in model.parameters()}
+        model = copy.deepcopy(model, same_weights).eval()
+    n_tokens = min(config.block_size, config.vocab_size, 8)
+    # Two rows: a change may mix rows. -1 becomes V - 1, usually end-of-text: a change may treat
+    # this id in a special way, for example by a mask between documents.
+    row = torch.tensor([0, -1, 1, 2, -2, 3, 4, 5][:n_tokens], device=parameter.device)
+    idx = torch.stack((row, row.flip(0))) % config.vocab_size  # (2, T)
+    try:
+        expected = model(idx)[:, -1]  # (2, V)
+    except RuntimeError:  # with float32_attention, weights of 16 bits need autocast
+        return True
+    if not expected.isfinite().all():  # numbers that are too large for 16 bits, or NaN
+        return True
+    logits = gpt2_logits(model, idx)
+    # Numbers of 16 bits, and of float32 on a GPU (TF32), have large rounding errors.
+    is_exact = parameter.is_cpu and parameter.dtype in (torch.float32, torch.float64)
+    tolerance = 1e-4 if is_exact else 0.05
+    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
+
+
 @functools.cache  # model.py does not change while a program runs
 def computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> bool:
-    """Whether model.py computes GPT-2, as gpt2_logits() does; False if model.py was changed.
+    """Whether model.py computes the logits of GPT-2, as gpt2_logits() does.
 
     Compares the logits of two positions, in a narrow model with random weights.
     """
@@ -41,45 +84,6 @@ def computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> boo
             )
     except Exception:  # a changed model.py may lack a layer, or not work in these sizes
         return False
-
-
-@torch.no_grad()
-def is_gpt2(model: GPT) -> bool:
-    """Whether this model is a GPT-2: its logits are those that gpt2_logits() computes.
-
-    False if model.py was changed, or if this model has hooks or other layers. Compares the logits
-    of a small model after a long context (see computes_gpt2), then of this model after 8 tokens, in
-    its own precision. A model that cannot be compared counts as GPT-2.
-    """
-    config, parameter = model.config, next(model.parameters())
-    n_layer, block_size = min(config.n_layer, 48), min(config.block_size, 256)
-    if not computes_gpt2(n_layer, config.n_head, block_size, config.bias):
-        return False
-    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    if shapes != gpt2_shapes(config):  # for example, one block that is used several times
-        return False
-    if parameter.is_meta:  # the weights have shapes, but no numbers
-        return True
-    if model.training and config.dropout > 0:
-        # A copy without dropout: another thread may be training the model itself. Because of
-        # same_weights, deepcopy() does not copy the weights, but uses them in the copy, too.
-        same_weights = {id(weight): weight for weight in model.parameters()}
-        model = copy.deepcopy(model, same_weights).eval()
-    n_tokens = min(config.block_size, config.vocab_size, 8)
-    # Two rows with ids from both ends of the vocabulary: end-of-text is usually the last one.
-    row = torch.tensor([0, -1, 1, 2, -2, 3, 4, 5][:n_tokens], device=parameter.device)
-    idx = torch.stack((row, row.flip(0))) % config.vocab_size  # (2, T)
-    try:
-        expected = model(idx)[:, -1]  # (2, V)
-    except RuntimeError:  # with float32_attention, weights of 16 bits need autocast
-        return True
-    if not expected.isfinite().all():  # numbers that are too large for 16 bits, or NaN
-        return True
-    logits = gpt2_logits(model, idx)
-    # Numbers of 16 bits, and of float32 on a GPU (TF32), have large rounding errors.
-    is_exact = parameter.is_cpu and parameter.dtype in (torch.float32, torch.float64)
-    tolerance = 1e-4 if is_exact else 0.05
-    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def gpt2_logits(model: GPT, idx: torch.Tensor) -> torch.Tensor:

@@ -153,11 +153,16 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
     for name in buffers.keys() & state_dict.keys():
         if own[name].shape != state_dict[name].shape:
             del state_dict[name]
-    if problems := list(compare_tensors(state_dict, model)):  # sizes that a changed model.py adds
+    # A changed model.py may have parameters whose shapes depend on these two settings.
+    if problems := list(compare_tensors(state_dict, model)):
         sizes = f"block_size={config.block_size}, pad_vocab_to={config.pad_vocab_to}"
-        raise FolioError(f"{folder}: not with {sizes}: {join_names(problems, max_names=3)}")
-    # Without copies (assign). But if two names mean one tensor, as they may in a changed model.py,
-    # it has to stay one tensor. from_hf_state_dict() has checked the names.
+        problem = join_names(problems, max_names=3)
+        raise FolioError(
+            f"{folder}: the weights do not fit {sizes}: {problem}; use the sizes of this model"
+        )
+    # assign=True takes the loaded tensors without a copy. But if a changed model.py has two names
+    # for one tensor, they would become two tensors: then the numbers are copied. strict=False:
+    # from_hf_state_dict() has checked the names.
     has_aliases = own.keys() != stored_tensors(model).keys()
     model.load_state_dict(state_dict, strict=False, assign=not has_aliases)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
@@ -169,7 +174,9 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
 
 
 def check_change(folder: str | Path, model: GPT) -> None:
-    """Raise FolioError if the model in `folder` has a changed model.py, and this model has not."""
+    """Raise FolioError if the model in `folder` was trained with a changed model.py, but this
+    model is a GPT-2.
+    """
     model_type = read_json(Path(folder) / "config.json").get("model_type")
     if model_type == CHANGED_MODEL_TYPE and is_gpt2(model):
         raise FolioError(MAKE_THE_CHANGE_AGAIN.format(folder))
@@ -318,7 +325,8 @@ generate = pipeline("text-generation", model="{folder}")
 ```
 """
 WITH_THE_CHANGE = """
-This needs the model.py with which the model was trained: it is not that of Folio.
+This needs the changed model.py with which the model was trained. Folio's own model.py computes
+other logits.
 """
 
 

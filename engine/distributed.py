@@ -225,10 +225,11 @@ class Distributed:
             model,
             device_ids=[device] if device.type == "cuda" else None,
             process_group=self._tensor_group(device),
-            gradient_as_bucket_view=True,  # gradients live in the buffers that are sent
+            gradient_as_bucket_view=True,  # gradients live in the buckets that are sent
         )
-        # Buffers (of a changed model.py) are sent by broadcast_buffers(), and not in each forward
-        # pass: this would wait for a process that has no batch to evaluate.
+        # The constructor has sent the buffers (of a changed model.py) once. From now on,
+        # broadcast_buffers() sends them, and not each forward pass: this would wait for a process
+        # that has no batch to evaluate.
         ddp.broadcast_buffers = False
         return ddp
 
@@ -256,7 +257,7 @@ class Distributed:
         if self.world_size > 1:
             buffers = [buffer.clone() for buffer in model.buffers()]
             loss_fn().backward()
-            model.zero_grad(set_to_none=False)  # gradients stay in DDP's buffers
+            model.zero_grad(set_to_none=False)  # gradients stay in DDP's buckets
             # The forward pass has changed the statistics of a BatchNorm, if model.py was changed.
             for buffer, before in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
@@ -358,7 +359,7 @@ class GracefulShutdown:
     """Turns the first signal into a request that the training loop can see.
 
     The signals are SIGINT, SIGTERM, SIGHUP, and those that schedulers can send before a time limit:
-    SIGUSR1 (SLURM), SIGUSR2 (Grid Engine, LSF), SIGXCPU (ulimit -t).
+    SIGUSR1 (SLURM), SIGUSR2 and SIGXCPU (Grid Engine, LSF).
 
     with dist.shutdown:
         while not dist.shutdown.sync(): ...

@@ -145,7 +145,7 @@ def to_hf_state_dict(model: GPT) -> dict[str, torch.Tensor]:
 def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The name and the shape of each parameter of GPT-2; without biases if config.bias is False.
 
-    A changed model.py may have other parameters.
+    These are GPT-2's, also if model.py was changed.
     """
     C = config.n_embd
     shapes = {
@@ -200,7 +200,9 @@ def from_hf_state_dict(
     is_float64 = all(tensor.dtype == torch.float64 for tensor in floats.values())
     dtype = torch.float64 if is_float64 else torch.float32
     state_dict |= {name: tensor.to(dtype) for name, tensor in floats.items()}
-    is_tied = "lm_head.weight" not in dict(model.named_parameters())  # or model.py was changed
+    is_tied = "lm_head.weight" not in dict(
+        model.named_parameters()
+    )  # False only if model.py was changed
     lm_head = state_dict.pop("lm_head.weight", None) if is_tied else None
     if lm_head is not None:  # a file may store the tied matrix under either name, or both
         embedding = state_dict.setdefault("transformer.wte.weight", lm_head)

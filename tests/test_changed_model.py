@@ -188,7 +188,9 @@ def test_weights_of_other_sizes_are_refused_in_one_line(change, tmp_path):
 
     change(CausalSelfAttention, "__init__", with_table)
     save_model(random_model(), tmp_path)
-    with pytest.raises(FolioError, match=r"not with block_size=8, .*relative is \[32\], not \[8\]"):
+    with pytest.raises(
+        FolioError, match=r"do not fit block_size=8, .*relative is \[32\], not \[8\]"
+    ):
         load_model(tmp_path, block_size=8)
 
 

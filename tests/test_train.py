@@ -400,6 +400,17 @@ def test_the_settings_of_a_resumed_run_are_those_of_its_checkpoint(
     assert load_checkpoint(tmp_path / "run")["settings"]["weight_decay"] == used
 
 
+def test_resuming_with_other_rates_trains_with_them(tiny_flags, tmp_path, run_train):
+    """Loading the optimizer's state must not bring back the rates of the checkpoint."""
+    run_train(*tiny_flags, "--max_iters=4")
+    rates = ("--learning_rate=1e-3", "--muon_learning_rate=5e-3", "--weight_decay=0.7")
+    run_train(*tiny_flags, "--init_from=resume", "--max_iters=8", *rates)
+    parts = load_checkpoint(tmp_path / "run")["optimizer"]
+    groups = [group for name in ("Muon", "AdamW") for group in parts[name]["param_groups"]]
+    assert [group["initial_lr"] for group in groups] == [5e-3, 1e-3, 1e-3]
+    assert [group["weight_decay"] for group in groups] == [0.7, 0.7, 0]
+
+
 def test_resuming_refuses_another_architecture(tiny_flags, run_train, call):
     run_train(*tiny_flags)
     for flag in ("--n_layer=3", "--block_size=16", "--bias"):
