@@ -55,7 +55,8 @@ def main() -> None:
         # Settings, and the folder of the run
         overrides = dist.run_on_main(parse_overrides, TrainConfig)
         folder = resolve_out_dir(overrides.get("out_dir", TrainConfig.out_dir))
-        if not overrides.get("eval_only"):  # lock before reading: another job may write there
+        if not overrides.get("eval_only"):
+            # Lock before reading: another job may write there. The main process enters the lock.
             dist.run_on_main(exit_stack.enter_context, lock_run_folder(folder))
         # torchrun and SLURM restart a job that failed; it then resumes. Only the restarted node
         # sees this in its environment variables.
@@ -115,8 +116,8 @@ def train(
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         threads = ThreadAdapter(device, config.num_threads, dist.world_size, logger.print)
         logger.print(banner(config, state, dataset, model, device, folder))
-        if config.init_from == "resume" and is_model_changed(state, dataset, model, device):
-            logger.warn_once(CHANGED_SINCE_SAVED)
+        if config.init_from == "resume":
+            logger.warn_once(describe_change(state, dataset, model, device))
         while True:
             evaluation = None  # validation loss and bits per byte, if evaluated at this step
             if is_evaluation_due(state, config):
@@ -381,8 +382,8 @@ def evaluate_only(
         print(banner(config, state, dataset, model, device, folder), flush=True)
     threads = ThreadAdapter(device, config.num_threads, dist.world_size, tqdm.write)
     is_resumed = config.init_from == "resume"
-    if dist.is_main and is_resumed and is_model_changed(state, dataset, model, device):
-        print(wrap(f"WARNING  {CHANGED_SINCE_SAVED}", indent=9))
+    if dist.is_main and is_resumed and (change := describe_change(state, dataset, model, device)):
+        print(wrap(f"WARNING  {change}", indent=9))
     evaluation = evaluate(wrapped_model, dataset, config, device, dist, threads)
     # None: torchrun was killed, which dist.shutdown.is_requested() notices. (A signal ends the
     # program at once here: main() catches signals around train() only.)
@@ -440,16 +441,16 @@ def try_to_save_snapshot(
         logger.warn_once(f"{error}; the run goes on")
 
 
-CHANGED_SINCE_SAVED = "the resumed model computes other losses: has model.py been changed?"
-
-
-def is_model_changed(
-    state: TrainState, dataset: Dataset, model: GPT, device: ComputeDevice
-) -> bool:
-    """Whether the resumed model computes another loss than when it was saved."""
-    change = abs(fixed_batch_loss(dataset, model, device) - state.fixed_batch_loss)
+def describe_change(state: TrainState, dataset: Dataset, model: GPT, device: ComputeDevice) -> str:
+    """A warning if the resumed model computes another loss than when it was saved; else ""."""
+    loss, saved = fixed_batch_loss(dataset, model, device), state.fixed_batch_loss
     # 0.1%: more than the rounding of another device. NaN (a checkpoint without this loss): False.
-    return change > 0.001 * state.fixed_batch_loss
+    if not abs(loss - saved) > 0.001 * max(saved, 1):
+        return ""
+    return (
+        f"the resumed model has a loss of {loss:.4f} on a fixed window, the saved model had "
+        f"{saved:.4f}: has model.py been changed? Undo the change, or start a new run"
+    )
 
 
 @torch.no_grad()

@@ -1,14 +1,13 @@
 """Tokenizers, datasets and their preparation. Each folder in here is a prepared dataset.
 
-Every program imports this package before torch, so it prints the message for a missing torch.
+Every program imports this package first, so it prints the message for a missing package.
 """
 
 try:
-    import torch  # noqa: F401
+    import filelock, huggingface_hub, numpy, regex, requests, safetensors, tiktoken  # noqa: E401, F401
+    import tokenizers, torch, tqdm  # noqa: E401, F401
 except ModuleNotFoundError as error:
-    if error.name != "torch":
-        raise
     raise SystemExit(
-        "torch is not installed here. Activate the environment: . .venv/bin/activate\n"
+        f"{error.name} is not installed here. Activate the environment: . .venv/bin/activate\n"
         "(or install the packages of Folio: pip install -e .)"
     ) from None

@@ -78,7 +78,8 @@ def evaluation_batches(
     Each token of a file is predicted once, except the first one. A target is IGNORE_INDEX if the
     window before has predicted it (see evaluation_windows()), or if its row only fills up the last
     batch.
-    max_tokens: number of tokens to predict, at least; the last window is complete. 0 means all.
+    max_tokens: predict the first max_tokens tokens, and the other tokens of the last window. 0
+    means all.
     rank, world_size: batch number i belongs to rank i % world_size; only these batches are built.
     """
     indices, num_repeated = evaluation_windows(tokens.lengths, block_size)
@@ -332,7 +333,7 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
 
 
 def read_dataset(folder: Path, name: str, block_size: int, tokenizer: Tokenizer | None) -> Dataset:
-    """open_dataset() for a folder that is not replaced meanwhile."""
+    """What open_dataset() does, if nobody replaces the folder while it is read."""
     tokenizer = find_tokenizer(folder, name, tokenizer)
     meta = read_meta(folder)
     check_tokenizer(folder / "tokenizer.json", meta)
@@ -383,8 +384,8 @@ def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenize
         own = load_tokenizer(folder)
         if given not in (None, own):
             raise FolioError(
-                f"{folder}: its tokenizer is another one (was the dataset prepared again, or is "
-                "--tokenizer given?)"
+                f"{folder}: its tokenizer differs from the expected one; omit --tokenizer if it is "
+                "given; if the dataset was prepared again, start a new run"
             )
         return own
     if name in PREPARE_COMMANDS and "train.bin" not in files:

@@ -75,13 +75,13 @@ def fsync_dir(folder: str | Path) -> None:
 
 
 def read_folder(folder: Path, read: Callable[[], T]) -> T:
-    """read(), again if another process has put another folder in its place meanwhile.
+    """Call read(); call it again if another process has replaced `folder` meanwhile.
 
-    So the files that read() has read are of one folder.
+    So all files that the result comes from belong to one folder.
     """
 
     def folder_id() -> tuple[int, int] | None:
-        with contextlib.suppress(OSError):  # there is none
+        with contextlib.suppress(OSError):  # the folder does not exist
             status = folder.stat()
             return status.st_dev, status.st_ino
         return None
@@ -129,7 +129,8 @@ def file_lock(path: str | Path, message: str, wait: bool = False) -> Iterator[No
     If another process holds it: raises FolioError(message), or prints message and waits.
     """
     path = Path(path)
-    # No "soft" lock where the disk has none: it would stay after SIGKILL, and lock other nodes out.
+    # If the disk has no locks, do not make a "soft" lock (a file that exists): after SIGKILL it
+    # would stay, and stop all later jobs.
     lock = filelock.FileLock(path, fallback_to_soft=False)
     with explain_os_error(path, "cannot create this lock file"):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -259,7 +259,7 @@ def encode_in_order(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise FolioError if the folder exists and is not a dataset. Ask before hours of work."""
+    """Raise FolioError if the folder is neither empty nor a dataset. Ask before hours of work."""
     is_empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not is_empty and not any((folder / name).exists() for name in DATASET_FILES):
         raise FolioError(f"{folder}: exists and is not a dataset; choose another --dataset")

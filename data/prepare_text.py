@@ -211,7 +211,7 @@ def open_corpus(inputs: list[Path], config: PrepareTextConfig) -> Corpus:
 
 
 def new_hash() -> Any:
-    """The hash of a text without pieces; update() adds a piece."""
+    """A hash to which update() adds the pieces of a text."""
     return hashlib.blake2b(digest_size=16)
 
 

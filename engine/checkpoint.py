@@ -10,8 +10,8 @@
     log.csv, loss.png       the metrics and their plot
     start_id.txt            a random id of the process that trains here
 
-So `AutoModelForCausalLM.from_pretrained(folder)` opens a run of Folio's, and load_model() opens a
-folder of GPT-2's weights by any other program.
+So `AutoModelForCausalLM.from_pretrained(folder)` opens a run (unless model.py was changed), and
+load_model() opens a folder of GPT-2's weights by any other program.
 
 engine/run_folder.py finds, locks and prepares the folder.
 """
@@ -49,7 +49,7 @@ from model import GPT, GPTConfig
 
 CHECKPOINT_FILE = "resume.pt"
 MAKE_THE_CHANGE_AGAIN = "{}: was trained with a changed model.py; make the change again"
-MAX_UNUSED_ROWS = 1023  # of a table of embeddings: some round its rows up to a multiple of 1024
+MAX_UNUSED_ROWS = 1023  # of embeddings: some models round their number up to a multiple of 1024
 
 
 # --- The model and its tokenizer ---
@@ -79,7 +79,8 @@ def save_model(
     special_token_ids = no_ids if tokenizer is None else tokenizer.special_token_ids
     config = {**to_hf_config(model.config), **special_token_ids, "dtype": dtype}
     if not is_gpt2(model):
-        # It may have an output layer of its own, which is saved with its rows of padding.
+        # A changed model may have an output layer of its own. It is saved with its rows of padding,
+        # so loading needs pad_vocab_to.
         config |= {"model_type": CHANGED_MODEL_TYPE, "pad_vocab_to": model.config.pad_vocab_to}
     generation = {"do_sample": True, "max_length": model.config.block_size, "max_new_tokens": None}
     metadata = {"format": "pt", SHA256_KEY: sha256_of(tensors)}
@@ -117,9 +118,10 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
     overrides: fields of GPTConfig that replace the folder's, such as dropout=0.1.
         vocab_size: that of the tokenizer, if the folder's table of embeddings has rows of padding.
         block_size: at most the model's; positions beyond it are cut off.
-    Raises FolioError if a file is missing or damaged, if the architecture is not GPT-2's, or if the
-    weights do not match config.json; ValueError if n_layer, n_head, n_embd or bias in overrides is
-    not that of the weights.
+    Raises FolioError if a file is missing or damaged, if the architecture is not GPT-2's, if the
+    weights do not match config.json, or if the model was trained with a changed model.py and this
+    model.py is GPT-2; ValueError if n_layer, n_head, n_embd or bias in overrides is not that of the
+    weights.
     """
     folder = user_path(folder)
     if (folder / CHECKPOINT_FILE).exists() and not (folder / "config.json").exists():
@@ -141,35 +143,44 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         if read_json(folder / "config.json").get("model_type") == CHANGED_MODEL_TYPE:
             raise FolioError(f"{MAKE_THE_CHANGE_AGAIN.format(folder)} ({error})") from None
         raise
+    try:
+        model = model_with_weights(config, state_dict)
+    except ValueError as error:
+        sizes = f"block_size={saved_config.block_size}, pad_vocab_to={saved_config.pad_vocab_to}"
+        raise FolioError(f"{folder}: the weights do not fit ({error}); use {sizes}") from None
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise FolioError(
+            f"{folder}: the weights contain NaN or infinity; train again with lower learning rates"
+        )
+    check_change(folder, model)
+    return model
+
+
+def model_with_weights(config: GPTConfig, state_dict: dict[str, torch.Tensor]) -> GPT:
+    """A model in eval mode with these weights. Embeddings are cut to its sizes, or padded.
+
+    state_dict: from from_hf_state_dict(). ValueError if another shape does not fit: a changed
+    model.py may have parameters whose shapes depend on block_size or pad_vocab_to.
+    """
     positions, rows = "transformer.wpe.weight", "transformer.wte.weight"
     if positions in state_dict:
         state_dict[positions] = state_dict[positions][: config.block_size]
     state_dict[rows] = state_dict[rows][: config.vocab_size]
-    n_padding = config.padded_vocab_size - config.vocab_size
-    state_dict[rows] = torch.nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
+    if n_padding := config.padded_vocab_size - config.vocab_size:
+        state_dict[rows] = torch.nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
     model = uninitialized_model(config).to(state_dict[rows].dtype).eval()
     # A buffer of a changed model.py, such as a mask, may have another size: the model has its own.
     own, buffers = model.state_dict(), dict(model.named_buffers())
     for name in buffers.keys() & state_dict.keys():
         if own[name].shape != state_dict[name].shape:
             del state_dict[name]
-    # A changed model.py may have parameters whose shapes depend on these two settings.
     if problems := list(compare_tensors(state_dict, model)):
-        sizes = f"block_size={config.block_size}, pad_vocab_to={config.pad_vocab_to}"
-        problem = join_names(problems, max_names=3)
-        raise FolioError(
-            f"{folder}: the weights do not fit {sizes}: {problem}; use the sizes of this model"
-        )
+        raise ValueError(join_names(problems, max_names=3))
     # assign=True takes the loaded tensors without a copy. But if a changed model.py has two names
     # for one tensor, they would become two tensors: then the numbers are copied. strict=False:
     # from_hf_state_dict() has checked the names.
     has_aliases = own.keys() != stored_tensors(model).keys()
     model.load_state_dict(state_dict, strict=False, assign=not has_aliases)
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise FolioError(
-            f"{folder}: the weights contain NaN or infinity; train again with lower learning rates"
-        )
-    check_change(folder, model)
     return model
 
 

@@ -31,9 +31,10 @@ class ThreadAdapter:
     Call after_step() after each training step.
 
     The number of threads changes the order of sums, and so the last digits of all numbers. Runs
-    are equal bit by bit only if it has not changed. It never changes if num_threads is not 0, if
-    OMP_NUM_THREADS or MKL_NUM_THREADS is set, with several processes, on GPUs, and on other systems
-    than Linux: only Linux says how much of the CPU other programs use.
+    are equal bit by bit only if the number of threads has not changed. It never changes if
+    num_threads is not 0, if OMP_NUM_THREADS or MKL_NUM_THREADS is set, with several processes,
+    with torch.compile, on GPUs, and on other systems than Linux: only Linux says how much of the
+    CPU other programs use.
     """
 
     WINDOW_SECONDS = 0.5  # the CPU usage is measured in windows of at least this length

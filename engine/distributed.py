@@ -80,6 +80,8 @@ class Distributed:
     def __exit__(self, kind, error, _) -> None:
         if not torch_dist.is_initialized():
             return
+        # An expected end: close the connections. (After another error this might wait for a process
+        # that still computes.)
         if error is None or isinstance(error, SystemExit | FolioError):
             torch_dist.destroy_process_group()
         elif isinstance(error, RuntimeError) and (  # of a collective

@@ -200,9 +200,8 @@ def from_hf_state_dict(
     is_float64 = all(tensor.dtype == torch.float64 for tensor in floats.values())
     dtype = torch.float64 if is_float64 else torch.float32
     state_dict |= {name: tensor.to(dtype) for name, tensor in floats.items()}
-    is_tied = "lm_head.weight" not in dict(
-        model.named_parameters()
-    )  # False only if model.py was changed
+    # False only if model.py was changed, and has an output layer of its own:
+    is_tied = "lm_head.weight" not in dict(model.named_parameters())
     lm_head = state_dict.pop("lm_head.weight", None) if is_tied else None
     if lm_head is not None:  # a file may store the tied matrix under either name, or both
         embedding = state_dict.setdefault("transformer.wte.weight", lm_head)
@@ -216,8 +215,8 @@ def from_hf_state_dict(
             if not state_dict[name].any():
                 del state_dict[name]
     rows = "transformer.wte.weight"
-    if rows in state_dict and len(state_dict[rows]) == config.vocab_size:
-        n_padding = config.padded_vocab_size - config.vocab_size
+    n_padding = config.padded_vocab_size - config.vocab_size
+    if n_padding and rows in state_dict and len(state_dict[rows]) == config.vocab_size:
         state_dict[rows] = nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
     if problems := list(compare_tensors(state_dict, model)):
         raise FolioError(f"{folder}: the weights do not match config.json: {join_names(problems)}")

@@ -151,7 +151,7 @@ class InferenceModel:
     ) -> Iterator[torch.Tensor]:
         """The steps of generate() for a changed model, without a cache.
 
-        As in model.generate, a full context moves by one token; there is no setting overlap.
+        As in model.generate, a full context moves by one token; the setting overlap has no effect.
         """
         model = self.changed_model.to(self.device)
         finished = torch.zeros(len(idx), dtype=torch.bool, device=self.device)

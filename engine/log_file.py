@@ -29,7 +29,7 @@ def read_log(path: str | Path) -> list[LogRow]:
 
 
 def parse_log(path: str | Path) -> tuple[list[LogRow], bool]:
-    """Return all rows of log.csv by step, and whether all of it could be read.
+    """Return all rows of log.csv, sorted by step, and whether all of it could be read.
 
     A killed process may have written a part of the last line: it is ignored, unless it has all
     columns. (A spreadsheet may leave out the last line end, and may have sorted the rows.)

@@ -103,7 +103,7 @@ class MetricsLogger:
             with contextlib.suppress(FolioError):  # log.csv of another process stays as it is
                 self.check_folder()
                 self._save_rows()
-                if not self.log_is_complete:  # for example a spreadsheet that still locks the file
+                if not self.log_is_complete:  # a spreadsheet may still lock the file
                     backup = backup_path(self.folder / LOG_FILE)
                     write_log(backup, self.rows)
                     self.print(labeled("WARNING", f"the rows of {LOG_FILE} are in {backup.name}"))
@@ -136,7 +136,7 @@ class MetricsLogger:
             print_or_discard(text)  # go on without a terminal: the run must be saved
 
     def warn_once(self, text: str) -> None:
-        if text not in self.warnings:
+        if text and text not in self.warnings:
             self.warnings.add(text)
             self.print(labeled("WARNING", text))
 

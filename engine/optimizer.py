@@ -83,7 +83,7 @@ def set_lr_multiplier(optimizer: "Optimizer", multiplier: float) -> None:
 class CombinedOptimizer:
     """Several optimizers, each with its own parameters, used as one.
 
-    It is no torch.optim.Optimizer. In place of torch's schedulers: set_lr_multiplier().
+    It is no torch.optim.Optimizer, so torch's schedulers do not accept it: use set_lr_multiplier().
     """
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
@@ -148,7 +148,7 @@ class Muon(torch.optim.Optimizer):
         # The _foreach functions apply one operation to a list of tensors at once.
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:  # all are frozen
+            if not params:  # no matrix has a gradient
                 continue
             gradients = [p.grad for p in params]
             for p in params:

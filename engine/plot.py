@@ -106,14 +106,17 @@ def comparability(runs: list[LoggedRun]) -> str:
     """Why the losses of these runs cannot be compared; "" if they can."""
     found = {name: {run.settings.get(name) for run in runs} - {None, ""} for name in MEASURED_ON}
     if len(found["vocabulary"]) > 1:
-        # The first tokens of two tokenizers are different parts of the text.
+        # The first 10,000 tokens are more text with one tokenizer than with another.
         is_limited = any(found["eval_tokens"] - {0})
-        instead = "nor can bits per byte (eval_tokens)" if is_limited else "compare bits per byte"
-        return f"losses of different vocabularies cannot be compared; {instead}"
+        condition = ", and eval_tokens is 0 in all runs" if is_limited else ""
+        return (
+            "losses of different vocabularies cannot be compared; bits per byte can, if the\n"
+            f"runs were evaluated on the same text{condition}"
+        )
     if len(found["checksum of val.bin"]) > 1:
         return (
-            "the runs were evaluated on different tokens (of another text, or by another "
-            "tokenizer):\ntheir losses cannot be compared"
+            "the runs were evaluated on different tokens, of another text or by another\n"
+            "tokenizer: their losses cannot be compared"
         )
     if len(found["eval_tokens"]) > 1:
         return "eval_tokens differ: the losses are of different windows, and cannot be compared"
@@ -228,7 +231,7 @@ def plot_run(
         label = name or "validation"
         axes.plot(*zip(*val, strict=True), f"o{line}", color=color, ms=4, label=label)
         best = min(val, key=lambda point: point[1])
-        if best != val[-1]:  # overfitting begins here
+        if best != val[-1]:  # after this step, the validation loss is higher
             axes.axvline(best[0], color=color, lw=0.8, ls=":")
         # Behind the end of the curve there is room; elsewhere, the number stands above the curve,
         # to the right of the dotted line.

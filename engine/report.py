@@ -115,7 +115,7 @@ def summary(
     """
     folder, measured = Path(folder), measured_on(config.eval_tokens, n_val_tokens)
     total = max(config.max_iters, state.step)
-    is_evaluated = state.last_eval_step == state.step  # else a signal interrupted the evaluation
+    is_evaluated = state.last_eval_step == state.step  # else none was due, or a signal came
     status = "done" if state.step == total and is_evaluated else "stopped"
     saved = "" if status == "done" else "; saved"
     if state.last_checkpoint_step != state.step:  # save_state() has refused

@@ -190,10 +190,12 @@ def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
         model_config = dataclasses.replace(model_config, bias=True)
     if (description := describe_run(folder)) != shown_path(folder):  # it is a run
         print(f"starting from {description}")
-    for name in ARCHITECTURE:
-        given, actual = overrides.get(name), getattr(model_config, name)
-        if given is not None and given != actual:
-            raise FolioError(f"--{name}={given}: the model in {folder} has {name}={actual}")
+    actual = {name: getattr(model_config, name) for name in ARCHITECTURE}
+    different = [name for name in ARCHITECTURE if overrides.get(name, actual[name]) != actual[name]]
+    if different:
+        given = ", ".join(f"{name}={overrides[name]}" for name in different)
+        fix = " ".join(f"--{name}={actual[name]}" for name in different)
+        raise FolioError(f"{given}: not the sizes of the model in {shown_path(folder)}; use {fix}")
     config = TrainConfig(**{name: getattr(model_config, name) for name in FROM_MODEL} | overrides)
     if config.optimizer == "muon" and not config.eval_only:
         # A learning rate that is too large destroys what the model has learned. A user who sets
@@ -437,7 +439,7 @@ def save_run(
         "settings": dataclasses.asdict(config),
     }
     with contextlib.suppress(OSError):  # the log is not needed to continue
-        fsync_file(folder / LOG_FILE)  # before the checkpoint, which continues its rows
+        fsync_file(folder / LOG_FILE)  # first: its rows up to this step must not be lost
     save_checkpoint(folder, parts)
     write_text(folder / SETTINGS_FILE, to_json(config))
 

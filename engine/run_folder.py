@@ -27,7 +27,11 @@ from engine.log_file import LOG_FILE, read_log
 
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
-NO_RUN_FILES = (LOCK_FILE, "lost+found", ".DS_Store")  # the latter of Linux's disks, and of macOS
+NO_RUN_FILES = (
+    LOCK_FILE,
+    "lost+found",
+    ".DS_Store",
+)  # "lost+found": of disks, ".DS_Store": of macOS
 
 
 # --- Paths ---

@@ -20,12 +20,12 @@ class TrainConfig:
     # --- Run ---
     out_dir: str = "out/gpt"  # run folder; a relative path starts at the repository
     init_from: str = (
-        "scratch"  # scratch, resume, auto (resume if there is a run), or gpt2, a hub name, a folder
+        "scratch"  # scratch, resume, auto (resume if there is a run), gpt2, a hub name, or a folder
     )
     max_iters: NonNegativeInt = 2000  # optimizer steps
     eval_interval: PositiveInt = 250  # steps between evaluations
     checkpoint_interval: NonNegativeInt = 0  # steps between checkpoints; 0: at each evaluation
-    eval_tokens: NonNegativeInt = 0  # validation tokens per evaluation; 0: all
+    eval_tokens: NonNegativeInt = 0  # validation tokens per evaluation (in whole windows); 0: all
     eval_only: bool = False  # evaluate the model given by init_from and exit; writes nothing
     patience: NonNegativeInt = 0  # stop after so many evaluations without improvement; 0: never
     snapshot_interval: NonNegativeInt = 0  # steps between copies of the weights in step_*; 0: none

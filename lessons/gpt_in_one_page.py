@@ -51,7 +51,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # x + ...: the gradient has a direct way to the first block. The layer norms give each
-        # vector mean 0 and variance 1, so that all inputs have the same size, however large x is.
+        # vector mean 0 and variance 1, so that all inputs have one scale, however large x is.
         x = x + self.attention_out(self.attention(self.norm_1(x)))
         # GELU, a smooth max(0, x), is not linear. Without it, the two layers would be equal to one.
         # "tanh": GPT-2's approximation of GELU.

@@ -118,7 +118,7 @@ def trained_model(folder: Path) -> None:
     tokens = validation_split(folder, T, tokenizer)
     indices = torch.linspace(0, tokens.num_windows(T + 1) - 1, 200).long().numpy()
     windows = torch.from_numpy(tokens.windows(indices, T + 1))
-    print(f"\nThe model in {folder}, on {len(windows)} windows of its validation text:")
+    print(f"\nThe model in {folder.name}, on {len(windows)} windows of its validation text:")
     losses = torch.cat([loss_of_each_token(model, part) for part in windows.split(20)])
     before = torch.arange(1, T + 1)  # the first target has one token before it
     print_by_position(losses, before.expand_as(losses), "tokens before the target")

@@ -191,7 +191,10 @@ def test_the_table_shows_that_two_runs_have_different_vocabularies(runs, call):
 
 @pytest.mark.parametrize(
     ("eval_tokens", "advice"),
-    [((0, 0), "; compare bits per byte"), ((0, 2000), "; nor can bits per byte (eval_tokens)")],
+    [
+        ((0, 0), "evaluated on the same text"),
+        ((0, 2000), "the same text, and eval_tokens is 0 in all runs"),
+    ],
 )
 def test_bits_per_byte_are_compared_on_all_of_the_text_only(eval_tokens, advice):
     runs = [

@@ -226,11 +226,13 @@ def test_every_program_has_help_in_80_columns_and_hints_for_old_names(
 @pytest.mark.parametrize(
     "program", ["train.py", "sample.py", "explain.py", "prepare_shakespeare.py", "-mengine.plot"]
 )
-def test_without_torch_a_program_says_how_to_activate_the_environment(program, tmp_path):
-    error = "raise ModuleNotFoundError('no torch', name='torch')"
-    (tmp_path / "torch.py").write_text(error)
+def test_without_a_package_a_program_says_how_to_activate_the_environment(program, tmp_path):
+    missing = "torch" if program == "train.py" else "tqdm"
+    error = f"raise ModuleNotFoundError('missing', name={missing!r})"
+    (tmp_path / f"{missing}.py").write_text(error)
     result = run_script(program, PYTHONPATH=str(tmp_path))
     assert result.returncode == 1
+    assert f"{missing} is not installed here" in result.stderr
     assert ". .venv/bin/activate" in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -82,7 +82,7 @@ function samplingProbs(t, temperature, topK, topP) {
     for (let i = 0; i < probs.length; i++) {
       const p = probs[i];
       if (i > 0 && before >= topP) probs[i] = 0;
-      // All tokens beyond n: kept until the sum is topP. (In sampling, the sum exceeds topP by less than a token.)
+      // All tokens beyond n: kept until the sum is topP. (In sampling, the sum exceeds topP by less than one token's probability.)
       else if (i === n) probs[i] = topP - before;
       before += p;
       kept += probs[i];
