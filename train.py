@@ -116,8 +116,9 @@ def train(
     with MetricsLogger(folder, config, state, dist.is_main, peak) as logger:
         threads = ThreadAdapter(device, config.num_threads, dist.world_size, logger.print)
         logger.print(banner(config, state, dataset, model, device, folder))
-        if config.init_from == "resume":
-            logger.warn_once(describe_change(state, dataset, model, device))
+        is_resumed = config.init_from == "resume"
+        if is_resumed and (change := describe_change(state, dataset, model, device)):
+            logger.warn_once(change)
         while True:
             evaluation = None  # validation loss and bits per byte, if evaluated at this step
             if is_evaluation_due(state, config):
@@ -248,10 +249,11 @@ def check_finite(
     scaler: torch.amp.GradScaler,
     dist: Distributed,
 ) -> None:
-    """Raise FolioError if a loss or gradient is NaN or infinite: before a step changes weights.
+    """Raise FolioError if a loss or gradient is NaN or infinite.
 
-    In float16 a gradient may overflow: the scaler then skips the step and lowers its scale. If the
-    scale is already tiny, lowering it does not help, so this is an error.
+    train_step() calls this before the optimizer changes the weights. In float16 a gradient may
+    overflow: the scaler then skips the step and lowers its scale. If the scale is already tiny,
+    lowering it does not help, so this is an error.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return

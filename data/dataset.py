@@ -333,7 +333,7 @@ def open_dataset(name: str | Path, block_size: int, tokenizer: Tokenizer | None 
 
 
 def read_dataset(folder: Path, name: str, block_size: int, tokenizer: Tokenizer | None) -> Dataset:
-    """What open_dataset() does, if nobody replaces the folder while it is read."""
+    """Open the folder. open_dataset() calls this again if another process replaces the folder."""
     tokenizer = find_tokenizer(folder, name, tokenizer)
     meta = read_meta(folder)
     check_tokenizer(folder / "tokenizer.json", meta)

@@ -33,8 +33,7 @@ from configurator import FolioError, print_or_discard
 from data.dataset import ShardedTokens
 from data.files import (
     atomic_write, explain_os_error, join_names, read_folder, rename_to_backup, shell_command,
-    user_path,
-    write_json, write_text,
+    user_path, write_json, write_text,
 )  # fmt: skip
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.changed_model import is_gpt2
@@ -140,7 +139,7 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
     try:
         state_dict = from_hf_state_dict(tensors, saved_config, folder)
     except FolioError as error:
-        if read_json(folder / "config.json").get("model_type") == CHANGED_MODEL_TYPE:
+        if is_changed(folder):
             raise FolioError(f"{MAKE_THE_CHANGE_AGAIN.format(folder)} ({error})") from None
         raise
     try:
@@ -157,7 +156,9 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
 
 
 def model_with_weights(config: GPTConfig, state_dict: dict[str, torch.Tensor]) -> GPT:
-    """A model in eval mode with these weights. Embeddings are cut to its sizes, or padded.
+    """A model of the sizes in `config`, in eval mode, with these weights.
+
+    The rows of the embeddings are cut, or padded with zeros.
 
     state_dict: from from_hf_state_dict(). ValueError if another shape does not fit: a changed
     model.py may have parameters whose shapes depend on block_size or pad_vocab_to.
@@ -184,12 +185,16 @@ def model_with_weights(config: GPTConfig, state_dict: dict[str, torch.Tensor]) -
     return model
 
 
+def is_changed(folder: str | Path) -> bool:
+    """Whether the model in `folder` was saved with a changed model.py."""
+    return read_json(Path(folder) / "config.json").get("model_type") == CHANGED_MODEL_TYPE
+
+
 def check_change(folder: str | Path, model: GPT) -> None:
     """Raise FolioError if the model in `folder` was trained with a changed model.py, but this
     model is a GPT-2.
     """
-    model_type = read_json(Path(folder) / "config.json").get("model_type")
-    if model_type == CHANGED_MODEL_TYPE and is_gpt2(model):
+    if is_changed(folder) and is_gpt2(model):
         raise FolioError(MAKE_THE_CHANGE_AGAIN.format(folder))
 
 
@@ -259,11 +264,11 @@ def save_model_card(
     optimizer = f"AdamW (learning rate {config.learning_rate:g})"
     if config.optimizer == "muon":
         optimizer = f"Muon (learning rate {config.muon_learning_rate:g}) and {optimizer}"
-    is_changed = read_json(folder / "config.json").get("model_type") == CHANGED_MODEL_TYPE
-    card = (MODEL_CARD + (WITH_THE_CHANGE if is_changed else WITH_TRANSFORMERS)).format(
-        kind="A GPT with a changed model.py" if is_changed else "A GPT-2",
-        tag="folio" if is_changed else "gpt2, folio",
-        library="folio" if is_changed else "transformers",
+    changed = is_changed(folder)
+    card = (MODEL_CARD + (WITH_THE_CHANGE if changed else WITH_TRANSFORMERS)).format(
+        kind="A GPT with a changed model.py" if changed else "A GPT-2",
+        tag="folio" if changed else "gpt2, folio",
+        library="folio" if changed else "transformers",
         name=folder.name, folder=shown_path(folder), data=data, step=step, val_loss=val_loss,
         bits_per_byte=bits_per_byte, tokens_per_step=config.tokens_per_step, c=config, start=start,
         measured=measured_on(config.eval_tokens, n_val_tokens), optimizer=optimizer,

@@ -145,7 +145,7 @@ def to_hf_state_dict(model: GPT) -> dict[str, torch.Tensor]:
 def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The name and the shape of each parameter of GPT-2; without biases if config.bias is False.
 
-    These are GPT-2's, also if model.py was changed.
+    They are GPT-2's parameters even if model.py was changed.
     """
     C = config.n_embd
     shapes = {
@@ -169,13 +169,13 @@ def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def stored_tensors(model: GPT) -> dict[str, torch.Tensor]:
-    """The parameters, each under one name; and buffers, which a changed model.py may have.
+    """The parameters, each under one name, and the persistent buffers.
 
-    As in state_dict(), without the buffers that are not persistent.
+    GPT-2 has no buffers; a changed model.py may have some. state_dict() has a parameter twice if
+    the model uses it under two names.
     """
-    names, state_dict = dict(model.named_parameters()), model.state_dict()
-    buffers = dict(model.named_buffers())
-    return {name: state_dict[name] for name in state_dict if name in names or name in buffers}
+    names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
 def from_hf_state_dict(
@@ -281,7 +281,8 @@ class NoInitialization(TorchFunctionMode):
 def uninitialized_model(config: GPTConfig, device: torch.device | str = "cpu") -> GPT:
     """A GPT whose weights have shapes, but no meaningful numbers.
 
-    If model.py was changed, the model may also have constants, such as a mask: these are right.
+    If model.py was changed, the model may also have constants, such as a mask. They have their
+    values.
     """
     with torch.device(device), torch.random.fork_rng(devices=[]), NoInitialization():
         return GPT(config)

@@ -136,7 +136,7 @@ class MetricsLogger:
             print_or_discard(text)  # go on without a terminal: the run must be saved
 
     def warn_once(self, text: str) -> None:
-        if text and text not in self.warnings:
+        if text not in self.warnings:
             self.warnings.add(text)
             self.print(labeled("WARNING", text))
 

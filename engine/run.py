@@ -308,7 +308,7 @@ def build_model(
 def check_lists(model: torch.nn.Module) -> None:
     """Raise FolioError if a changed model.py has a Python list or dict of layers.
 
-    torch does not see layers in there: they would be neither trained nor saved.
+    torch does not find layers in a Python list or dict: it neither trains nor saves them.
     """
     known = {*model.modules(), *model.parameters()}
     for module in model.modules():

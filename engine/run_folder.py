@@ -27,11 +27,8 @@ from engine.log_file import LOG_FILE, read_log
 
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
-NO_RUN_FILES = (
-    LOCK_FILE,
-    "lost+found",
-    ".DS_Store",
-)  # "lost+found": of disks, ".DS_Store": of macOS
+# Files that are not part of a run. Linux makes lost+found on each disk, macOS makes .DS_Store.
+NO_RUN_FILES = (LOCK_FILE, "lost+found", ".DS_Store")
 
 
 # --- Paths ---
@@ -202,7 +199,7 @@ def validation_split(folder: str | Path, block_size: int, tokenizer: Tokenizer) 
 
 
 def was_evaluated_on(folder: str | Path, dataset: Dataset) -> bool:
-    """Whether the weights in a folder were evaluated on this dataset; True if they do not tell."""
+    """Whether the weights in a folder were evaluated on this dataset; True if that is unknown."""
     return weights_metadata(folder).get("val_checksum") in (None, dataset.val.checksum())
 
 

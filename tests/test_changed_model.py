@@ -138,7 +138,7 @@ def test_a_missing_mask_is_noticed_in_a_single_block(change):
 
 @pytest.mark.parametrize("change_model", ["one block three times", "weight_norm"])
 def test_parameters_of_other_names_are_no_gpt2(change_model, tmp_path):
-    """The logits are those of GPT-2, but transformers would not find the weights in the file."""
+    """The logits equal GPT-2's logits, but transformers does not find the weights in the file."""
     model = random_model()
     if change_model == "weight_norm":
         for block in model.transformer.h:
