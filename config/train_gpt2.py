@@ -9,8 +9,8 @@ Schedule  19,073 steps of 524,288 tokens: one epoch's worth of random windows. 7
           never seen, and others several times. (llm.c reads each token once.)
 Loss      Target: 3.28 on the validation shard, as llm.c's GPT-2 after 10 billion tokens
           (Karpathy 2024). OpenAI's GPT-2, trained on other web pages, reaches 3.42 there.
-Time      An H100 trains on 474,000 tokens per second (measured: python -m tests.benchmarks.gpu).
-          So ten billion tokens take 5.9 hours on one GPU and 44 minutes on eight, plus evaluations
+Time      An H100 trains on 467,000 tokens per second (measured: 250 steps of two micro-batches).
+          So ten billion tokens take 5.9 hours on one GPU and 45 minutes on eight, plus evaluations
           and checkpoints (computed).
 Memory    18 GiB on each GPU with micro-batches of 32 (measured). Without torch.compile 31 GiB, and
           60 GiB with micro-batches of 64 (computed: python -m tests.benchmarks.memory

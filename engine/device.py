@@ -66,6 +66,18 @@ class ComputeDevice:
             return contextlib.nullcontext()
         return torch.autocast(self.torch_device.type, self.dtype)
 
+    def manual_seed(self, seed: int) -> None:
+        """Seed the global generators of this device and of the CPU. Dropout takes their numbers.
+
+        torch.manual_seed() seeds the generators of all kinds of devices. On a machine with an H100
+        this took 0.8 ms in every step.
+        """
+        if self.torch_device.type == "cuda":
+            torch.default_generator.manual_seed(seed)
+            torch.cuda.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Scales the loss so that small gradients do not become 0 in float16; else does nothing."""
         return torch.amp.GradScaler(self.torch_device.type, enabled=self.dtype == torch.float16)

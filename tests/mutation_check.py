@@ -185,7 +185,7 @@ MUTATIONS = [
     ),
     Mutation(
         "without the seed of a micro-batch", "train.py",
-        "torch.manual_seed(derive_seed(config.seed, step, micro_batch))", "pass",
+        "device.manual_seed(derive_seed(config.seed, step, micro_batch))", "pass",
         "test_train.py::test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit",
         "After resuming, dropout uses other random numbers than the uninterrupted run.",
     ),

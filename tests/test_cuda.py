@@ -204,6 +204,16 @@ def test_prefetched_batches_are_the_cpus(gpu_flags):
     assert step == config.max_iters - 1
 
 
+def test_manual_seed_seeds_this_gpu_and_the_cpu():
+    device = choose_device(DEVICE)
+    for where in (DEVICE, "cpu"):
+        numbers = []
+        for seed in (1, 1, 2):
+            device.manual_seed(seed)
+            numbers.append(torch.rand(4, device=where))
+        assert torch.equal(numbers[0], numbers[1]) and not torch.equal(numbers[1], numbers[2])
+
+
 def test_description_names_the_gpu():
     device = choose_device(DEVICE, "float32")
     assert device.name == torch.cuda.get_device_name() != ""

@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 from configurator import FolioError, NonNegativeInt, PositiveInt, configure, run_main
 from data.dataset import ShardedTokens
@@ -113,11 +114,15 @@ def profile(step: Callable[[], float], path: Path) -> None:
         for _ in range(n_steps):
             step()
     recording.export_chrome_trace(str(path))
+    # On a GPU the kernels: the operations that start them are listed with the same times. An
+    # annotation is the time from the first kernel of an optimizer's step to its last one.
     on_cuda = torch.cuda.is_available()
-    # "self": without the operations that an operation calls. On CUDA only kernels have this time.
+    device_type = DeviceType.CUDA if on_cuda else DeviceType.CPU
+    # "self": without the operations that an operation calls
     times = [
         (event.self_device_time_total if on_cuda else event.self_cpu_time_total, event)
         for event in recording.key_averages()
+        if event.device_type == device_type and not event.is_user_annotation
     ]
     total = sum(microseconds for microseconds, _ in times)
     print(f"\nms per step, share, calls per step, name; together {total / n_steps / 1e3:.1f} ms")
