@@ -201,8 +201,8 @@ def train_step(
         inputs, targets = next(batches)  # (B, T) each
         # Processes exchange gradients once per step, in the backward pass of the last micro-batch.
         dist.set_grad_sync(model, micro_batch == micro_batches[-1])
-        if config.dropout:  # depends on these three numbers alone, so that resuming is exact
-            device.manual_seed(derive_seed(config.seed, step, micro_batch))
+        # Dropout depends on these three numbers alone, so that resuming is exact.
+        device.manual_seed(derive_seed(config.seed, step, micro_batch))
         with device.autocast():
             loss = model(inputs, targets)  # 1. forward
         # The gradient is the mean over the micro-batches of this process.

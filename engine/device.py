@@ -67,16 +67,16 @@ class ComputeDevice:
         return torch.autocast(self.torch_device.type, self.dtype)
 
     def manual_seed(self, seed: int) -> None:
-        """Seed the global generators of this device and of the CPU. Dropout takes their numbers.
+        """Seed the global generators of the CPU and of this device. Dropout takes their numbers.
 
-        torch.manual_seed() seeds the generators of all kinds of devices. On a machine with an H100
-        this took 0.8 ms in every step.
+        torch.manual_seed() also seeds those of all other kinds of devices. On a machine with an
+        H100 this took 0.8 ms in every step.
         """
+        torch.default_generator.manual_seed(seed)  # the CPU's
         if self.torch_device.type == "cuda":
-            torch.default_generator.manual_seed(seed)
             torch.cuda.manual_seed(seed)
-        else:
-            torch.manual_seed(seed)
+        elif self.torch_device.type == "mps":
+            torch.mps.manual_seed(seed)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Scales the loss so that small gradients do not become 0 in float16; else does nothing."""

@@ -229,6 +229,20 @@ def test_each_step_starts_without_the_gradients_of_the_last(tiny_flags):
     assert second.grad_norm == first.grad_norm
 
 
+def test_random_numbers_depend_on_the_step_alone_also_without_dropout(tiny_flags):
+    """A changed model.py may draw some."""
+    losses = []
+    for seed, step in ((1, 3), (2, 3), (2, 4)):
+        run = start_training(*tiny_flags, "--dropout=0")
+        run.model.transformer.ln_f.register_forward_hook(
+            lambda module, args, output: torch.nn.functional.dropout(output, 0.5)
+        )
+        batches = itertools.repeat(next(batches_of(run)))
+        torch.manual_seed(seed)
+        losses.append(train_step(run, batches, step).loss)
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_evaluation_uses_no_dropout(tiny_flags):
     run = start_training(*tiny_flags, "--dropout=0.5", "--dtype=float64")
     without = start_training(*tiny_flags, "--dropout=0", "--dtype=float64")
