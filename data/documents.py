@@ -52,7 +52,7 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     if not files:
         raise FolioError(f"{', '.join(map(str, inputs))}: no text files found")
     groups = group_by_content(files)
-    if copies := [f"{copy} = {file}" for file, *copies in groups for copy in copies]:
+    if copies := [f"{copy} = {file}" for file, *others in groups for copy in others]:
         print(f"skipped {len(copies):,} (each text is read once): {join_names(copies)}")
     return [group[0] for group in groups]
 
@@ -152,7 +152,10 @@ def read_documents(
 
 
 def is_jsonl(path: Path) -> bool:
-    """Whether each line of the file is a JSON object: its suffix says so, or its first line."""
+    """Whether each line of the file is a JSON object.
+
+    Its suffix says so. If the suffix is .json, or if there is none, the first line does.
+    """
     suffix = path.suffix.lower()
     if suffix not in ("", ".json") or not path.is_file():
         return suffix in (".jsonl", ".ndjson", ".jsonlines")

@@ -133,7 +133,8 @@ class HFTokenizer(Tokenizer):
             return decode_bytes(token)
         if "ByteFallback" in self._decoder_types and (byte := re.fullmatch("<0x(..)>", token)):
             return bytes.fromhex(byte[1])
-        # As in the middle of a text, between two words: with the space before or after a word.
+        # Decode the token between two words, with the space before or after it, and cut off the
+        # words. (Decoded alone, a token may lose its space.)
         a = self._anchor
         start, rest = len(self.decode([a])), len(self.decode([a, a])) - len(self.decode([a]))
         between = self.decode([a, token_id, a])[start:]

@@ -37,7 +37,7 @@ from data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenize
 TOKENIZER_TYPES = ("char", "gpt2", "bpe")
 DATASET_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
 EIGHT_GPUS = ("torchrun", "--standalone", "--nproc_per_node=8")
-BLOCK_SIZE = re.compile(r"^block_size = (\d+)", re.MULTILINE)
+BLOCK_SIZE_RE = re.compile(r"^block_size = (\d+)", re.MULTILINE)
 
 # --- The tokenizer and the split ---
 
@@ -209,7 +209,8 @@ def write_tokens(
 ) -> dict[str, int]:
     """Write the token ids of all texts to one file; returns the number of tokens and characters.
 
-    If the tokens stand for another number of bytes than the texts have, the difference follows.
+    If the tokens stand for another number of bytes than the texts have, the difference is returned,
+    too.
     """
     tokens = characters = changed_bytes = 0
     byte_lengths = tokenizer.byte_lengths
@@ -259,7 +260,10 @@ def encode_in_order(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise FolioError if the folder is neither empty nor a dataset. Ask before hours of work."""
+    """Raise FolioError if the folder is neither empty nor a dataset.
+
+    Check this before hours of work.
+    """
     is_empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not is_empty and not any((folder / name).exists() for name in DATASET_FILES):
         raise FolioError(f"{folder}: exists and is not a dataset; choose another --dataset")
@@ -323,12 +327,13 @@ def train_command(
 ) -> str:
     """The command that trains on a new dataset, as it can be pasted in the current folder.
 
-    It has a --block_size if the config file's is longer than max_block_size or than the text.
+    It sets --block_size if that of the config file is larger than max_block_size, or too large for
+    the text.
     launcher: EIGHT_GPUS, for example.
     """
     program, config = ROOT / "train.py", ROOT / "config" / f"{config_name}.py"
     longest = min(meta["train_tokens"] - 1, meta["val_tokens"] - 1, max_block_size or 2**63)
-    block_size = BLOCK_SIZE.search(config.read_text(encoding="utf-8"))
+    block_size = BLOCK_SIZE_RE.search(config.read_text(encoding="utf-8"))
     if block_size and int(block_size[1]) > longest:
         flags = [*flags, f"--block_size={longest}"]
     if Path.cwd() == ROOT:

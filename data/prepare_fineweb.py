@@ -1,7 +1,7 @@
 """Download FineWeb in GPT-2's tokens, the web text of config/train_gpt2.py.
 
     python -m data.prepare_fineweb               # data/fineweb: 10 shards, a billion tokens, 2 GB
-    python -m data.prepare_fineweb --shards=100  # ten billion tokens, 20 GB: all of train_gpt2.py
+    python -m data.prepare_fineweb --shards=100  # ten billion tokens, 20 GB: for train_gpt2.py
 
 The shards are already tokenized, 100 million tokens each: the dataset kjj0/fineweb10B-gpt2 on the
 Hugging Face hub. Finished shards are kept, so after a failure, give the command again.

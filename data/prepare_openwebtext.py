@@ -1,7 +1,7 @@
 """Download and tokenize OpenWebText, an open copy of the text that GPT-2 was trained on.
 
     pip install -e ".[openwebtext]"            # pyarrow, which reads parquet files
-    python -m data.prepare_openwebtext         # data/openwebtext: about 9 billion tokens, 17 GB
+    python -m data.prepare_openwebtext         # data/openwebtext: about 9 billion tokens, 18 GB
     python -m data.prepare_openwebtext --shards=4
 
 The dataset Skylion007/openwebtext on the Hugging Face hub has about 80 parquet files of 100,000

@@ -141,7 +141,8 @@ class Corpus:
                 continue
             for piece in document:
                 cut_in_piece = max(cut - position, 0)
-                if part := piece[:cut_in_piece] if split == "train" else piece[cut_in_piece:]:
+                part = piece[:cut_in_piece] if split == "train" else piece[cut_in_piece:]
+                if part:
                     if is_open:
                         yield None
                     yield part
@@ -153,7 +154,7 @@ class Corpus:
             # A cut document ends in the validation split. Its training part gets an end if another
             # document follows. An empty document is left out.
             if self.separated and size > 0:
-                if (split == "train") == (cut == size):
+                if (split == "train") == (cut == size):  # the document ends in this split
                     yield None
                 elif split == "train" and cut > 0:
                     is_open = True
@@ -186,7 +187,7 @@ def open_corpus(inputs: list[Path], config: PrepareTextConfig) -> Corpus:
     n_marks = sum(count for _, count, _ in (*train, *val))
     if separator and len(sizes) <= sum(not is_jsonl(path) for path in (*files, *val_files)):
         print(f"--document_separator={config.document_separator} divides no text into documents")
-    is_ordinary = config.tokenizer in TOKENIZER_TYPES  # other tokenizers may recognize it
+    is_ordinary = config.tokenizer in TOKENIZER_TYPES  # others may recognize END_OF_TEXT
     if n_marks and is_ordinary:
         print(f"{END_OF_TEXT} occurs {plural(n_marks, 'time')}, and is read as ordinary text")
         if not separator and not all(map(is_jsonl, files)):

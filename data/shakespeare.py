@@ -45,7 +45,7 @@ def prepare_shakespeare(
     cannot be downloaded.
     """
     folder = dataset_folder(dataset)
-    # The braces and commas of a table would become the text.
+    # The braces of .jsonl or the commas of .csv would become a part of the text.
     if input_file and (is_jsonl(Path(input_file)) or format_advice(Path(input_file))):
         raise FolioError(f"{input_file}: not a text file; use `python -m data.prepare_text`")
     with dataset_lock(folder):

@@ -113,10 +113,12 @@ def code_points(text: str) -> np.ndarray:
 
 # --- Byte pair encoding ---
 
-# GPT-2 splits a text into words and then merges bytes within each word. A word is a contraction, or
-# letters, digits or other signs, each with the space before it, or a run of white space:
+# GPT-2 splits a text into words and then merges bytes within each word. A word consists of letters,
+# of digits, of other signs, or of white space; or it is the end of a contraction, such as 's. The
+# space before letters, digits or other signs belongs to their word:
 #     "Hello, it's 42" -> ["Hello", ",", " it", "'s", " 42"]
-# \p{L} is a letter of any language, \p{N} a digit; ++ is + without backtracking, which is faster.
+# \p{L} is a letter of any language, \p{N} a digit or a number such as ½; ++ is + without
+# backtracking, which is faster.
 # Of several spaces, only the last one belongs to the next word: see lessons/bpe.py.
 # Source: OpenAI's tiktoken (MIT), where this is pat_str of the encoding "gpt2".
 GPT2_SPLIT_PATTERN = (

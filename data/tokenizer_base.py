@@ -153,8 +153,9 @@ class Tokenizer(ABC):
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             # True: special tokens in a text are encoded like other text. Without end-of-text, the
-            # padding token is a character, and has to stay one. With end-of-text, True would be a
-            # surprise: programs for finetuning append "<|endoftext|>" to a text.
+            # padding token of a run is a character (see save_run_tokenizer()), and has to stay one.
+            # With end-of-text, True would be a surprise: programs for finetuning append
+            # "<|endoftext|>" to a text.
             "split_special_tokens": self.eos_token_id is None,
             **self.special_tokens,
         }
