@@ -11,7 +11,7 @@
     start_id.txt            a random id of the process that trains here
 
 So `AutoModelForCausalLM.from_pretrained(folder)` opens a run (unless model.py was changed), and
-load_model() opens a folder of GPT-2's weights by any other program.
+load_model() opens a GPT-2 that any other program has saved.
 
 engine/run_folder.py finds, locks and prepares the folder.
 """
@@ -81,6 +81,7 @@ def save_model(
         # A changed model may have an output layer of its own. It is saved with its rows of padding,
         # so loading needs pad_vocab_to.
         config |= {"model_type": CHANGED_MODEL_TYPE, "pad_vocab_to": model.config.pad_vocab_to}
+    # None: a pipeline of transformers would generate 256 tokens, more than some contexts hold.
     generation = {"do_sample": True, "max_length": model.config.block_size, "max_new_tokens": None}
     metadata = {"format": "pt", SHA256_KEY: sha256_of(tensors)}
     metadata |= {name: str(number) for name, number in numbers.items()}

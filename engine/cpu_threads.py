@@ -26,7 +26,7 @@ from engine.device import ComputeDevice
 
 
 class ThreadAdapter:
-    """Changes torch's number of threads when other programs start or stop to use the cores.
+    """Changes torch's number of threads when other programs start or stop using the cores.
 
     Call after_step() after each training step.
 

@@ -301,7 +301,7 @@ def keep_freed_memory() -> None:
     if mallopt:  # other C libraries, such as musl, do not have it
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes of free memory above which it is returned
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes of a block that is returned at once: the maximum
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # larger blocks are returned at once
 
 
 def start_reading(tensor: torch.Tensor) -> Callable[[], list]:

@@ -391,7 +391,7 @@ class GracefulShutdown:
         return self.should_stop
 
     def is_requested(self) -> bool:
-        """Whether this process alone has been asked to stop. No communication.
+        """Whether this process knows that it has to stop. No communication.
 
         A process whose torchrun was killed stops, with status 143: no program would read its
         result, and its lock would keep a restarted job out of the run folder.

@@ -181,7 +181,7 @@ def stored_tensors(model: GPT) -> dict[str, torch.Tensor]:
 def from_hf_state_dict(
     tensors: dict[str, torch.Tensor], config: GPTConfig, folder: str | Path
 ) -> dict[str, torch.Tensor]:
-    """Weights as Hugging Face's GPT-2 stores them, as the state_dict of GPT(config).
+    """Hugging Face's tensors of a GPT-2 -> the state_dict of GPT(config).
 
     The weights become float64 if all of them are, else float32.
     `folder` is named in error messages.

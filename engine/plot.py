@@ -27,7 +27,8 @@ from engine.log_file import LOG_FILE, LogRow, best_row, evaluations, read_log
 from engine.run_folder import read_run_settings, weights_metadata
 
 PLOT_FILE = "loss.png"  # in each run folder
-MEASURED_ON = ("vocabulary", "checksum of val.bin", "eval_tokens")  # settings of a run
+# Losses of runs can be compared if these are equal.
+MUST_BE_EQUAL = ("vocabulary", "checksum of val.bin", "eval_tokens")
 XAxis = Literal["step", "tokens", "seconds"]
 FORMATS = (".png", ".pdf", ".svg")
 COLORS = ("#1f4e8c", "#d1822b", "#2c7a4b", "#8c8c8c", "#a8324a", "#7a5ba6")
@@ -104,7 +105,7 @@ def read_run(folder: str | Path) -> LoggedRun:
 
 def comparability(runs: list[LoggedRun]) -> str:
     """Why the losses of these runs cannot be compared; "" if they can."""
-    found = {name: {run.settings.get(name) for run in runs} - {None, ""} for name in MEASURED_ON}
+    found = {name: {run.settings.get(name) for run in runs} - {None, ""} for name in MUST_BE_EQUAL}
     if len(found["vocabulary"]) > 1:
         # The first 10,000 tokens are more text with one tokenizer than with another.
         is_limited = any(found["eval_tokens"] - {0})

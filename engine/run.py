@@ -83,7 +83,8 @@ def is_patience_exhausted(state: TrainState, config: TrainConfig) -> bool:
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "bias")  # settings that the weights determine
 FROM_MODEL = (*ARCHITECTURE, "block_size")  # taken from a model that is finetuned
-# Changing one of these would make the weights unusable, or the losses incomparable.
+# If one of these changed, the weights or the optimizer's state would not fit, or losses could not
+# be compared.
 FIXED_ON_RESUME = (*ARCHITECTURE, "block_size", "pad_vocab_to", "optimizer", "eval_tokens")
 SET_AT_EACH_START = ("init_from", "out_dir", "eval_only")  # no settings of the run itself
 
@@ -328,7 +329,7 @@ def check_lists(model: torch.nn.Module) -> None:
 def wrap_model(
     model: GPT, config: TrainConfig, device: ComputeDevice, dist: Distributed
 ) -> torch.nn.Module:
-    """The model, compiled if the device uses torch.compile, with gradients shared by processes.
+    """The model, compiled if the device uses torch.compile, with gradients averaged over processes.
 
     All processes receive the weights of the main process (DistributedDataParallel sends them).
     """
@@ -463,7 +464,7 @@ def resume(
     def restore_state() -> TrainState:
         state = restore(load_checkpoint(folder), config, model, optimizer, scaler, dataset)
         check_change(folder, model)
-        if not config.eval_only:  # which evaluates the weights of resume.pt
+        if not config.eval_only:  # eval_only evaluates the weights of resume.pt
             adopt_best_weights(folder, state)
         return state
 

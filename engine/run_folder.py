@@ -55,8 +55,9 @@ def resolve_out_dir(out_dir: str | Path) -> Path:
 
 
 def resolve_model_dir(source: str | Path, on_hub: bool = True) -> Path:
-    """A run folder, any other model folder, or the name of a model on the Hugging Face hub.
+    """The folder of a model.
 
+    source: a run folder, any other folder of a model, or a model's name on the Hugging Face hub.
     A relative path starts at the repository or, if nothing is there, at the working directory.
     "gpt2" and "openai-community/gpt2" are names. A name is downloaded if it is not in the cache.
     on_hub: False: `source` is a folder.

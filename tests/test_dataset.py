@@ -278,7 +278,7 @@ def test_text_shorter_than_a_window_is_refused(tiny_dataset):
         open_dataset(tiny_dataset, block_size=343)
 
 
-def test_shards_that_hold_no_window_are_told(tiny_dataset, capsys):
+def test_shards_that_hold_no_window_are_reported(tiny_dataset, capsys):
     open_dataset(tiny_dataset, 8)
     assert capsys.readouterr().out == ""
     (tiny_dataset / "val.bin").rename(tiny_dataset / "val_0.bin")

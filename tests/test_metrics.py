@@ -259,7 +259,8 @@ def test_the_time_left_is_that_of_this_process_after_its_first_step(
     """The first step may compile, and an earlier process may have been slower."""
     monkeypatch.setattr(metrics, "MIN_SECONDS", 0)
     with make_logger(step=4) as logger:
-        for logger.state.step, logger.state.seconds in ((5, 100.0), (6, 100.5)):
+        for step, seconds in ((5, 100.0), (6, 100.5)):
+            logger.state.step, logger.state.seconds = step, seconds
             logger.log_step(StepMetrics(1.5, 1.0, 1e-3))
             logger.log_row()
     assert capsys.readouterr().out.splitlines()[-1].endswith(", 0:02 left")  # 4 steps

@@ -201,7 +201,6 @@ def train_and_save(folder: Path, steps: range, dtype: torch.dtype) -> None:
         )
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo and fork are for Unix here")
 def test_frozen_blocks_are_left_alone():
     model = GPT(GPTConfig(8, 13, n_layer=1, n_head=2, n_embd=16))
     model.transformer.h.requires_grad_(False)
@@ -214,6 +213,7 @@ def test_frozen_blocks_are_left_alone():
     assert not any(name.startswith("transformer.h.") for name in changed)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo and fork are for Unix here")
 @pytest.mark.parametrize(
     # A library may compute batches of different sizes in different orders. So a weight may differ
     # by rounding: in bfloat16 by about 1% of an entry (up to 1) times the learning rate, 0.02.

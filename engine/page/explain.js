@@ -4,7 +4,8 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const T = data.ids.length, L = data.n_layer, H = data.n_head;
-// row, column: of the cell of the attention table under the mouse; -1: none.
+// column: the token under the mouse, in the attention table or elsewhere; row: of the table.
+// -1: none.
 const state = { snapshot: data.snapshots.findIndex((snapshot) => snapshot.selected), position: 0,
                 layer: 0, head: 0, temperature: 1, topK: 0, topP: 1, row: -1, column: -1, all: false };
 const $ = (id) => document.getElementById(id);
@@ -108,6 +109,7 @@ function mix(name, fraction) {
   return palette.empty.map((c, i) => Math.round(c + (palette[name][i] - c) * Math.min(fraction, 1)));
 }
 
+// Relative luminance (WCAG 2). Above 0.179, black has more contrast than white.
 function luminance(rgb) {
   const [r, g, b] = rgb.map((c) => c / 255 <= 0.04045 ? c / 255 / 12.92 :
     ((c / 255 + 0.055) / 1.055) ** 2.4);
