@@ -60,7 +60,7 @@ def main() -> None:
     print(summary(folder, meta))
     flags = [] if config.dataset == FineWebConfig.dataset else [f"--dataset={config.dataset}"]
     command = train_command("train_gpt2", meta, flags, launcher=EIGHT_GPUS)
-    print(f"    (config/train_gpt2.py reads 10,000,000,000 tokens)\nnext: {command}")
+    print(f"    (config/train_gpt2.py reads 10,000,000,000 tokens)\nnext:\n    {command}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def main() -> None:
         meta = complete_shards(folder, SOURCE)
     print(summary(folder, meta, plural(len(filenames), "file")))
     flags = [f"--dataset={config.dataset}"]
-    print(f"next: {train_command('train_gpt2', meta, flags, launcher=EIGHT_GPUS)}")
+    print(f"next:\n    {train_command('train_gpt2', meta, flags, launcher=EIGHT_GPUS)}")
 
 
 def list_parquet_files(first_commit: str | None) -> tuple[str, list[str]]:

@@ -91,7 +91,7 @@ def main() -> None:
             folder, tokenizer, splits, {"source": source, "documents": len(corpus.sizes)}
         )
     print(summary(folder, meta, plural(len(corpus.sizes), "document")))
-    print(f"next: {next_command(config, tokenizer, meta)}")
+    print(f"next:\n    {next_command(config, tokenizer, meta)}")
 
 
 def next_command(config: PrepareTextConfig, tokenizer: Tokenizer, meta: dict[str, Any]) -> str:

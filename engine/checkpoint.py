@@ -127,7 +127,9 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
     if (folder / CHECKPOINT_FILE).exists() and not (folder / "config.json").exists():
         flags = ("--init_from=resume", f"--out_dir={shown_path(folder)}")
         command = shell_command("python", "train.py", *flags)
-        raise FolioError(f"{folder}: this run has saved no weights yet; to continue it: {command}")
+        raise FolioError(
+            f"{folder}: no weights have been saved yet; if this run is not being trained: {command}"
+        )
     saved_config, tensors = read_config(folder), read_weights(folder)
     if has_trained_biases(tensors):
         saved_config = dataclasses.replace(saved_config, bias=True)

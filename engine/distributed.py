@@ -417,10 +417,10 @@ class GracefulShutdown:
         seconds = time.monotonic() - self.first_signal_time
         if self.exit_status and can_force and seconds > self.MIN_INTERVAL:
             if self.dist.is_main:
-                print_stderr("exiting at once; any steps after the last checkpoint are lost")
+                print_stderr("exiting without saving; steps after the last checkpoint are lost")
             raise KeyboardInterrupt
         if not self.exit_status and signum == signal.SIGINT and self.dist.is_main:
-            again = "; press Ctrl-C again to exit at once" if can_force else ""
+            again = "; press Ctrl-C again to exit without saving" if can_force else ""
             print_stderr(f"finishing this step, then saving{again}")
         if not self.exit_status:
             self.exit_status, self.first_signal_time = 128 + signum, time.monotonic()

@@ -23,7 +23,7 @@ from configurator import (
     FolioError, configure, first_line, format_value, print_or_discard, to_json, wrap,
 )  # fmt: skip
 from data.dataset import Dataset, known_start_id, open_dataset
-from data.files import explain_os_error, fsync_file, join_names, write_text
+from data.files import backup_path, explain_os_error, fsync_file, join_names, write_text
 from data.shakespeare import DATASETS, ensure_shakespeare
 from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
@@ -251,15 +251,14 @@ def check_init_from(config: TrainConfig, dataset: Dataset) -> int | None:
     if not resumed:
         check_sizes(folder, read_config(folder), source_tokenizer.vocab_size, config.block_size)
         find_weights(folder)
+    if source_tokenizer != dataset.tokenizer and resumed:
+        raise FolioError(other_dataset(config, dataset, folder))
     if source_tokenizer != dataset.tokenizer:
         reason = f"its tokenizer is not the tokenizer of the model in {folder}; "
         advice = f"prepare the text with --tokenizer={folder}, or use --init_from=scratch"
         trained_on = (read_run_settings(folder) or {}).get("dataset", config.dataset)
         if trained_on != config.dataset:
             advice = f"its dataset was --dataset={trained_on}; or {advice}"
-        if resumed:
-            reason = f"its vocabulary has changed since {folder} was started; "
-            advice = "use --init_from=scratch, or prepare the old text again"
         raise FolioError(f"--dataset={config.dataset}: {reason}{advice}")
     source = None if resumed or config.eval_only else read_run_settings(folder)
     names = ("dataset", "seed", "block_size")  # these determine the windows of a step
@@ -267,10 +266,31 @@ def check_init_from(config: TrainConfig, dataset: Dataset) -> int | None:
     # The dataset may have been prepared again, from another text: its validation tokens show this.
     if is_same and was_evaluated_on(folder, dataset):
         print(
-            "these weights were trained on the batches that this run will draw; "
-            "--seed=NUMBER gives other batches"
+            "The weights were trained on the batches that this run draws, too.\n"
+            "--seed=NUMBER draws others."
         )
     return source_tokenizer.known_start_id
+
+
+def other_dataset(config: TrainConfig, dataset: Dataset, folder: Path) -> str:
+    """An error message: the run in `folder` was not trained on this dataset."""
+    name, run = config.dataset, shown_path(folder)
+    trained_on = (read_run_settings(folder) or {}).get("dataset", name)
+    if trained_on != name:
+        return (
+            f"--dataset={name}: {run} was trained on {trained_on}, and goes on with the same data; "
+            f"to train its weights on {name}, use --init_from={run} and another --out_dir"
+        )
+    problem = f"--dataset={name}: this dataset has changed since {run} was started; "
+    number = (
+        int(backup_path(dataset.folder).suffix[1:]) - 1
+    )  # of the newest of data/NAME.1, .2, ...
+    if number:
+        return f"{problem}the old one may be --dataset={name}.{number}"
+    return (
+        f"{problem}prepare the old text again (or move shards away that were added), or use "
+        "--init_from=scratch"
+    )
 
 
 def build_model(
@@ -493,13 +513,8 @@ def restore(
     """
     folder, device = resolve_out_dir(config.out_dir), next(model.parameters()).device
     try:
-        before, now = saved["dataset"], fingerprint(dataset)
-        if before != now:
-            raise FolioError(
-                f"--dataset={config.dataset}: not the dataset with which {folder} was started "
-                f"(SHA-256, tokens of both splits, checksums: {before} before, {now} now); "
-                "restore it (shards that were added can be moved away), or use --init_from=scratch"
-            )
+        if saved["dataset"] != fingerprint(dataset):
+            raise FolioError(other_dataset(config, dataset, folder))
         if problems := list(compare_tensors(saved["model"], model)):
             raise ValueError(join_names(problems, max_names=3))
         model.load_state_dict(saved["model"], strict=False)

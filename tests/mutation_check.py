@@ -275,9 +275,9 @@ def choose(words: list[str]) -> list[Mutation]:
     """The mutations whose titles contain one of the words; all without words."""
     for word in words:
         if not any(word in mutation.title for mutation in MUTATIONS):
-            known = {word for mutation in MUTATIONS for word in mutation.title.split()}
-            guess = did_you_mean(word, known) or "; --list shows all titles"
-            raise FolioError(f"no mutation is called {word!r}{guess}")
+            words_of_titles = {word for mutation in MUTATIONS for word in mutation.title.split()}
+            guess = did_you_mean(word, {w for w in words_of_titles if len(w) > 3}) or ";"
+            raise FolioError(f"no title contains {word!r}{guess} --list shows all titles")
     return [m for m in MUTATIONS if not words or any(word in m.title for word in words)]
 
 

@@ -312,7 +312,7 @@ def test_a_second_ctrl_c_exits_at_once(flags):
     assert time.monotonic() - start_time < 10
     assert result.exit_codes == [130]
     first, second = result.stderr.split("\n\n")  # and no traceback
-    assert "finishing this step" in first and "exiting at once" in second
+    assert "finishing this step" in first and "exiting without saving" in second
 
 
 def train_on_a_terminal(terminal: str, *flags: str) -> None:

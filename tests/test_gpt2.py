@@ -165,7 +165,7 @@ def test_a_model_with_added_tokens_is_finetuned_on_a_new_text(call, data_folder,
         prepare_text, tmp_path / "chat.txt", "--dataset=chat", f"--tokenizer={tmp_path / 'model'}"
     )
     assert prepared.returncode == 0, prepared.stderr
-    _, _, *flags = shlex.split(prepared.stdout.partition("next: ")[2])
+    _, _, *flags = shlex.split(prepared.stdout.partition("next:")[2])
     tuned = call(
         train, *flags, f"--out_dir={tmp_path / 'tuned'}", "--max_iters=1", "--warmup_iters=0",
         "--gradient_accumulation_steps=1", "--device=cpu", "--sample_tokens=0",

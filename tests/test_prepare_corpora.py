@@ -74,7 +74,7 @@ def test_fineweb_shards_are_downloaded_once_and_can_be_opened(hub, fineweb, data
 
 def test_the_printed_command_trains_on_the_dataset_that_was_made(hub, fineweb, call):
     result = call(prepare_fineweb, "--shards=1", "--dataset=my web")
-    command = shlex.split(result.stdout.partition("next: ")[2])
+    command = shlex.split(result.stdout.partition("next:")[2])
     assert command[:3] == ["torchrun", "--standalone", "--nproc_per_node=8"]
     assert command[3].endswith("train.py") and command[4].endswith("train_gpt2.py")
     assert command[5:] == ["--dataset=my web", "--block_size=499"]  # 500 validation tokens

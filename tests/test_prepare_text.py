@@ -247,7 +247,7 @@ def test_the_next_command_finetunes_a_gpt2_and_no_other_model(prepare, tmp_path,
     (tmp_path / "config.json").write_text(json.dumps(model))
     result = prepare(tmp_path / "a.txt", "--dataset=mine", f"--tokenizer={tmp_path}")
     assert result.returncode == 0, result.stderr
-    assert flag in result.stdout.partition("next: ")[2]
+    assert flag in result.stdout.partition("next:")[2]
 
 
 def test_bpe_learns_the_same_from_a_text_and_from_its_lines(prepare, tmp_path, data_folder):
@@ -335,7 +335,7 @@ def test_bad_input_is_one_line(prepare, tmp_path, data_folder):
 
 
 def next_command(stdout: str) -> list[str]:
-    return shlex.split(stdout.partition("next: ")[2])
+    return shlex.split(stdout.partition("next:")[2])
 
 
 @pytest.mark.parametrize(

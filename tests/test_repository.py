@@ -269,7 +269,7 @@ def test_the_mutation_check_lists_its_titles():
 def test_the_mutation_check_refuses_words_that_match_no_title():
     result = mutation_check("mask", "nonsense")
     assert result.returncode == 2
-    assert result.stderr.startswith("mutation_check.py: no mutation is called 'nonsense'")
+    assert result.stderr.startswith("mutation_check.py: no title contains 'nonsense'")
     assert result.stderr.count("\n") == 1
 
 

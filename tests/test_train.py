@@ -517,7 +517,9 @@ def test_resuming_refuses_another_text_under_the_same_name(tiny_flags, tmp_path,
         flags = [*tiny_flags, f"--dataset={tmp_path / 'mine'}"]
         if text.startswith("to"):
             run_train(*flags)
-    assert_one_line_error(call(train, *flags, "--init_from=resume"), "not the dataset with")
+    assert_one_line_error(
+        call(train, *flags, "--init_from=resume"), "this dataset has changed since"
+    )
 
 
 def test_resuming_refuses_a_dataset_with_more_shards(tiny_flags, tiny_dataset, run_train, call):
@@ -525,7 +527,9 @@ def test_resuming_refuses_a_dataset_with_more_shards(tiny_flags, tiny_dataset, r
     (tiny_dataset / "train.bin").rename(tiny_dataset / "train_0.bin")
     run_train(*tiny_flags, "--max_iters=4")
     shutil.copy(tiny_dataset / "train_0.bin", tiny_dataset / "train_1.bin")
-    assert_one_line_error(call(train, *tiny_flags, "--init_from=resume"), "not the dataset with")
+    assert_one_line_error(
+        call(train, *tiny_flags, "--init_from=resume"), "this dataset has changed since"
+    )
 
 
 def test_a_run_continues_with_its_dataset_under_another_name(
@@ -574,7 +578,9 @@ def test_resuming_refuses_other_tokens_of_the_same_number(
     run_train(*tiny_flags, "--max_iters=4")
     tokens = np.fromfile(tiny_dataset / "train.bin", dtype="<u2")
     tokens[::-1].tofile(tiny_dataset / "train.bin")
-    assert_one_line_error(call(train, *tiny_flags, "--init_from=resume"), "not the dataset with")
+    assert_one_line_error(
+        call(train, *tiny_flags, "--init_from=resume"), "this dataset has changed since"
+    )
 
 
 def test_a_validation_loss_that_is_nan_does_not_prevent_saving(
@@ -915,7 +921,7 @@ def test_finetuning_takes_no_dropout_from_the_model(tiny_flags, tmp_path, run_tr
 def test_finetuning_on_the_batches_of_the_first_training_is_told(tiny_flags, tmp_path, run_train):
     run_train(*tiny_flags)
     flags = (*tiny_flags, f"--init_from={tmp_path / 'run'}", "--max_iters=1")
-    note = "these weights were trained on the batches that this run will draw"
+    note = "The weights were trained on the batches that this run draws, too."
     assert note in run_train(*flags, f"--out_dir={tmp_path / 'a'}")
     assert note not in run_train(*flags, f"--out_dir={tmp_path / 'b'}", "--seed=2")
 
@@ -934,10 +940,10 @@ def test_the_validation_text_of_a_run_is_not_that_of_another_preparation(
     result = call(explain, f"--out_dir={tmp_path / 'run'}", f"--output={tmp_path / 'page.html'}")
     assert_one_line_error(result, "give a text with --start", "has been prepared again")
     flags = (f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'tuned'}", "--max_iters=1")
-    assert "these weights were trained on the batches" not in run_train(*tiny_flags, *flags)
+    assert "The weights were trained on the batches" not in run_train(*tiny_flags, *flags)
 
 
-def test_resuming_says_that_the_vocabulary_of_the_dataset_has_changed(
+def test_resuming_names_the_old_dataset_if_it_was_prepared_again(
     tiny_flags, tiny_dataset, run_train, call
 ):
     run_train(*tiny_flags)
@@ -945,7 +951,21 @@ def test_resuming_says_that_the_vocabulary_of_the_dataset_has_changed(
     splits = split_text(text)
     write_dataset(tiny_dataset, CharTokenizer.from_text(text), splits, {"source": "another"})
     result = call(train, *tiny_flags, "--init_from=resume")
-    assert_one_line_error(result, "its vocabulary has changed since", "prepare the old text again")
+    assert_one_line_error(result, "this dataset has changed since", "may be --dataset=", ".1")
+    old = f"--dataset={tiny_dataset}.1"
+    assert "done" in run_train(*tiny_flags, "--init_from=resume", "--max_iters=12", old)
+
+
+def test_resuming_refuses_another_dataset_and_says_how_to_train_on_it(
+    tiny_flags, tiny_dataset, tmp_path, run_train, call
+):
+    run_train(*tiny_flags)
+    write_dataset(
+        tmp_path / "b", CharTokenizer.from_text("abc "), split_text("abc " * 99), {"source": "b"}
+    )
+    flags = ("--init_from=resume", f"--dataset={tmp_path / 'b'}")
+    result = call(train, *tiny_flags, *flags)
+    assert_one_line_error(result, f"was trained on {tiny_dataset}", "use --init_from=")
 
 
 def test_finetuning_refuses_a_dataset_with_another_tokenizer(tiny_flags, tmp_path, run_train, call):
