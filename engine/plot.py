@@ -78,7 +78,9 @@ def main() -> None:
     if picture.suffix not in FORMATS:
         raise FolioError(f"--picture={config.picture}: must end in {', '.join(FORMATS)}")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    title = "validation loss (training loss: pale)" if len(runs) > 1 else names[0]
+    title = (
+        "validation loss and its lowest value (training loss: pale)" if len(runs) > 1 else names[0]
+    )
     if note:
         title = "these losses cannot be compared"
     print(f"\nplotting {picture}", flush=True)
@@ -206,8 +208,8 @@ def plot_losses(
         axes.set_xlim(-0.04 * end, 1.1 * end)  # a number at step 0 does not touch the axis
         axes.set_ylim(*loss_range(list(runs.values())))
         axes.set(xlabel=x, ylabel="loss (nats per token)")
-        title = textwrap.fill(printable(title), 85)  # as much as fits into a line
-        axes.set_title(title, fontsize=10, parse_math=False)
+        title = textwrap.fill(printable(title), 95)  # as much as fits into a line
+        axes.set_title(title, fontsize=9, parse_math=False)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         for text in axes.legend(frameon=False).get_texts():
@@ -219,7 +221,10 @@ def plot_losses(
 def plot_run(
     axes: Any, name: str, rows: list[LogRow], x: XAxis, color: str, line: str = "-"
 ) -> None:
-    """Both curves of a run, with its best validation loss as a number."""
+    """Both curves of a run, with its best validation loss as a number.
+
+    name: of the run, for the legend; "" if the picture shows one run only.
+    """
     train = [(row[x], row["train_loss"]) for row in rows if row["train_loss"] is not None]
     val = [(row[x], row["val_loss"]) for row in evaluations(rows)]
     if train:
@@ -229,11 +234,13 @@ def plot_run(
             *zip(*train, strict=True), marker + line, color=color, alpha=0.4, lw=1.2, label=label
         )
     if val:
-        label = name or "validation"
-        axes.plot(*zip(*val, strict=True), f"o{line}", color=color, ms=4, label=label)
         best = min(val, key=lambda point: point[1])
+        label = f"{name}: {best[1]:.3f}" if name else "validation"
+        axes.plot(*zip(*val, strict=True), f"o{line}", color=color, ms=4, label=label)
         if best != val[-1]:  # after this step, the validation loss is higher
             axes.axvline(best[0], color=color, lw=0.8, ls=":")
+        if name:  # the numbers of several curves would cover each other
+            return
         # Behind the end of the curve there is room; elsewhere, the number stands above the curve,
         # to the right of the dotted line.
         place = {"xytext": (6, 0), "va": "center"}

@@ -43,9 +43,12 @@ def train_on_documents(steps: int) -> torch.nn.Module:
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-2 * min((step + 1) / 30, 1 - step / steps)
         windows = documents(32)
-        model(windows[:, :-1], windows[:, 1:]).backward()
+        loss = model(windows[:, :-1], windows[:, 1:])
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}: training loss {loss.item():.2f}")
     return model
 
 
@@ -73,11 +76,12 @@ def tokens_since(windows: Tensor, token: int) -> Tensor:
 def secret_words(steps: int = 400) -> list[float]:
     """Returns the mean loss of the 1st, 2nd, ... 10th token of a document."""
     print("Documents: a random word, three times, then the end (a dot). A small model is")
-    print("trained on them for some seconds. Then, for example:\n")
+    print("trained on them for some seconds.")
     model = train_on_documents(steps)
     windows = documents(1000)
     losses = loss_of_each_token(model, windows)
     letters = string.ascii_lowercase + "."
+    print("\nThen, for example:\n")
     print("  tokens" + "".join(f" {letters[i]}" for i in windows[0, 1:].tolist()))
     print("  loss  " + "".join(f" {round(loss)}" for loss in losses[0].tolist()))
     print("\nThe window starts inside a document, so the model has not seen its word. For a")
@@ -111,14 +115,14 @@ def secret_words(steps: int = 400) -> list[float]:
 
 def trained_model(folder: Path) -> None:
     from engine.checkpoint import load_model_and_tokenizer
-    from engine.run_folder import validation_split
+    from engine.run_folder import shown_path, validation_split
 
     model, tokenizer = load_model_and_tokenizer(folder)
     T = model.config.block_size
     tokens = validation_split(folder, T, tokenizer)
     indices = torch.linspace(0, tokens.num_windows(T + 1) - 1, 200).long().numpy()
     windows = torch.from_numpy(tokens.windows(indices, T + 1))
-    print(f"\nThe model in {folder.name}, on {len(windows)} windows of its validation text:")
+    print(f"\nThe model in {shown_path(folder)}, on {len(windows)} windows of its validation text:")
     losses = torch.cat([loss_of_each_token(model, part) for part in windows.split(20)])
     before = torch.arange(1, T + 1)  # the first target has one token before it
     print_by_position(losses, before.expand_as(losses), "tokens before the target")

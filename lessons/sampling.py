@@ -93,9 +93,9 @@ def show_model() -> None:
     """One prompt, continued at several temperatures by the newest trained model."""
     from configurator import FolioError, wrap
     from engine.checkpoint import load_model_and_tokenizer
-    from engine.run_folder import newest_run
+    from engine.run_folder import newest_run, shown_path
 
-    print("\nThe last part continues a play with the newest trained model.")
+    print('\nThe newest trained model continues a text that begins with "ROMEO:".')
     folder = None
     try:
         folder = newest_run()
@@ -104,10 +104,10 @@ def show_model() -> None:
     except FolioError as error:
         print(wrap(str(error)))
         if folder is not None:
-            print(f"So the model in {folder} cannot continue a play. Train another one:")
+            print(f"So {shown_path(folder)} cannot continue this text. Train another model:")
             print("python train.py config/shakespeare_char.py")
         return
-    print(f"The model is in {folder}:")
+    print(f"The model is in {shown_path(folder)}:")
     for temperature in (0.2, 0.5, 1.0, 1.5):
         title = f"temperature {temperature}"
         print(f"\n{title}\n{'-' * len(title)}", end="")

@@ -24,6 +24,7 @@ from data.tokenizer import GPT2_SPLIT_PATTERN, CharTokenizer, save_tokenizer
 from engine.checkpoint import load_checkpoint, save_model
 from engine.inference import sampling_probs
 from engine.optimizer import Muon, orthogonalize
+from engine.run_folder import shown_path
 from lessons import (
     ablations,
     attention,
@@ -575,7 +576,7 @@ def test_lessons_say_so_if_there_is_no_run(monkeypatch, capsys):
     assert "no trained model" in capsys.readouterr().out
 
 
-def test_sampling_says_that_a_model_of_other_characters_cannot_continue_a_play(
+def test_sampling_says_that_a_model_of_other_characters_cannot_continue_the_text(
     run_folder, monkeypatch, capsys
 ):
     monkeypatch.setattr(
@@ -584,5 +585,5 @@ def test_sampling_says_that_a_model_of_other_characters_cannot_continue_a_play(
     sampling.show_model()
     output = " ".join(capsys.readouterr().out.split())
     assert "the character 'R' at position 1 is not in the vocabulary" in output
-    assert f"the model in {run_folder} cannot continue a play" in output
+    assert f"So {shown_path(run_folder)} cannot continue this text" in output
     assert output.endswith("python train.py config/shakespeare_char.py")

@@ -171,14 +171,18 @@ def test_runs_are_compared_in_a_table_and_a_picture(runs, call, axes):
     ]
     assert picture.exists()
     assert axes[0].get_xlabel() == "seconds"
-    assert [text.get_text().strip() for text in axes[0].get_legend().get_texts()] == ["a", "b"]
+    assert [text.get_text().strip() for text in axes[0].get_legend().get_texts()] == [
+        "a: 1.600",
+        "b: 2.600",
+    ]
 
 
 def test_all_runs_are_in_the_legend_and_look_different(axes, tmp_path):
     plot_losses({f"_{i}": ROWS for i in range(8)}, tmp_path / "x.png")
-    names = [text.get_text() for text in axes[0].get_legend().get_texts()]
-    assert names == [f" _{i}" for i in range(8)]
-    curves = [line for line in axes[0].get_lines() if line.get_label() in names]
+    labels = [text.get_text() for text in axes[0].get_legend().get_texts()]
+    assert labels == [f" _{i}: 1.600" for i in range(8)]
+    assert not axes[0].texts  # numbers in the picture would cover each other
+    curves = [line for line in axes[0].get_lines() if line.get_label() in labels]
     assert len({(curve.get_color(), curve.get_linestyle()) for curve in curves}) == 8
 
 
