@@ -191,13 +191,15 @@ def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
         model_config = dataclasses.replace(model_config, bias=True)
     if (description := describe_run(folder)) != shown_path(folder):  # it is a run
         print(f"starting from {description}")
-    actual = {name: getattr(model_config, name) for name in ARCHITECTURE}
-    different = [name for name in ARCHITECTURE if overrides.get(name, actual[name]) != actual[name]]
-    if different:
-        given = ", ".join(f"{name}={overrides[name]}" for name in different)
-        fix = " ".join(f"--{name}={actual[name]}" for name in different)
-        raise FolioError(f"{given}: not the sizes of the model in {shown_path(folder)}; use {fix}")
-    config = TrainConfig(**{name: getattr(model_config, name) for name in FROM_MODEL} | overrides)
+    actual = {name: getattr(model_config, name) for name in FROM_MODEL}
+    wrong = [name for name in ARCHITECTURE if overrides.get(name, actual[name]) != actual[name]]
+    if overrides.get("block_size", 0) > actual["block_size"]:  # a shorter context is possible
+        wrong.append("block_size")
+    if wrong:
+        given = ", ".join(f"{name}={overrides[name]}" for name in wrong)
+        fix = " ".join(f"--{name}={actual[name]}" for name in wrong)
+        raise FolioError(f"{given}: the model in {shown_path(folder)} has other sizes; use {fix}")
+    config = TrainConfig(**actual | overrides)
     if config.optimizer == "muon" and not config.eval_only:
         # A learning rate that is too large destroys what the model has learned. A user who sets
         # only learning_rate may not know that Muon has a learning rate of its own.

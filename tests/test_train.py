@@ -992,7 +992,7 @@ def test_finetuning_that_is_refused_leaves_the_older_run_in_its_place(
     write_dataset(tmp_path / "b", CharTokenizer.from_text(text), split_text(text), {"source": "b"})
     for source, flag, message in (
         ("a", f"--dataset={tmp_path / 'b'}", "its tokenizer is not"),
-        ("a", "--block_size=16", "block_size=16 exceeds that of the model"),
+        ("a", "--block_size=16", "has other sizes; use --block_size=8"),
         ("no_weights", "--max_iters=4", "there are no weights"),
     ):
         result = call(train, *tiny_flags, f"--init_from={tmp_path / source}", flag)
