@@ -40,7 +40,8 @@ LIMIT = 2**63  # larger integers fit neither torch nor numpy
 SYNONYMS = {
     "gpu": "cuda", "lr": "learning_rate", "steps": "max_iters", "prompt": "start",
     "text": "start", "temp": "temperature", "n": "num_samples", "length": "max_new_tokens",
-    "model": "init_from", "checkpoint": "out_dir", "ckpt": "out_dir",
+    "model": "init_from", "resume": "init_from=resume", "checkpoint": "out_dir",
+    "ckpt": "out_dir",
 }  # fmt: skip
 T = TypeVar("T")
 
@@ -341,8 +342,10 @@ def print_help(settings: dict[str, Setting], positional: str) -> None:
 
 def did_you_mean(word: Any, candidates: Iterable[str]) -> str:
     """'; did you mean n_layer?' for 'n_layers'; '' if no candidate is similar."""
-    word = SYNONYMS.get(str(word), str(word)[:100])
-    close = difflib.get_close_matches(word, list(candidates), n=1)
+    synonym, candidates = SYNONYMS.get(str(word)), list(candidates)
+    close = difflib.get_close_matches(str(word)[:100], candidates, n=1)
+    if synonym:
+        close = [synonym] if synonym.partition("=")[0] in candidates else []
     return f"; did you mean {close[0]}?" if close else ""
 
 

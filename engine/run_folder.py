@@ -70,6 +70,10 @@ def resolve_model_dir(source: str | Path, on_hub: bool = True) -> Path:
     if not folder.exists() and (here := user_path(source)).is_dir():
         folder = here.resolve()
     if folder.is_dir():
+        models = sorted(path.parent for path in folder.glob(f"*/{WEIGHTS_FILE}"))
+        if models and not any((folder / name).exists() for name in ("config.json", SETTINGS_FILE)):
+            example = f"{source}/{models[-1].name}"
+            raise FolioError(f"{source}: a folder of models; name one of them, such as {example}")
         return folder
     if folder.exists():
         raise FolioError(f"{source}: a file; a folder with a model in it is needed")

@@ -151,6 +151,7 @@ def test_similar_and_equivalent_choices_are_suggested():
     with pytest.raises(FolioError, match=r"did you mean cuda\?"):
         configure(Config, ["--device=gpu"])
     assert did_you_mean("gpu", ["cpu", "mps"]) == ""
+    assert did_you_mean("resume", ["init_from"]) == "; did you mean init_from=resume?"
     assert did_you_mean("n_layers", ["n_layer", "n_head"]) == "; did you mean n_layer?"
 
 

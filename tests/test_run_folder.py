@@ -46,6 +46,7 @@ def test_models_are_found_by_folder_or_by_name(tmp_path, monkeypatch):
         ("out/shakespere", "neither a folder.*did you mean out/shakespeare"),
         ("gpt3", "did you mean gpt2"),
         ("./gpt2", "neither a folder"),
+        ("out", "out: a folder of models; name one of them, such as out/shakespeare"),
         (f"out/shakespeare/{WEIGHTS_FILE}", "a folder with a model in it is needed"),
     ):
         with pytest.raises(FolioError, match=message):
