@@ -155,7 +155,8 @@ def describe_best(rows: list[LogRow], state: TrainState, measured: str = "") -> 
     if best and best["bits_per_byte"]:
         text += f" ({best['bits_per_byte']:.3f} bits per byte)"
     text += f"{measured} at step {state.best_step:,}"
-    if 0 in val_losses and val_losses[0]["val_loss"] < state.best_val_loss:
+    is_worse = 0 in val_losses and val_losses[0]["val_loss"] < state.best_val_loss
+    if is_worse:
         text += f", worse than before training ({val_losses[0]['val_loss']:.4f})"
     last = val_losses[max(val_losses)] if val_losses else None
     # A difference below 1% may be chance.
@@ -164,7 +165,7 @@ def describe_best(rows: list[LogRow], state: TrainState, measured: str = "") -> 
         losses = [training_loss(rows, row["step"]) for row in (best, last)]
         if None not in losses and losses[1] < 0.97 * losses[0]:  # a small fall may be chance
             text += " while the training loss fell: overfitting"
-    return text
+    return f"{text}; try lower learning rates" if is_worse else text
 
 
 def training_loss(rows: list[LogRow], step: int) -> float | None:

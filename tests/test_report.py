@@ -198,7 +198,7 @@ def test_finetuning_that_makes_the_loss_worse_is_named(make_logger):
         make_step(logger, 5, 1.4, 1.3)
         assert logger.evaluation_line().endswith("(best, but above step 0)")
     text = describe_best(logger.rows, logger.state)
-    assert text.endswith("at step 5, worse than before training (1.2000)")
+    assert text.endswith("at step 5, worse than before training (1.2000); try lower learning rates")
 
 
 @pytest.mark.parametrize(
