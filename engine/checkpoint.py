@@ -38,7 +38,7 @@ from data.files import (
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.changed_model import is_gpt2
 from engine.hf_format import (
-    CHANGED_MODEL_TYPE, SHA256_KEY, WEIGHTS_FILE, compare_tensors, from_hf_state_dict,
+    CHANGED_MODEL_TYPE, SHA256_KEY, WEIGHTS_FILE, cast_weights, compare_tensors, from_hf_state_dict,
     has_trained_biases, load_torch_file, read_config, read_weights, sha256_of, stored_tensors,
     to_hf_config, to_hf_state_dict, uninitialized_model,
 )  # fmt: skip
@@ -172,7 +172,7 @@ def model_with_weights(config: GPTConfig, state_dict: dict[str, torch.Tensor]) -
     state_dict[rows] = state_dict[rows][: config.vocab_size]
     if n_padding := config.padded_vocab_size - config.vocab_size:
         state_dict[rows] = torch.nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
-    model = uninitialized_model(config).to(state_dict[rows].dtype).eval()
+    model = cast_weights(uninitialized_model(config), state_dict[rows].dtype).eval()
     # A buffer of a changed model.py, such as a mask, may have another size: the model has its own.
     own, buffers = model.state_dict(), dict(model.named_buffers())
     for name in buffers.keys() & state_dict.keys():

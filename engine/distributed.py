@@ -213,7 +213,9 @@ class Distributed:
 
     # --- DDP: every process has the whole model, and gradients are averaged ---
 
-    def wrap_ddp(self, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    def wrap_ddp(
+        self, model: torch.nn.Module, device: torch.device, find_unused_parameters: bool = False
+    ) -> torch.nn.Module:
         """The model in DistributedDataParallel; with one process, the model itself.
 
         After loss.backward(), each process has the mean of all processes' gradients. Compile the
@@ -228,6 +230,8 @@ class Distributed:
             device_ids=[device] if device.type == "cuda" else None,
             process_group=self._tensor_group(device),
             gradient_as_bucket_view=True,  # gradients live in the buckets that are sent
+            # Else DDP would wait for the gradients of unused parameters.
+            find_unused_parameters=find_unused_parameters,
         )
         # The constructor has sent the buffers (of a changed model.py) once. From now on,
         # broadcast_buffers() sends them, and not each forward pass: this would wait for a process

@@ -288,6 +288,15 @@ def uninitialized_model(config: GPTConfig, device: torch.device | str = "cpu") -
         return GPT(config)
 
 
+def cast_weights(model: GPT, dtype: torch.dtype) -> GPT:
+    """The model with its floating-point numbers in `dtype`: float32 or float64.
+
+    model.to(dtype) would also convert complex numbers, which a changed model.py may have, and drop
+    their imaginary parts.
+    """
+    return model.double() if dtype == torch.float64 else model.float()
+
+
 # --- Files of weights ---
 
 

@@ -28,6 +28,7 @@ from data.shakespeare import DATASETS, ensure_shakespeare
 from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
 )  # fmt: skip
+from engine.changed_model import is_gpt2
 from engine.checkpoint import (
     CHECKPOINT_FILE, WEIGHTS_FILE, check_change, check_sizes, load_checkpoint, load_model,
     padding_token, save_checkpoint, save_model, save_model_card,
@@ -35,7 +36,7 @@ from engine.checkpoint import (
 from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
 from engine.hf_format import (
-    compare_tensors, find_weights, has_trained_biases, read_config, read_weights,
+    cast_weights, compare_tensors, find_weights, has_trained_biases, read_config, read_weights,
     uninitialized_model,
 )  # fmt: skip
 from engine.log_file import LOG_FILE
@@ -325,7 +326,7 @@ def build_model(
 
     model = dist.main_process_first(make_model)
     dist.run_on_main(check_lists, model)
-    return model.to(device.torch_device, device.param_dtype).train()
+    return cast_weights(model, device.param_dtype).to(device.torch_device).train()
 
 
 def check_lists(model: torch.nn.Module) -> None:
@@ -358,7 +359,8 @@ def wrap_model(
     wrapped = torch.compile(model) if device.compile else model
     if dist.world_size == 1:
         return wrapped
-    wrapped = dist.wrap_ddp(wrapped, device.torch_device)
+    all_used = dist.run_on_main(is_gpt2, model)  # a changed model.py may leave parameters unused
+    wrapped = dist.wrap_ddp(wrapped, device.torch_device, find_unused_parameters=not all_used)
     shape = (config.batch_size, config.block_size)
 
     def dummy_loss() -> torch.Tensor:

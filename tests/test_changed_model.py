@@ -19,6 +19,7 @@ from engine.inference import InferenceModel
 from engine.run_folder import describe_run
 from model import GPT, MLP, CausalSelfAttention, GPTConfig
 from tests.conftest import assert_one_line_error
+from tests.test_train import start_training
 
 GELU_OF_GPT2, LAYER_NORM_INIT = MLP.forward, nn.LayerNorm.__init__
 FULL_ATTENTION = CausalSelfAttention.forward
@@ -336,6 +337,20 @@ def test_a_model_with_new_parameters_is_trained_saved_and_loaded(
     result = call(sample, f"--out_dir={tmp_path / 'run'}", "--max_new_tokens=5")
     assert result.returncode == 0
     assert "model.py has been changed" in " ".join(result.stderr.split())
+
+
+def test_complex_numbers_of_a_changed_model_stay_complex(change, tiny_flags, tmp_path):
+    init = GPT.__init__
+
+    def with_rotation(self, config):
+        init(self, config)
+        self.register_buffer("rotation", torch.tensor([3 + 4j]), persistent=False)
+
+    change(GPT, "__init__", with_rotation)
+    trained = start_training(*tiny_flags).model
+    save_model(trained, tmp_path / "model")
+    for model in (trained, load_model(tmp_path / "model")):
+        assert model.rotation.item() == 3 + 4j
 
 
 def rotary(persistent: bool | None):

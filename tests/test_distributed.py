@@ -533,6 +533,46 @@ def test_a_process_without_a_batch_to_evaluate_does_not_wait_for_buffers(dataset
     assert result.exit_codes == [0, 0], result.stderr
 
 
+def run_train_with_rotations(*flags: str) -> None:
+    """As if model.py was changed: complex numbers rotate queries and keys, and wpe is not used."""
+    init, qkv = CausalSelfAttention.__init__, CausalSelfAttention.qkv
+
+    def with_rotations(self, config):
+        init(self, config)
+        angles = torch.arange(config.block_size)[:, None] / torch.tensor([1.0, 10.0])
+        rotations = torch.polar(torch.ones_like(angles), angles)
+        self.register_buffer("rotations", rotations, persistent=False)
+
+    def rotated(self, x):
+        q, k, v = qkv(self, x)
+        q, k = (torch.view_as_complex(t.unflatten(-1, (-1, 2)).contiguous()) for t in (q, k))
+        q, k = (torch.view_as_real(t * self.rotations[: x.size(1)]).flatten(-2) for t in (q, k))
+        return q, k, v
+
+    def hidden_states(self, idx):
+        x = self.transformer.wte(idx)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
+
+    CausalSelfAttention.__init__, CausalSelfAttention.qkv = with_rotations, rotated
+    GPT.hidden_states = hidden_states
+    run_train(*flags)
+
+
+def test_two_processes_train_a_model_with_unused_parameters_and_complex_buffers(dataset, tmp_path):
+    logs = []
+    for n_processes in (1, 2):
+        flags = (*make_tiny_flags(dataset, tmp_path / str(n_processes)), *TWO_PROCESSES)
+        flags += ("--n_embd=8", "--n_head=2", "--sample_tokens=5")
+        result = start_job(run_train_with_rotations, *flags, n_processes=n_processes).wait()
+        assert set(result.exit_codes) == {0}, result.stderr
+        assert "complex" not in result.stderr
+        log = read_log(tmp_path / str(n_processes))
+        logs.append([float(row["val_loss"]) for row in log if row["val_loss"]])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5) and len(logs[0]) > 1
+
+
 class BatchNorm(torch.nn.BatchNorm1d):
     """In place of layer norm, as in lectures: its running means are buffers."""
 
