@@ -39,7 +39,7 @@ PAGE = ROOT / "engine" / "page"
 MAX_TOKENS = 256  # a page of this length is still readable
 MAX_SNAPSHOTS = 7  # of the training slider, beside the best weights
 MAX_SCORES = 400_000  # q · k of all snapshots: fewer snapshots of a long text; about 2 MB
-MAX_LOGITS = 1000  # of a larger vocabulary, the page gets the likeliest tokens one by one
+MAX_LOGITS = 1000  # of a larger vocabulary, the page gets the logits of the likeliest tokens
 MAX_CHANNELS = 16  # of a value or a message, the page shows the first numbers
 TEMPERATURES = [round(0.1 * i, 1) for i in range(1, 21)]  # of the slider: 0.1, 0.2, ..., 2.0
 
@@ -47,7 +47,7 @@ TEMPERATURES = [round(0.1 * i, 1) for i in range(1, 21)]  # of the slider: 0.1, 
 @dataclass
 class ExplainConfig:
     # --- Model and text ---
-    out_dir: str = ""  # run folder, from Folio's folder on; empty: the newest in out/
+    out_dir: str = ""  # run folder, relative to Folio's folder; empty: the newest in out/
     init_from: str = ""  # instead of a run: gpt2, a name on the hub, or a folder
     start: str = ""  # the text; FILE:path reads a file; empty: the first of the validation text
     max_tokens: PositiveInt = 64  # longer texts are cut after so many tokens

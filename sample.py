@@ -70,7 +70,7 @@ class SampleConfig:
     dtype: DTypeName = "auto"  # precision of the weights; auto: the fastest
     compile: bool = False  # compile the model first: only for CUDA, and for long texts
 
-    # Settings of train.py's config files; with the error message if sample.py is given such a file.
+    # If sample.py is given a config file of train.py, the error message has this advice.
     replaced_settings: ClassVar[dict[str, str]] = dict.fromkeys(
         ("max_iters", "dataset", "n_layer", "block_size"),
         "for train.py; to sample from a run: --out_dir=out/RUN",

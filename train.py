@@ -220,7 +220,7 @@ def train_step(
     check_finite(loss, norm, step, config, scaler, dist)
     scaler.step(optimizer)  # 4. step: optimizer.step(), unless a float16 gradient overflowed
     scaler.update()
-    # With several processes, the gradients stay in the buckets of DistributedDataParallel.
+    # With several processes, each gradient stays in the memory from which DDP sends it.
     optimizer.zero_grad(set_to_none=dist.world_size == 1)
     if n_stopped > 0:  # a process has received a signal: all processes stop
         dist.shutdown.sync()  # and agree on the exit status
@@ -362,7 +362,8 @@ def record_evaluation(
     logger.check_folder()
     if (state.best_step, state.best_val_loss) == (state.step, val_loss):
         # These are the best weights so far. (They may be in the folder already, without a model
-        # card: if the run was killed between the two files, it is evaluated again.)
+        # card: if the run was killed between the two files, it repeats the evaluation. If the
+        # loss is another one, because settings have changed, the weights in the folder stay.)
         save_best(logger.folder, config, state, dataset, model, bits_per_byte)
     logger.log_row(val_loss, bits_per_byte)
     logger.print(f"\n{logger.evaluation_line()}")

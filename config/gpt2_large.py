@@ -4,7 +4,7 @@
 
 Memory: 30 GiB on each GPU with micro-batches of 8. Of these, 16 bytes per parameter (12 GB) are
 weights, gradients and AdamW's two averages. Activations take most of the remaining memory.
-(Computed, for training without torch.compile, which needs less:
+(Computed, for training without torch.compile; with it, less is needed:
 python -m tests.benchmarks.memory config/train_gpt2.py config/gpt2_large.py)
 If it does not fit, halve batch_size and double gradient_accumulation_steps. Not run yet.
 """

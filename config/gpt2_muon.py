@@ -9,7 +9,7 @@ measured yet.
 
 Each GPU orthogonalizes its share of the matrices, and all GPUs exchange the results. On one H100,
 Muon's step takes 7 ms longer than AdamW's (measured). The exchange takes less than 1 ms at 400
-GB/s. Between nodes at 12.5 GB/s it takes 26 ms, more than it saves. (Both computed.)
+GB/s. Between nodes at 12.5 GB/s it takes 26 ms, more than sharing the work saves. (Both computed.)
 """
 
 out_dir = "out/gpt2_muon"

@@ -12,8 +12,8 @@ Loss      Target: 3.28 on the validation shard, as llm.c's GPT-2 after 10 billio
 Time      An H100 trains on 467,000 tokens per second (measured: 250 steps of two micro-batches).
           So ten billion tokens take 5.9 hours on one GPU and 45 minutes on eight, plus evaluations
           and checkpoints (computed).
-Memory    18 GiB on each GPU with micro-batches of 32 (measured). Without torch.compile 31 GiB, and
-          60 GiB with micro-batches of 64 (computed: python -m tests.benchmarks.memory
+Memory    18 GiB on each GPU with micro-batches of 32, 35 GiB with 64 (measured). Without
+          torch.compile 31 and 60 GiB (computed: python -m tests.benchmarks.memory
           config/train_gpt2.py). If it does not fit, halve batch_size and double
           gradient_accumulation_steps: a step then processes as many tokens as before. Or use
           activation_checkpointing: 22 GiB instead of 31, but the forward pass is computed twice.

@@ -22,8 +22,8 @@ BYTES = [bytes([b]) for b in [*VISIBLE, *(b for b in range(256) if b not in VISI
 
 # GPT-2's pattern (for English) splits a text into words: 's, 't and so on, letters, digits, other
 # signs, white space. A word includes the space before it: of several spaces, only the last belongs
-# to the next word: \s+(?!\S) takes the spaces that no sign follows directly. No merge crosses the
-# border of a word.
+# to the next word. \s+(?!\S) takes the spaces before this last one; the second \s+ takes, for
+# example, one newline before a word. No merge crosses the border of a word.
 #     "We'll go, 2 of us" -> "We", "'ll", " go", ",", " 2", " of", " us"
 WORD = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
 
@@ -113,7 +113,7 @@ def show(token: bytes) -> str:
 
 
 def equal_to_strong_form(text: str, words: dict[Word, int], merges: Merges) -> bool:
-    """The merges of data/bpe.py, and the ids of tiktoken, which encodes in the strong form."""
+    """Whether data/bpe.py learns these merges, and data/tokenizer.py (tiktoken) gives these ids."""
     import data.bpe
     from data.tokenizer import BPETokenizer
 

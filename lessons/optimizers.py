@@ -35,8 +35,8 @@ def adamw(
     step = state["step"] = state.get("step", 0) + 1
     # The gradient of one batch is noisy. The mean of about the last 10 is more reliable.
     m = state["m"] = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * g
-    # The mean of the squares says how large the gradients of this weight usually are. Divided by
-    # its root, weights with small gradients take steps as large as weights with large gradients.
+    # The mean of the squares says how large the gradients of this weight usually are. m is divided
+    # by its root: so weights with small gradients take steps as large as weights with large ones.
     v = state["v"] = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * g**2
     # m and v start at 0, so they are too small at first: after step 1, m is only 0.1 g.
     # This division corrects it: m / (1 - 0.9) = g.
@@ -59,8 +59,8 @@ def muon(
     """Muon (Jordan et al. 2024), for matrices: each direction takes a step of the same size.
 
     A direction is a row of V^T in the singular value decomposition U S V^T (glossary, README.md).
-    A step along the gradient moves each direction in proportion to its singular value in S. Muon
-    sets all singular values to 1.
+    A step along the gradient moves the weights along each direction in proportion to its singular
+    value in S. Muon sets all singular values to 1.
     """
     # A running mean, as in AdamW.
     m = state["m"] = momentum * state.get("m", torch.zeros_like(w)) + (1 - momentum) * g

@@ -69,7 +69,8 @@ def show_stream(vocabulary: list[str]) -> np.ndarray:
 
 
 def show_batch(path: Path, vocabulary: list[str]) -> None:
-    inputs, targets = random_batch(path, np.random.default_rng([1337, 0, 0]))
+    seed, step, micro_batch = 1337, 0, 0
+    inputs, targets = random_batch(path, np.random.default_rng([seed, step, micro_batch]))
     print(f"\nA batch: {B} windows that start at random positions of the stream")
     print(f"   inputs  {inputs.shape}: {inputs.tolist()}")
     print(f"   targets {targets.shape}: {targets.tolist()}")
