@@ -37,7 +37,7 @@ from configurator import (
 from data.prepare import encode_prompt
 from data.tokenizer import Tokenizer
 from engine.changed_model import CHANGED_MODEL_NOTE
-from engine.checkpoint import load_model_and_tokenizer
+from engine.checkpoint import is_changed, load_model_and_tokenizer
 from engine.cpu_threads import ThreadAdapter, use_one_thread
 from engine.device import DeviceName, DTypeName, choose_device, explain_out_of_memory
 from engine.inference import InferenceModel, is_small, read_ids
@@ -115,7 +115,8 @@ def sample(config: SampleConfig) -> None:
         prompts = [encode_prompt(config.start, tokenizer)]
     print(wrap(describe_run(folder)), file=sys.stderr)
     if inference.changed_model is not None:
-        print(wrap(CHANGED_MODEL_NOTE), file=sys.stderr)
+        when = "with such a change" if is_changed(folder) else "without this change"
+        print(wrap(f"{CHANGED_MODEL_NOTE}; this model was saved {when}"), file=sys.stderr)
     threads = ThreadAdapter(device)  # without a report: it would interrupt the text
     with explain_out_of_memory("fewer --num_samples, or --device=cpu"):
         for i, (prompt, ids) in enumerate(prompts):

@@ -385,8 +385,8 @@ def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenize
         own = load_tokenizer(folder)
         if given not in (None, own):
             raise FolioError(
-                f"{folder}: its tokenizer differs from the expected one; omit --tokenizer if it is "
-                "given; if the dataset was prepared again, start a new run"
+                f"{folder}: its tokenizer differs from the expected one (was the dataset prepared "
+                "again, or --tokenizer given?)"
             )
         return own
     if name in PREPARE_COMMANDS and "train.bin" not in files:

@@ -329,13 +329,17 @@ def train_command(
 
     It sets --block_size if that of the config file is larger than max_block_size, or too large for
     the text.
+    config_name: "" for a command without a config file; its block size is max_block_size.
     launcher: EIGHT_GPUS, for example.
     """
-    program, config = ROOT / "train.py", ROOT / "config" / f"{config_name}.py"
+    files, block_size = [ROOT / "train.py"], max_block_size or 0
+    if config_name:
+        files.append(ROOT / "config" / f"{config_name}.py")
+        found = BLOCK_SIZE_RE.search(files[1].read_text(encoding="utf-8"))
+        block_size = int(found[1]) if found else 0
     longest = min(meta["train_tokens"] - 1, meta["val_tokens"] - 1, max_block_size or 2**63)
-    block_size = BLOCK_SIZE_RE.search(config.read_text(encoding="utf-8"))
-    if block_size and int(block_size[1]) > longest:
+    if block_size > longest:
         flags = [*flags, f"--block_size={longest}"]
     if Path.cwd() == ROOT:
-        program, config = program.relative_to(ROOT), config.relative_to(ROOT)
-    return shell_command(*launcher, str(program), str(config), *flags)
+        files = [file.relative_to(ROOT) for file in files]
+    return shell_command(*launcher, *map(str, files), *flags)

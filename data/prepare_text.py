@@ -110,7 +110,11 @@ def next_command(config: PrepareTextConfig, tokenizer: Tokenizer, meta: dict[str
     if is_hub_name(config.tokenizer) and not user_path(config.tokenizer).is_dir():
         source = config.tokenizer
     flags = [f"--init_from={source}", *flags]
-    return train_command("finetune_shakespeare", meta, flags, model.get("n_positions"))
+    config_name = "finetune_shakespeare"  # for OpenAI's GPT-2
+    if (folder / "settings.json").exists():  # a run of train.py: its model is small, and Muon's
+        config_name = ""
+        flags += ["--max_iters=250", "--learning_rate=5e-4", "--muon_learning_rate=2e-3"]
+    return train_command(config_name, meta, flags, model.get("n_positions"))
 
 
 # --- The documents and their split ---

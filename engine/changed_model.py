@@ -14,8 +14,7 @@ from engine.hf_format import LAYER_NORM_EPS, gpt2_shapes
 from model import GPT, GPTConfig
 
 CHANGED_MODEL_NOTE = (
-    "model.py has been changed and does not compute GPT-2: text is generated without a cache, and "
-    "transformers cannot open this model"
+    "model.py has been changed and does not compute GPT-2: text is generated without a cache"
 )
 
 

@@ -58,7 +58,8 @@ def banner(
         lines.append(labeled("steps", describe_steps(config, state, train_tokens)))
     lines.append(labeled("device", device.description))
     if not is_gpt2(model):
-        lines.append(labeled("note", CHANGED_MODEL_NOTE))
+        note = f"{CHANGED_MODEL_NOTE}, and transformers cannot open this model"
+        lines.append(labeled("note", note))
     if not config.eval_only and (note := long_run_note(config, state, model.config, device)):
         lines.append(labeled("note", note))
     if not config.eval_only:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from configurator import (
     FolioError, configure, first_line, format_value, print_or_discard, to_json, wrap,
@@ -451,7 +452,8 @@ def save_run(
         warning = (
             "was moved or deleted, with the best weights; the run continues in a new folder there"
         )
-        print_or_discard(wrap(f"WARNING  {folder} {warning}", indent=9))
+        with tqdm.external_write_mode():  # above the progress bar
+            print_or_discard(wrap(f"WARNING  {folder} {warning}", indent=9))
         make_folder(folder)
         write_text(folder / SETTINGS_FILE, to_json(config))
         save_run_tokenizer(folder, config, dataset)

@@ -239,12 +239,15 @@ def test_documents_are_encoded_whole_where_pieces_would_change_the_ids(
     [
         ({"model_type": "gpt2", "n_positions": 9}, "--init_from"),
         ({"model_type": "llama"}, "shakespeare_bpe"),
+        ({"model_type": "gpt2", "n_positions": 9, "run": 1}, "--muon_learning_rate=2e-3"),
     ],
 )
 def test_the_next_command_finetunes_a_gpt2_and_no_other_model(prepare, tmp_path, model, flag):
     (tmp_path / "a.txt").write_text("lower low " * 50)
     (tmp_path / "tokenizer.json").write_text(toy_bpe().to_json(), encoding="utf-8")
     (tmp_path / "config.json").write_text(json.dumps(model))
+    if "run" in model:
+        (tmp_path / "settings.json").write_text("{}")
     result = prepare(tmp_path / "a.txt", "--dataset=mine", f"--tokenizer={tmp_path}")
     assert result.returncode == 0, result.stderr
     assert flag in result.stdout.partition("next:")[2]
