@@ -227,7 +227,10 @@ def lock_run_folder(folder: str | Path) -> AbstractContextManager[None]:
     If the folder is a disk of its own (mounted, for example in Docker), the lock file is inside: in
     another container this disk may have another path, with other files beside it.
     """
-    message = f"{folder}: another process is training here; choose another --out_dir"
+    message = (
+        f"{folder}: another process is training here; choose another --out_dir "
+        "(several processes that train one model are started by torchrun)"
+    )
     return file_lock(lock_path(Path(folder)), message)
 
 
