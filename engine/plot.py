@@ -78,9 +78,9 @@ def main() -> None:
     if picture.suffix not in FORMATS:
         raise FolioError(f"--picture={config.picture}: must end in {', '.join(FORMATS)}")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    title = (
-        "validation loss and its lowest value (training loss: pale)" if len(runs) > 1 else names[0]
-    )
+    title = names[0]
+    if len(runs) > 1:
+        title = "validation loss and its lowest value (training loss: pale)"
     if note:
         title = "these losses cannot be compared"
     print(f"\nplotting {picture}", flush=True)

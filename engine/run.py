@@ -286,9 +286,8 @@ def other_dataset(config: TrainConfig, dataset: Dataset, folder: Path) -> str:
             f"to train its weights on {name}, use --init_from={run} and another --out_dir"
         )
     problem = f"--dataset={name}: this dataset has changed since {run} was started; "
-    number = (
-        int(backup_path(dataset.folder).suffix[1:]) - 1
-    )  # of the newest of data/NAME.1, .2, ...
+    # The first free name is data/NAME.3 if the newest of the old datasets is data/NAME.2.
+    number = int(backup_path(dataset.folder).suffix[1:]) - 1
     if number:
         return f"{problem}the old one may be --dataset={name}.{number}"
     return (
