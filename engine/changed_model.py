@@ -38,9 +38,9 @@ def is_gpt2(model: GPT) -> bool:
         return False
     if parameter.is_meta:  # the weights have shapes, but no numbers
         return True
-    if model.training and config.dropout > 0:
-        # A copy without dropout: another thread may be training the model itself. Because of
-        # same_weights, deepcopy() does not copy the weights, but uses them in the copy, too.
+    if model.training:
+        # A copy in eval mode, without dropout: another thread may be training the model itself.
+        # Because of same_weights, deepcopy() uses the weights themselves in the copy.
         same_weights = {id(weight): weight for weight in model.parameters()}
         model = copy.deepcopy(model, same_weights).eval()
     n_tokens = min(config.block_size, config.vocab_size, 8)
@@ -59,6 +59,25 @@ def is_gpt2(model: GPT) -> bool:
     is_exact = parameter.is_cpu and parameter.dtype in (torch.float32, torch.float64)
     tolerance = 1e-4 if is_exact else 0.05
     return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def uses_all_parameters(model: GPT) -> bool:
+    """Whether every training step gives each parameter a gradient, as GPT-2's do.
+
+    A changed model.py may skip blocks at random, for example. A small model makes ten steps.
+    """
+    if not is_gpt2(model):
+        return False
+    n_head, n_layer = model.config.n_head, min(model.config.n_layer, 48)
+    config = GPTConfig(8, 11, n_layer, n_head, n_embd=2 * n_head, bias=model.config.bias)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        small_model, idx = GPT(config), torch.arange(8)[None]
+        parameters = list(small_model.parameters())
+        gradients = [
+            torch.autograd.grad(small_model(idx, idx), parameters, allow_unused=True)
+            for _ in range(10)
+        ]
+    return all(gradient is not None for step in gradients for gradient in step)
 
 
 @functools.cache  # model.py does not change while a program runs

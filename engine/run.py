@@ -29,7 +29,7 @@ from data.shakespeare import DATASETS, ensure_shakespeare
 from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
 )  # fmt: skip
-from engine.changed_model import is_gpt2
+from engine.changed_model import uses_all_parameters
 from engine.checkpoint import (
     CHECKPOINT_FILE, WEIGHTS_FILE, check_change, check_sizes, load_checkpoint, load_model,
     padding_token, save_checkpoint, save_model, save_model_card,
@@ -359,7 +359,7 @@ def wrap_model(
     wrapped = torch.compile(model) if device.compile else model
     if dist.world_size == 1:
         return wrapped
-    all_used = dist.run_on_main(is_gpt2, model)  # a changed model.py may leave parameters unused
+    all_used = dist.run_on_main(uses_all_parameters, model)
     wrapped = dist.wrap_ddp(wrapped, device.torch_device, find_unused_parameters=not all_used)
     shape = (config.batch_size, config.block_size)
 

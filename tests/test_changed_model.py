@@ -14,10 +14,10 @@ import train
 from configurator import FolioError
 from data.tokenizer import CharTokenizer
 from engine.checkpoint import load_model, load_model_and_tokenizer, save_model
-from engine.changed_model import computes_gpt2, is_gpt2
+from engine.changed_model import computes_gpt2, is_gpt2, uses_all_parameters
 from engine.inference import InferenceModel
 from engine.run_folder import describe_run
-from model import GPT, MLP, CausalSelfAttention, GPTConfig
+from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig
 from tests.conftest import assert_one_line_error
 from tests.test_train import start_training
 
@@ -294,6 +294,29 @@ def test_comparing_does_not_change_the_mode_of_a_model(monkeypatch):
     monkeypatch.setattr(GPT, "train", lambda self, mode: changed.append(self) or train(self, mode))
     assert all(map(is_gpt2, models))
     assert not any(model is other for model in models for other in changed)
+
+
+def test_a_change_that_acts_in_training_only_leaves_a_gpt2(change, tiny_flags, tmp_path, call):
+    """Dropout with a number of its own, which --dropout does not change."""
+    forward = MLP.forward
+    change(
+        MLP, "forward", lambda self, x: nn.functional.dropout(forward(self, x), 0.2, self.training)
+    )
+    result = call(train, *tiny_flags)
+    assert result.returncode == 0 and "model.py has been changed" not in result.stdout
+    model = load_model(tmp_path / "run")  # it was saved in training mode
+    assert is_gpt2(model) and is_gpt2(model.train()) and uses_all_parameters(model)
+
+
+def test_blocks_that_are_skipped_at_random_are_noticed(change):
+    forward = Block.forward
+
+    def skip(self, x):
+        return x if self.training and torch.rand(()) < 0.1 else forward(self, x)
+
+    change(Block, "forward", skip)
+    model = random_model(CONFIG)
+    assert is_gpt2(model) and not uses_all_parameters(model)
 
 
 def test_the_default_device_of_torch_does_not_matter(change):
