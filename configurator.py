@@ -292,6 +292,8 @@ def parse_command_line(
                 value = "True"
             elif follows:
                 value = args.pop(0)
+                if value == "=":
+                    raise FolioError(f"{arg} = ...: write {arg}=... without spaces")
             else:
                 raise FolioError(f"{arg} needs a value: {arg}=...")
         flags.append((name, settings[name].parse(value) if name in settings else value, "--"))

@@ -373,6 +373,10 @@ def known_start_id(dataset: Dataset) -> int | None:
     return int(counts.argmax())
 
 
+class OtherTokenizerError(FolioError):
+    """A dataset does not have the tokenizer that is expected."""
+
+
 def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenizer:
     """The dataset's own tokenizer or, in a folder without tokenizer.json, the given one."""
     if not name:
@@ -384,10 +388,7 @@ def find_tokenizer(folder: Path, name: str, given: Tokenizer | None) -> Tokenize
     if "tokenizer.json" in files:
         own = load_tokenizer(folder)
         if given not in (None, own):
-            raise FolioError(
-                f"{folder}: its tokenizer differs from the expected one (was the dataset prepared "
-                "again, or --tokenizer given?)"
-            )
+            raise OtherTokenizerError(f"{folder}: has a tokenizer of its own; omit --tokenizer")
         return own
     if name in PREPARE_COMMANDS and "train.bin" not in files:
         raise FolioError(f"{folder}: incomplete; continue with {PREPARE_COMMANDS[name]}")

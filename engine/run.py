@@ -192,7 +192,7 @@ def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
     if not model_config.bias and has_trained_biases(read_weights(folder)):
         model_config = dataclasses.replace(model_config, bias=True)
     if (description := describe_run(folder)) != shown_path(folder):  # it is a run
-        print(f"starting from {description}")
+        print(wrap(f"starting from {description}"))
     actual = {name: getattr(model_config, name) for name in FROM_MODEL}
     wrong = [name for name in ARCHITECTURE if overrides.get(name, actual[name]) != actual[name]]
     if overrides.get("block_size", 0) > actual["block_size"]:  # a shorter context is possible
@@ -256,7 +256,9 @@ def check_init_from(config: TrainConfig, dataset: Dataset) -> int | None:
         check_sizes(folder, read_config(folder), source_tokenizer.vocab_size, config.block_size)
         find_weights(folder)
     if source_tokenizer != dataset.tokenizer and resumed:
-        raise FolioError(other_dataset(config, dataset, folder))
+        raise FolioError(
+            other_dataset(config, dataset, load_checkpoint(folder, verify=False)["dataset"])
+        )
     if source_tokenizer != dataset.tokenizer:
         reason = f"its tokenizer is not the tokenizer of the model in {folder}; "
         advice = f"prepare the text with --tokenizer={folder}, or use --init_from=scratch"
@@ -276,23 +278,28 @@ def check_init_from(config: TrainConfig, dataset: Dataset) -> int | None:
     return source_tokenizer.known_start_id
 
 
-def other_dataset(config: TrainConfig, dataset: Dataset, folder: Path) -> str:
-    """An error message: the run in `folder` was not trained on this dataset."""
-    name, run = config.dataset, shown_path(folder)
-    trained_on = (read_run_settings(folder) or {}).get("dataset", name)
-    if trained_on != name:
+def other_dataset(config: TrainConfig, dataset: Dataset, trained_on: list[Any]) -> str:
+    """An error message: a resumed run was not trained on this dataset.
+
+    trained_on: fingerprint() of the dataset on which it was trained.
+    """
+    folder = resolve_out_dir(config.out_dir)
+    # data/NAME.1, data/NAME.2, ... are older datasets of this name.
+    for number in range(int(backup_path(dataset.folder).suffix[1:]) - 1, 0, -1):
+        old = f"{config.dataset}.{number}"
+        with contextlib.suppress(FolioError):
+            if fingerprint(open_dataset(old, config.block_size)) == trained_on:
+                return f"{config.dataset} has been prepared again; continue on --dataset={old}"
+    name, run = (read_run_settings(folder) or {}).get("dataset"), shown_path(folder)
+    if name not in (None, config.dataset):
         return (
-            f"--dataset={name}: {run} was trained on {trained_on}, and goes on with the same data; "
-            f"to train its weights on {name}, use --init_from={run} and another --out_dir"
+            f"--dataset={config.dataset}: {run} was trained on {name}, and goes on with the same "
+            f"data; to train its weights on {config.dataset}, use --init_from={run} with another "
+            f"--out_dir, on a dataset that was prepared with --tokenizer={run}"
         )
-    problem = f"--dataset={name}: this dataset has changed since {run} was started; "
-    # The first free name is data/NAME.3 if the newest of the old datasets is data/NAME.2.
-    number = int(backup_path(dataset.folder).suffix[1:]) - 1
-    if number:
-        return f"{problem}the old one may be --dataset={name}.{number}"
     return (
-        f"{problem}prepare the old text again (or move shards away that were added), or use "
-        "--init_from=scratch"
+        f"--dataset={config.dataset}: has changed since {run} was started; prepare the old text "
+        "again (or move shards away that were added), or use --init_from=scratch"
     )
 
 
@@ -519,7 +526,7 @@ def restore(
     folder, device = resolve_out_dir(config.out_dir), next(model.parameters()).device
     try:
         if saved["dataset"] != fingerprint(dataset):
-            raise FolioError(other_dataset(config, dataset, folder))
+            raise FolioError(other_dataset(config, dataset, saved["dataset"]))
         if problems := list(compare_tensors(saved["model"], model)):
             raise ValueError(join_names(problems, max_names=3))
         model.load_state_dict(saved["model"], strict=False)

@@ -18,7 +18,7 @@ from typing import Any
 import safetensors
 
 from configurator import ROOT, FolioError, did_you_mean, first_line, read_settings
-from data.dataset import Dataset, ShardedTokens, open_dataset
+from data.dataset import Dataset, OtherTokenizerError, ShardedTokens, open_dataset
 from data.files import explain_os_error, file_lock, rename_to_backup, user_path
 from data.hub import GPT2_MODELS, hub_model, is_hub_name
 from data.tokenizer import Tokenizer
@@ -148,8 +148,8 @@ def describe_run(folder: str | Path) -> str:
         source = settings["init_from"] if settings else "scratch"
         if val_loss is not None:
             description += f", validation loss {val_loss:.4f}"
-        elif step > 0:
-            description += ", not evaluated"
+        elif step > 0:  # a snapshot has no settings
+            description += ", not evaluated" if settings else ", a snapshot"
         elif source in ("scratch", "auto", "resume"):
             description += ", not trained yet: its text is noise"
         else:
@@ -194,12 +194,16 @@ def validation_split(folder: str | Path, block_size: int, tokenizer: Tokenizer) 
     settings = read_run_settings(folder)
     if settings is None:
         raise FolioError(f"{folder}: has no settings.json of a run that train.py has trained")
-    dataset = open_dataset(settings["dataset"], block_size, tokenizer)
+    changed = FolioError(
+        f"the dataset {settings['dataset']} has been prepared again since the run in {folder} was "
+        "evaluated, so its validation text is another one"
+    )
+    try:
+        dataset = open_dataset(settings["dataset"], block_size, tokenizer)
+    except OtherTokenizerError:
+        raise changed from None
     if not was_evaluated_on(folder, dataset):
-        raise FolioError(
-            f"{dataset.folder}: has been prepared again since the run in {folder} was evaluated, "
-            "so its validation text is another one"
-        )
+        raise changed
     return dataset.val
 
 

@@ -124,6 +124,7 @@ def test_an_invalid_value_is_rejected_with_the_name_of_its_setting(flag):
         (["--dropout=2"], "--dropout must be a number from 0 to 1, not 2.0"),
         (["--bias=yes"], "--bias must be True or False, not 'yes'"),
         (["--dropout=1e30"], "--dropout must be a number from 0 to 1, not 1e+30 (too large)"),
+        (["--n_layer", "=", "3"], "--n_layer = ...: write --n_layer=... without spaces"),
         (["--n_layer", "--bias"], "--n_layer needs a value: --n_layer=..."),
         (["-n_layer=3"], "-n_layer=3: a flag begins with two dashes: --n_layer=3"),
         (["--start=a\0"], "--start must be a string without NUL or surrogates, not 'a\\x00'"),

@@ -388,7 +388,7 @@ def test_nanogpt_characters_are_refused_with_the_command_that_prepares_them(tiny
 def test_tokenizer_other_than_that_of_the_dataset_is_refused(tiny_dataset):
     own = open_dataset(tiny_dataset, 8).tokenizer
     assert open_dataset(tiny_dataset, 8, own).tokenizer == own
-    with pytest.raises(FolioError, match="or --tokenizer given"):
+    with pytest.raises(FolioError, match="a tokenizer of its own; omit --tokenizer"):
         open_dataset(tiny_dataset, 8, toy_bpe())
 
 

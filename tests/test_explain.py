@@ -160,7 +160,9 @@ def test_without_start_the_page_shows_the_validation_text(tmp_path, call, monkey
         assert shown == splits["val"][0][:30]
     write_dataset(tmp_path / "letters", CharTokenizer("klmnopqrst"), split_text("klm" * 99), {})
     result = call(explain, f"--out_dir={folder}", "--max_tokens=30")
-    assert_one_line_error(result, "give a text with --start", "its tokenizer differs")
+    assert_one_line_error(
+        result, "give a text with --start", "has been prepared again since the run"
+    )
 
 
 def test_texts_that_cannot_be_shown_are_refused_or_cut(tmp_path, call):
