@@ -10,6 +10,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from configurator import FolioError, first_line
 from engine.hf_format import LAYER_NORM_EPS, gpt2_shapes
 from model import GPT, GPTConfig
 
@@ -40,9 +41,7 @@ def is_gpt2(model: GPT) -> bool:
         return True
     if model.training:
         # A copy in eval mode, without dropout: another thread may be training the model itself.
-        # Because of same_weights, deepcopy() uses the weights themselves in the copy.
-        same_weights = {id(weight): weight for weight in model.parameters()}
-        model = copy.deepcopy(model, same_weights).eval()
+        model = copy_model(model, share_weights=True).eval()
     n_tokens = min(config.block_size, config.vocab_size, 8)
     # Two rows: a change may mix rows. -1 becomes V - 1, usually end-of-text: a change may treat
     # this id in a special way, for example by a mask between documents.
@@ -59,6 +58,22 @@ def is_gpt2(model: GPT) -> bool:
     is_exact = parameter.is_cpu and parameter.dtype in (torch.float32, torch.float64)
     tolerance = 1e-4 if is_exact else 0.05
     return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def copy_model(model: GPT, share_weights: bool = False) -> GPT:
+    """A copy of the model; share_weights: the copy has the same tensors as weights.
+
+    Raises FolioError if a changed model.py has tensors that cannot be copied.
+    """
+    # deepcopy() takes what is in this dict in place of a copy.
+    known = {id(weight): weight for weight in model.parameters()} if share_weights else {}
+    try:
+        return copy.deepcopy(model, known)
+    except RuntimeError as error:  # for example torch.nn.utils.weight_norm
+        raise FolioError(
+            f"model.py: this model cannot be copied ({first_line(error)}); use layers whose "
+            "tensors are parameters or buffers, as in torch.nn.utils.parametrizations"
+        ) from error
 
 
 def uses_all_parameters(model: GPT) -> bool:

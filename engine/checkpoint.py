@@ -131,7 +131,8 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
             f"{folder}: no weights have been saved yet; if this run is not being trained: {command}"
         )
     saved_config, tensors = read_config(folder), read_weights(folder)
-    if has_trained_biases(tensors):
+    # In a changed model.py, a layer may have a bias although the setting `bias` is False.
+    if has_trained_biases(tensors) and not is_changed(folder):
         saved_config = dataclasses.replace(saved_config, bias=True)
     config = dataclasses.replace(saved_config, **overrides)
     for name in ("n_layer", "n_head", "n_embd", "bias"):

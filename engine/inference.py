@@ -24,7 +24,6 @@ To understand the cache, read InferenceModel._generate(), KVCache, next_token_lo
 and crop_start(). _make_decode(), decode_step() and capture_cuda_graph() are for CUDA.
 """
 
-import copy
 import functools
 import platform
 from collections import deque
@@ -36,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engine.changed_model import is_gpt2
+from engine.changed_model import copy_model, is_gpt2
 from engine.device import DTypeName, choose_dtype, has_bfloat16, is_intel_cpu, start_reading
 from engine.hf_format import LAYER_NORM_EPS
 from model import GPT, GPTConfig
@@ -77,7 +76,7 @@ class InferenceModel:
         self.dtype = choose_dtype("float32" if small and dtype == "auto" else dtype, self.device)
         packed = not small and packing_is_faster(self.device, self.dtype, batch_size)
         # If model.py was changed, for an experiment, the changed model computes the logits itself.
-        self.changed_model = None if is_gpt2(model) else copy.deepcopy(model).eval()
+        self.changed_model = None if is_gpt2(model) else copy_model(model).eval()
         if self.changed_model is None:
             self.weights = prepare_weights(model, self.device, self.dtype, packed)
         self.static_cache = static_cache or compile or self.device.type == "cuda"

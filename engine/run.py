@@ -31,8 +31,8 @@ from data.tokenizer import (
 )  # fmt: skip
 from engine.changed_model import uses_all_parameters
 from engine.checkpoint import (
-    CHECKPOINT_FILE, WEIGHTS_FILE, check_change, check_sizes, load_checkpoint, load_model,
-    padding_token, save_checkpoint, save_model, save_model_card,
+    CHECKPOINT_FILE, WEIGHTS_FILE, check_change, check_sizes, is_changed, load_checkpoint,
+    load_model, padding_token, save_checkpoint, save_model, save_model_card,
 )  # fmt: skip
 from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
@@ -189,7 +189,8 @@ def saved_settings(folder: Path) -> dict[str, Any]:
 def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
     """The settings for finetuning the model in `folder`: the architecture comes from the model."""
     model_config = read_config(folder)
-    if not model_config.bias and has_trained_biases(read_weights(folder)):
+    without_biases = not model_config.bias and not is_changed(folder)
+    if without_biases and has_trained_biases(read_weights(folder)):
         model_config = dataclasses.replace(model_config, bias=True)
     if (description := describe_run(folder)) != shown_path(folder):  # it is a run
         print(wrap(f"starting from {description}"))

@@ -13,7 +13,7 @@ import sample
 import train
 from configurator import FolioError
 from data.tokenizer import CharTokenizer
-from engine.checkpoint import load_model, load_model_and_tokenizer, save_model
+from engine.checkpoint import is_changed, load_model, load_model_and_tokenizer, save_model
 from engine.changed_model import computes_gpt2, is_gpt2, uses_all_parameters
 from engine.inference import InferenceModel
 from engine.run_folder import describe_run
@@ -22,6 +22,7 @@ from tests.conftest import assert_one_line_error
 from tests.test_train import start_training
 
 GELU_OF_GPT2, LAYER_NORM_INIT = MLP.forward, nn.LayerNorm.__init__
+ATTENTION_INIT = CausalSelfAttention.__init__
 FULL_ATTENTION = CausalSelfAttention.forward
 CONFIG = GPTConfig(block_size=32, vocab_size=5, n_layer=2, n_head=2, n_embd=16)
 
@@ -294,6 +295,34 @@ def test_comparing_does_not_change_the_mode_of_a_model(monkeypatch):
     monkeypatch.setattr(GPT, "train", lambda self, mode: changed.append(self) or train(self, mode))
     assert all(map(is_gpt2, models))
     assert not any(model is other for model in models for other in changed)
+
+
+def bias_in_attention(self: CausalSelfAttention, config: GPTConfig) -> None:
+    ATTENTION_INIT(self, config)
+    self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+
+
+def test_a_bias_in_one_layer_is_loaded_again(change, tiny_flags, tmp_path, call):
+    change(CausalSelfAttention, "__init__", bias_in_attention)
+    assert call(train, *tiny_flags).returncode == 0
+    assert is_changed(tmp_path / "run")
+    model = load_model(tmp_path / "run")
+    assert model.transformer.h[0].attn.c_attn.bias.abs().max() > 0
+    assert (
+        call(train, f"--init_from={tmp_path / 'run'}", "--eval_only", *tiny_flags[:1]).returncode
+        == 0
+    )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_that_cannot_be_copied_is_refused_with_a_way_out(change):
+    def with_weight_norm(self, config):
+        ATTENTION_INIT(self, config)
+        self.c_proj = nn.utils.weight_norm(self.c_proj)  # the old form
+
+    change(CausalSelfAttention, "__init__", with_weight_norm)
+    with pytest.raises(FolioError, match=r"cannot be copied .*use .*parametrizations"):
+        InferenceModel(random_model(CONFIG))
 
 
 def test_a_change_that_acts_in_training_only_leaves_a_gpt2(change, tiny_flags, tmp_path, call):
