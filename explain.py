@@ -38,7 +38,7 @@ from model import GPT, attention_weights
 PAGE = ROOT / "engine" / "page"
 MAX_TOKENS = 256  # a page of this length is still readable
 MAX_SNAPSHOTS = 7  # of the training slider, beside the best weights
-MAX_SCORES = 400_000  # q · k of all snapshots: fewer snapshots of a long text; about 2 MB
+MAX_SCORES = 400_000  # q · k of all snapshots: fewer snapshots of a long text; a page of about 2 MB
 MAX_LOGITS = 1000  # of a larger vocabulary, the page gets the logits of the likeliest tokens
 MAX_CHANNELS = 16  # of a value or a message, the page shows the first numbers
 TEMPERATURES = [round(0.1 * i, 1) for i in range(1, 21)]  # of the slider: 0.1, 0.2, ..., 2.0

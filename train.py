@@ -355,7 +355,7 @@ def record_evaluation(
         state.best_val_loss, state.best_step = val_loss, state.step
     if state.best_step == state.step:
         state.evaluations_since_best = 0
-    elif state.step > max(state.best_step, 0):  # after a resume, the best weights may be newer
+    elif state.step > max(state.best_step, 0):  # resume.pt may be older than the best weights
         state.evaluations_since_best += 1
     if not logger.enabled:
         return

@@ -17,15 +17,17 @@ Memory    18 GiB on each GPU with micro-batches of 32, 35 GiB with 64 (measured)
           config/train_gpt2.py). If it does not fit, halve batch_size and double
           gradient_accumulation_steps: a step then processes as many tokens as before. Or use
           activation_checkpointing: 22 GiB instead of 31, but the forward pass is computed twice.
-Nodes     Gradients take 0.50 GB; with gpt2_muon.py, Muon's bfloat16 matrices take 0.17 GB. Per
-          step, each of n GPUs (8 per node) sends 2 (n - 1) / n times as much:
+Nodes     Gradients take 0.50 GB; with gpt2_muon.py, Muon's bfloat16 matrices take 0.17 GB. The
+          GPUs form a ring. The gradients go around it twice, in n parts: first they are added up,
+          then the sums are passed on. So per step, each of n GPUs (8 per node) sends
+          2 (n - 1) / n times as much:
           nodes  batch_size  gradient_accumulation_steps  compute  gradients     Muon
               1          32                           16   138 ms    0.87 GB  0.30 GB
               2          32                           16    69 ms    0.93 GB  0.32 GB
               8           8                           64    17 ms    0.98 GB  0.33 GB
              64           1                          512     2 ms    0.99 GB  0.34 GB
-          In a ring, one GPU per node sends to the next node: 1 GB takes 2.5 ms at 400 GB/s, 80 ms
-          at 12.5 GB/s. Writing a checkpoint takes 2 s at 1 GB/s. A lost node ends the job; started
+          One GPU per node sends to the next node: 1 GB takes 2.5 ms at 400 GB/s, 80 ms at
+          12.5 GB/s. Writing a checkpoint takes 2 s at 1 GB/s. A lost node ends the job; started
           again, it repeats up to 1,000 steps (checkpoint_interval). (All computed. "compute" is
           16 times the 69 ms that one H100 needed for a micro-batch of 32, over the GPUs.)
 

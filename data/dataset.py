@@ -358,8 +358,8 @@ def read_dataset(folder: Path, name: str, block_size: int, tokenizer: Tokenizer 
 def known_start_id(dataset: Dataset) -> int | None:
     """Tokenizer.known_start_id for a model that is trained from scratch on this dataset.
 
-    None if the model will know tokenizer.start_token_id; else the newline or, in a text without
-    newlines, the most frequent token. The model will know a token that occurs 10 times, or at least
+    None if the model will know tokenizer.start_token_id; else the newline or, if the model will not
+    know it, the most frequent token. The model will know a token that occurs 10 times, or at least
     once in 1,000 tokens, in the first shard of the training split (of a large shard, in its first
     16 million tokens).
     """

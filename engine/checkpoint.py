@@ -131,7 +131,8 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
             f"{folder}: no weights have been saved yet; if this run is not being trained: {command}"
         )
     saved_config, tensors = read_config(folder), read_weights(folder)
-    # In a changed model.py, a layer may have a bias although the setting `bias` is False.
+    # transformers' GPT-2 always has biases: Folio saves zeros if a model has none. If transformers
+    # has trained them, they are needed. (A changed model.py may have a bias in one layer only.)
     if has_trained_biases(tensors) and not is_changed(folder):
         saved_config = dataclasses.replace(saved_config, bias=True)
     config = dataclasses.replace(saved_config, **overrides)
