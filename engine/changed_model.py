@@ -6,6 +6,7 @@ config.json know GPT-2 only. So all programs and save_model() ask is_gpt2(model)
 
 import copy
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -79,20 +80,23 @@ def copy_model(model: GPT, share_weights: bool = False) -> GPT:
 def uses_all_parameters(model: GPT) -> bool:
     """Whether every training step gives each parameter a gradient, as GPT-2's do.
 
-    A changed model.py may skip blocks at random, for example. A small model makes ten steps.
+    A changed model.py may skip blocks at random, for example. A small model makes many steps: if
+    each block is skipped once in 50 times, they show it.
     """
     if not is_gpt2(model):
         return False
-    n_head, n_layer = model.config.n_head, min(model.config.n_layer, 48)
-    config = GPTConfig(8, 11, n_layer, n_head, n_embd=2 * n_head, bias=model.config.bias)
+    n_layer, n_head = min(model.config.n_layer, 48), model.config.n_head
+    config = GPTConfig(
+        8, 11, n_layer, n_head, 2 * n_head, dropout=model.config.dropout, bias=model.config.bias
+    )
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         small_model, idx = GPT(config), torch.arange(8)[None]
         parameters = list(small_model.parameters())
-        gradients = [
+        gradients = (
             torch.autograd.grad(small_model(idx, idx), parameters, allow_unused=True)
-            for _ in range(10)
-        ]
-    return all(gradient is not None for step in gradients for gradient in step)
+            for _ in range(math.ceil(400 / n_layer))
+        )
+        return all(gradient is not None for step in gradients for gradient in step)
 
 
 @functools.cache  # model.py does not change while a program runs

@@ -337,14 +337,17 @@ def test_a_change_that_acts_in_training_only_leaves_a_gpt2(change, tiny_flags, t
     assert is_gpt2(model) and is_gpt2(model.train()) and uses_all_parameters(model)
 
 
-def test_blocks_that_are_skipped_at_random_are_noticed(change):
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_blocks_that_are_skipped_at_random_are_noticed(change, dropout):
     forward = Block.forward
 
     def skip(self, x):
-        return x if self.training and torch.rand(()) < 0.1 else forward(self, x)
+        is_skipped = self.training and torch.rand(()) < (self.mlp.dropout or 0.02)
+        return x if is_skipped else forward(self, x)
 
+    model = random_model(dataclasses.replace(CONFIG, dropout=dropout))
+    assert uses_all_parameters(model)
     change(Block, "forward", skip)
-    model = random_model(CONFIG)
     assert is_gpt2(model) and not uses_all_parameters(model)
 
 
