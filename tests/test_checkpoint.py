@@ -512,7 +512,9 @@ def test_a_run_without_weights_is_told_from_a_folder_without_a_model(tmp_path):
     with pytest.raises(FolioError, match="no model found; train one"):
         load_model(tmp_path)
     (tmp_path / CHECKPOINT_FILE).touch()
-    with pytest.raises(FolioError, match=r"no weights yet; .*: python train\.py --init_from"):
+    with pytest.raises(
+        FolioError, match=r"no weights have been saved yet; .*: python train\.py --init_from"
+    ):
         load_model(tmp_path)
 
 

@@ -202,7 +202,7 @@ def test_a_signal_that_arrives_twice_at_once_counts_once():
 def test_first_ctrl_c_says_what_happens_next(capfd):
     with GracefulShutdown(Distributed()):
         os.kill(os.getpid(), signal.SIGINT)
-        expected = "finishing this step, then saving; press Ctrl-C again to exit at once\n"
+        expected = "finishing this step, then saving; press Ctrl-C again to exit without saving\n"
         assert capfd.readouterr().err.lstrip() == expected
     with GracefulShutdown(Distributed()):
         os.kill(os.getpid(), signal.SIGTERM)
