@@ -77,6 +77,21 @@ def copy_model(model: GPT, share_weights: bool = False) -> GPT:
         ) from error
 
 
+def fixed_ids_loss(model: GPT) -> float:
+    """The loss of a fixed row of token ids, in eval mode; NaN if the model cannot compute it.
+
+    With the same weights, another model.py gives another loss.
+    """
+    T, device = min(model.config.block_size, 16), next(model.parameters()).device
+    ids = torch.arange(T + 1, device=device) % min(model.config.vocab_size, 11)
+    try:
+        with torch.no_grad():
+            loss = copy_model(model, share_weights=True).eval()(ids[None, :-1], ids[None, 1:])
+        return loss.item()
+    except Exception:  # a changed model.py may not work with this length
+        return math.nan
+
+
 def uses_all_parameters(model: GPT) -> bool:
     """Whether every training step gives each parameter a gradient, as GPT-2's do.
 

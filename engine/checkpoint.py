@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import glob
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,22 @@ import safetensors
 import safetensors.torch
 import torch
 
-from configurator import FolioError, print_or_discard
+from configurator import FolioError, print_or_discard, wrap
 from data.dataset import ShardedTokens
 from data.files import (
     atomic_write, explain_os_error, join_names, read_folder, rename_to_backup, shell_command,
     user_path, write_json, write_text,
 )  # fmt: skip
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
-from engine.changed_model import is_gpt2
+from engine.changed_model import fixed_ids_loss, is_gpt2
 from engine.hf_format import (
     CHANGED_MODEL_TYPE, SHA256_KEY, WEIGHTS_FILE, cast_weights, compare_tensors, from_hf_state_dict,
     has_trained_biases, load_torch_file, read_config, read_weights, sha256_of, stored_tensors,
     to_hf_config, to_hf_state_dict, uninitialized_model,
 )  # fmt: skip
-from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, shown_path
+from engine.run_folder import (
+    make_folder, refuse_nanogpt_checkpoint, shown_path, weights_metadata,
+)  # fmt: skip
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
@@ -81,6 +84,7 @@ def save_model(
         # A changed model may have an output layer of its own. It is saved with its rows of padding,
         # so loading needs pad_vocab_to.
         config |= {"model_type": CHANGED_MODEL_TYPE, "pad_vocab_to": model.config.pad_vocab_to}
+        numbers["fixed_ids_loss"] = fixed_ids_loss(model)
     # None: a pipeline of transformers would generate 256 tokens, more than some contexts hold.
     generation = {"do_sample": True, "max_length": model.config.block_size, "max_new_tokens": None}
     metadata = {"format": "pt", SHA256_KEY: sha256_of(tensors)}
@@ -157,7 +161,20 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
             f"{folder}: the weights contain NaN or infinity; train again with lower learning rates"
         )
     check_change(folder, model)
+    if is_changed(folder) and config.block_size == saved_config.block_size:
+        warn_of_another_change(folder, model)
     return model
+
+
+def warn_of_another_change(folder: Path, model: GPT) -> None:
+    """Print a warning if model.py was changed again since the model in `folder` was saved."""
+    saved, loss = weights_metadata(folder).get("fixed_ids_loss"), fixed_ids_loss(model)
+    if saved is not None and not abs(loss - saved) <= 0.001 * max(saved, 1):  # more than rounding
+        warning = (
+            f"WARNING  {shown_path(folder)} was saved with another model.py: its loss on fixed "
+            f"token ids was {saved:.4f}, and with this model.py it is {loss:.4f}"
+        )
+        print(wrap(warning, indent=9), file=sys.stderr)
 
 
 def model_with_weights(config: GPTConfig, state_dict: dict[str, torch.Tensor]) -> GPT:

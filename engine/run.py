@@ -29,7 +29,7 @@ from data.shakespeare import DATASETS, ensure_shakespeare
 from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
 )  # fmt: skip
-from engine.changed_model import uses_all_parameters
+from engine.changed_model import fixed_ids_loss, uses_all_parameters
 from engine.checkpoint import (
     CHECKPOINT_FILE, WEIGHTS_FILE, check_change, check_sizes, is_changed, load_checkpoint,
     load_model, padding_token, save_checkpoint, save_model, save_model_card,
@@ -369,6 +369,16 @@ def wrap_model(
         return wrapped
     all_used = dist.run_on_main(uses_all_parameters, model)
     wrapped = dist.wrap_ddp(wrapped, device.torch_device, find_unused_parameters=not all_used)
+    if not all_used:  # DDP sends parameters and buffers, but a changed model.py may have more
+        loss = fixed_ids_loss(model)
+        thousandths = round(1000 * loss) if math.isfinite(loss) else -1
+        if dist.all_reduce_max(thousandths) + dist.all_reduce_max(-thousandths) > 2:
+            if not dist.is_main:  # the main process prints the error
+                raise SystemExit(2)
+            raise FolioError(
+                "model.py: the processes compute different losses with the same weights; make "
+                "random constants buffers (self.register_buffer), which all processes receive"
+            )
     shape = (config.batch_size, config.block_size)
 
     def dummy_loss() -> torch.Tensor:

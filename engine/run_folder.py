@@ -161,6 +161,7 @@ def weights_metadata(folder: str | Path) -> dict[str, int | float]:
     """The numbers that train.py keeps with the weights: step, val_loss, val_checksum.
 
     val_checksum: ShardedTokens.checksum() of the validation split on which val_loss was measured.
+    fixed_ids_loss: of a changed model.py, when the weights were saved.
 
     A number that is missing or invalid (another program may have written it) is left out. {} if
     there are no weights. Raises FolioError if the file cannot be read.
@@ -176,7 +177,7 @@ def weights_metadata(folder: str | Path) -> dict[str, int | float]:
         raise FolioError(
             f"{path}: cannot be read ({first_line(error)}); repair it, or move it away"
         ) from None
-    types = {"step": int, "val_loss": float, "val_checksum": int}
+    types = {"step": int, "val_loss": float, "val_checksum": int, "fixed_ids_loss": float}
     for name, number_type in types.items():
         with contextlib.suppress(KeyError, ValueError):
             number = number_type(metadata[name])

@@ -22,7 +22,7 @@ from tests.conftest import assert_one_line_error
 from tests.test_train import start_training
 
 GELU_OF_GPT2, LAYER_NORM_INIT = MLP.forward, nn.LayerNorm.__init__
-ATTENTION_INIT = CausalSelfAttention.__init__
+ATTENTION_INIT, LM_HEAD = CausalSelfAttention.__init__, GPT.lm_head
 FULL_ATTENTION = CausalSelfAttention.forward
 CONFIG = GPTConfig(block_size=32, vocab_size=5, n_layer=2, n_head=2, n_embd=16)
 
@@ -323,6 +323,24 @@ def test_a_model_that_cannot_be_copied_is_refused_with_a_way_out(change):
     change(CausalSelfAttention, "__init__", with_weight_norm)
     with pytest.raises(FolioError, match=r"cannot be copied .*use .*parametrizations"):
         InferenceModel(random_model(CONFIG))
+
+
+def softcap(limit: float):
+    """GPT.lm_head with logits between -limit and limit."""
+    return lambda *args, **options: limit * torch.tanh(LM_HEAD(*args, **options) / limit)
+
+
+@pytest.mark.parametrize("pad_vocab_to", [1, 64])
+def test_weights_of_another_change_are_loaded_with_a_warning(
+    change, pad_vocab_to, tiny_flags, tmp_path, call, capsys
+):
+    change(GPT, "lm_head", softcap(3.0))
+    assert call(train, *tiny_flags, f"--pad_vocab_to={pad_vocab_to}").returncode == 0
+    load_model(tmp_path / "run")
+    assert capsys.readouterr().err == ""
+    change(GPT, "lm_head", softcap(0.1))
+    load_model(tmp_path / "run")
+    assert "was saved with another model.py" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_change_that_acts_in_training_only_leaves_a_gpt2(change, tiny_flags, tmp_path, call):

@@ -560,6 +560,26 @@ def run_train_with_rotations(*flags: str) -> None:
     run_train(*flags)
 
 
+def run_train_with_random_attributes(*flags: str) -> None:
+    init = GPT.__init__
+
+    def with_scale(self, config):
+        init(self, config)
+        self.scale = torch.rand(()).item()  # neither a parameter nor a buffer
+
+    GPT.__init__ = with_scale
+    hidden_states = GPT.hidden_states
+    GPT.hidden_states = lambda self, idx: hidden_states(self, idx) * self.scale
+    run_train(*flags)
+
+
+def test_processes_with_different_constants_are_refused(dataset, tmp_path):
+    flags = (*make_tiny_flags(dataset, tmp_path / "run"), *TWO_PROCESSES)
+    result = start_job(run_train_with_random_attributes, *flags, n_processes=2).wait()
+    assert result.exit_codes == [2, 2] or result.exit_codes == [2, 0], result.stderr
+    assert result.stderr.count("the processes compute different losses") == 1
+
+
 def test_two_processes_train_a_model_with_unused_parameters_and_complex_buffers(dataset, tmp_path):
     logs = []
     for n_processes in (1, 2):
