@@ -29,7 +29,7 @@ from data.shakespeare import DATASETS, ensure_shakespeare
 from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
 )  # fmt: skip
-from engine.changed_model import fixed_ids_loss, uses_all_parameters
+from engine.changed_model import copy_model, fixed_ids_loss, uses_all_parameters
 from engine.checkpoint import (
     CHECKPOINT_FILE, WEIGHTS_FILE, check_change, check_sizes, is_changed, load_checkpoint,
     load_model, padding_token, save_checkpoint, save_model, save_model_card,
@@ -333,15 +333,16 @@ def build_model(
         return load_model(resolve_model_dir(config.init_from), **dataclasses.asdict(model_config))
 
     model = dist.main_process_first(make_model)
-    dist.run_on_main(check_lists, model)
+    dist.run_on_main(check_model, model)
     return cast_weights(model, device.param_dtype).to(device.torch_device).train()
 
 
-def check_lists(model: torch.nn.Module) -> None:
-    """Raise FolioError if a changed model.py has a Python list or dict of layers.
+def check_model(model: GPT) -> None:
+    """Raise FolioError if a changed model.py has layers that cannot be trained, saved or copied.
 
     torch does not find layers in a Python list or dict: it neither trains nor saves them.
     """
+    copy_model(model, share_weights=True)  # as for a sample
     known = {*model.modules(), *model.parameters()}
     for module in model.modules():
         for name, value in vars(module).items():

@@ -315,7 +315,7 @@ def test_a_bias_in_one_layer_is_loaded_again(change, tiny_flags, tmp_path, call)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_model_that_cannot_be_copied_is_refused_with_a_way_out(change):
+def test_a_model_that_cannot_be_copied_is_refused_with_a_way_out(change, tiny_flags, call):
     def with_weight_norm(self, config):
         ATTENTION_INIT(self, config)
         self.c_proj = nn.utils.weight_norm(self.c_proj)  # the old form
@@ -323,6 +323,7 @@ def test_a_model_that_cannot_be_copied_is_refused_with_a_way_out(change):
     change(CausalSelfAttention, "__init__", with_weight_norm)
     with pytest.raises(FolioError, match=r"cannot be copied .*use .*parametrizations"):
         InferenceModel(random_model(CONFIG))
+    assert_one_line_error(call(train, *tiny_flags), "cannot be copied")
 
 
 def softcap(limit: float):
