@@ -85,7 +85,8 @@ def save_model(
         # so loading needs pad_vocab_to.
         config |= {"model_type": CHANGED_MODEL_TYPE, "pad_vocab_to": model.config.pad_vocab_to}
         numbers["fixed_ids_loss"] = fixed_ids_loss(model)
-    # None: a pipeline of transformers would generate 256 tokens, more than some contexts hold.
+    # Without max_length, a pipeline of transformers would generate 256 tokens, more than some
+    # contexts hold. max_new_tokens would count instead of max_length, so it is not set.
     generation = {"do_sample": True, "max_length": model.config.block_size, "max_new_tokens": None}
     metadata = {"format": "pt", SHA256_KEY: sha256_of(tensors)}
     metadata |= {name: str(number) for name, number in numbers.items()}
@@ -169,7 +170,8 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
 def warn_of_another_change(folder: Path, model: GPT) -> None:
     """Print a warning if model.py was changed again since the model in `folder` was saved."""
     saved, loss = weights_metadata(folder).get("fixed_ids_loss"), fixed_ids_loss(model)
-    if saved is not None and not abs(loss - saved) <= 0.001 * max(saved, 1):  # more than rounding
+    # 0.1%: more than rounding. NaN (the loss cannot be computed): False.
+    if saved is not None and abs(loss - saved) > 0.001 * max(saved, 1):
         warning = (
             f"WARNING  {shown_path(folder)} was saved with another model.py: its loss on fixed "
             f"token ids was {saved:.4f}, and with this model.py it is {loss:.4f}"

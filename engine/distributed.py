@@ -230,8 +230,9 @@ class Distributed:
             device_ids=[device] if device.type == "cuda" else None,
             process_group=self._tensor_group(device),
             gradient_as_bucket_view=True,  # gradients live in the buckets that are sent
-            # Else DDP would wait for the gradients of unused parameters. (They get zeros. With one
-            # process they get no gradient, and the optimizer leaves them alone.)
+            # Else DDP would wait for the gradients of unused parameters. (A parameter that an
+            # earlier step has used gets zeros. With one process it gets no gradient, and the
+            # optimizer leaves it alone.)
             find_unused_parameters=find_unused_parameters,
         )
         # The constructor has sent the buffers (of a changed model.py) once. From now on,

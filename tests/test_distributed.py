@@ -565,7 +565,7 @@ def run_train_with_random_attributes(*flags: str) -> None:
 
     def with_scale(self, config):
         init(self, config)
-        self.scale = torch.rand(()).item()  # neither a parameter nor a buffer
+        self.scale = 100 * torch.rand(()).item()  # neither a parameter nor a buffer
 
     GPT.__init__ = with_scale
     hidden_states = GPT.hidden_states
