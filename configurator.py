@@ -37,7 +37,7 @@ from typing import Annotated, Any, TypeVar
 ROOT = Path(__file__).resolve().parent
 NO_BREAK = "\xa0"  # a space where no line may end
 LIMIT = 2**63  # larger integers fit neither torch nor numpy
-# Other words for settings and values. They are not accepted: did_you_mean() names the right one.
+# Other words for settings and values. They are refused, and did_you_mean() proposes the right word.
 SYNONYMS = {
     "gpu": "cuda", "lr": "learning_rate", "steps": "max_iters", "prompt": "start",
     "text": "start", "temp": "temperature", "n": "num_samples", "length": "max_new_tokens",
@@ -84,8 +84,8 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
     finally:
         flush_output()
-        # When a program ends, Python's garbage collector examines all objects. If torch has been
-        # imported, this takes up to a second. After freeze() it skips the objects that exist now.
+        # When a program ends, Python's garbage collector examines all objects, for up to a second
+        # if torch has been imported. After freeze(), it skips the objects that exist now.
         gc.freeze()
 
 
@@ -162,7 +162,9 @@ class Setting:
 
     name: str
     value_type: type  # int, float or str
-    choices: tuple[Any, ...]  # the only valid values, such as ("auto", True, False); () for any
+    choices: tuple[
+        Any, ...
+    ]  # the only valid values, such as ("auto", True, False); () if any value is valid
     range: Range  # of a number
     default: Any
     help: str  # the comment behind the field

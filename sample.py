@@ -115,8 +115,9 @@ def sample(config: SampleConfig) -> None:
         prompts = [encode_prompt(config.start, tokenizer)]
     print(wrap(describe_run(folder)), file=sys.stderr)
     if inference.changed_model is not None:
-        when = "with such a change" if is_changed(folder) else "without this change"
-        print(wrap(f"{CHANGED_MODEL_NOTE}; this model was saved {when}"), file=sys.stderr)
+        which = "a changed" if is_changed(folder) else "the unchanged"
+        note = f"{CHANGED_MODEL_NOTE}; this model was saved with {which} model.py"
+        print(wrap(note), file=sys.stderr)
     threads = ThreadAdapter(device)  # without a report: it would interrupt the text
     with explain_out_of_memory("fewer --num_samples, or --device=cpu"):
         for i, (prompt, ids) in enumerate(prompts):

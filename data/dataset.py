@@ -145,13 +145,13 @@ def derive_seed(*numbers: int) -> int:
 # train.bin and val.bin hold token ids as little-endian uint16, or uint32 if the vocabulary is
 # larger than 65,536. A split may have several files, called shards: train_000001.bin,
 # train_000002.bin, and so on. GPT-2-tokenized FineWeb (web pages) has shards with a header of 256
-# int32; Folio's other datasets have none.
+# int32; no other dataset of Folio has this header.
 #
 # The files are memory-mapped: do not change or shorten them while a program reads them. If a mapped
 # file becomes shorter, the system kills the program (bus error). A new file may replace an old one.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
-LARGE_BYTES = 2**26  # larger files stay out of memory: see release_pages()
+LARGE_BYTES = 2**26  # of larger splits, memory pages are released: see release_pages()
 CHECKED_IDS = 2**16  # ids of each shard that are checked at the start; each batch is checked, too
 
 
@@ -262,7 +262,7 @@ def memmap_shard(path: str | Path, dtype: np.dtype | str) -> np.ndarray:
                 f"{path}: {size:,} bytes are not a multiple of the size of {dtype.name}; "
                 "prepare the dataset again"
             )
-        # Not a copy, but the mapped memory as a plain array, which takes less time to index.
+        # asarray() makes no copy. Indexing a plain array takes less time than indexing a memmap.
         return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset))
 
 

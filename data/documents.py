@@ -154,7 +154,7 @@ def read_documents(
 def is_jsonl(path: Path) -> bool:
     """Whether each line of the file is a JSON object.
 
-    Its suffix says so. If the suffix is .json, or if there is none, the first line does.
+    The suffix decides. If the suffix is .json or missing, the first line decides.
     """
     suffix = path.suffix.lower()
     if suffix not in ("", ".json") or not path.is_file():

@@ -111,7 +111,8 @@ def next_command(config: PrepareTextConfig, tokenizer: Tokenizer, meta: dict[str
         source = config.tokenizer
     flags = [f"--init_from={source}", *flags]
     config_name = "finetune_shakespeare"  # for OpenAI's GPT-2
-    # A run of train.py, or its snapshot in out/run/step_000500: its model is small, and Muon's.
+    # A run of train.py or its snapshot (out/run/step_000500): a small model, usually trained with
+    # Muon.
     if any((path / "settings.json").exists() for path in (folder, folder.parent)):
         config_name = ""
         flags += ["--max_iters=250", "--learning_rate=5e-4", "--muon_learning_rate=2e-3"]

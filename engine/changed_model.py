@@ -62,11 +62,12 @@ def is_gpt2(model: GPT) -> bool:
 
 
 def copy_model(model: GPT, share_weights: bool = False) -> GPT:
-    """A copy of the model; share_weights: the copy has the same tensors as weights.
+    """A copy of the model.
 
+    share_weights: the copy uses the weights of the model itself.
     Raises FolioError if a changed model.py has tensors that cannot be copied.
     """
-    # deepcopy() takes what is in this dict in place of a copy.
+    # If an object's id is in this dict, deepcopy() takes the dict's value and makes no copy.
     known = {id(weight): weight for weight in model.parameters()} if share_weights else {}
     try:
         return copy.deepcopy(model, known)
@@ -93,7 +94,7 @@ def fixed_ids_loss(model: GPT) -> float:
 
 
 def uses_all_parameters(model: GPT) -> bool:
-    """Whether every training step gives each parameter a gradient, as GPT-2's do.
+    """Whether every training step gives each parameter a gradient, as in GPT-2.
 
     A changed model.py may skip blocks at random, for example. A small model makes many steps: if
     each block is skipped once in 50 times, they show it.

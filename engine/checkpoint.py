@@ -86,7 +86,7 @@ def save_model(
         config |= {"model_type": CHANGED_MODEL_TYPE, "pad_vocab_to": model.config.pad_vocab_to}
         numbers["fixed_ids_loss"] = fixed_ids_loss(model)
     # Without max_length, a pipeline of transformers would generate 256 tokens, more than some
-    # contexts hold. max_new_tokens would count instead of max_length, so it is not set.
+    # contexts hold. max_new_tokens is None, because it would take precedence over max_length.
     generation = {"do_sample": True, "max_length": model.config.block_size, "max_new_tokens": None}
     metadata = {"format": "pt", SHA256_KEY: sha256_of(tensors)}
     metadata |= {name: str(number) for name, number in numbers.items()}

@@ -67,10 +67,10 @@ class ComputeDevice:
         return torch.autocast(self.torch_device.type, self.dtype)
 
     def manual_seed(self, seed: int) -> None:
-        """Seed the global generators of the CPU and of this device. Dropout takes their numbers.
+        """Seed the global generators of the CPU and of this device, from which dropout draws.
 
-        torch.manual_seed() also seeds those of all other kinds of devices. On a machine with an
-        H100 this took 0.8 ms in every step.
+        torch.manual_seed() would also seed the generators of all other devices. On a machine with
+        an H100, that took 0.8 ms in every step.
         """
         torch.default_generator.manual_seed(seed)  # the CPU's
         if self.torch_device.type == "cuda":
@@ -301,7 +301,7 @@ def keep_freed_memory() -> None:
     if mallopt:  # other C libraries, such as musl, do not have it
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes of free memory above which it is returned
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # larger blocks are returned at once
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # larger blocks (in bytes) are returned at once
 
 
 def start_reading(tensor: torch.Tensor) -> Callable[[], list]:

@@ -231,8 +231,8 @@ class Distributed:
             process_group=self._tensor_group(device),
             gradient_as_bucket_view=True,  # gradients live in the buckets that are sent
             # Else DDP would wait for the gradients of unused parameters. (A parameter that an
-            # earlier step has used gets zeros. With one process it gets no gradient, and the
-            # optimizer leaves it alone.)
+            # earlier step has used gets zeros. With one process, such a parameter gets no gradient,
+            # and the optimizer does not change it.)
             find_unused_parameters=find_unused_parameters,
         )
         # The constructor has sent the buffers (of a changed model.py) once. From now on,

@@ -281,8 +281,8 @@ class NoInitialization(TorchFunctionMode):
 def uninitialized_model(config: GPTConfig, device: torch.device | str = "cpu") -> GPT:
     """A GPT whose weights have shapes, but no meaningful numbers.
 
-    If model.py was changed, the model may also have constants, such as a mask. They have their
-    values.
+    If model.py was changed, the model may also have constants, such as a mask. These constants
+    have their values.
     """
     with torch.device(device), torch.random.fork_rng(devices=[]), NoInitialization():
         return GPT(config)

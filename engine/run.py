@@ -257,9 +257,8 @@ def check_init_from(config: TrainConfig, dataset: Dataset) -> int | None:
         check_sizes(folder, read_config(folder), source_tokenizer.vocab_size, config.block_size)
         find_weights(folder)
     if source_tokenizer != dataset.tokenizer and resumed:
-        raise FolioError(
-            other_dataset(config, dataset, load_checkpoint(folder, verify=False)["dataset"])
-        )
+        trained_on = load_checkpoint(folder, verify=False).get("dataset")
+        raise FolioError(wrong_dataset_message(config, dataset, trained_on))
     if source_tokenizer != dataset.tokenizer:
         reason = f"its tokenizer is not the tokenizer of the model in {folder}; "
         advice = f"prepare the text with --tokenizer={folder}, or use --init_from=scratch"
@@ -273,16 +272,18 @@ def check_init_from(config: TrainConfig, dataset: Dataset) -> int | None:
     # The dataset may have been prepared again, from another text: its validation tokens show this.
     if is_same and was_evaluated_on(folder, dataset):
         print(
-            "The weights were trained on the batches that this run draws, too.\n"
-            "--seed=NUMBER draws others."
+            "This run draws the batches on which the weights were trained.\n"
+            "--seed=NUMBER draws other batches."
         )
     return source_tokenizer.known_start_id
 
 
-def other_dataset(config: TrainConfig, dataset: Dataset, trained_on: list[Any]) -> str:
-    """An error message: a resumed run was not trained on this dataset.
+def wrong_dataset_message(
+    config: TrainConfig, dataset: Dataset, trained_on: list[Any] | None
+) -> str:
+    """The error message for a run that cannot be resumed, because its dataset was another one.
 
-    trained_on: fingerprint() of the dataset on which it was trained.
+    trained_on: fingerprint() of the dataset on which the run was trained.
     """
     folder = resolve_out_dir(config.out_dir)
     # data/NAME.1, data/NAME.2, ... are older datasets of this name.
@@ -294,13 +295,13 @@ def other_dataset(config: TrainConfig, dataset: Dataset, trained_on: list[Any]) 
     name, run = (read_run_settings(folder) or {}).get("dataset"), shown_path(folder)
     if name not in (None, config.dataset):
         return (
-            f"--dataset={config.dataset}: {run} was trained on {name}, and goes on with the same "
-            f"data; to train its weights on {config.dataset}, use --init_from={run} with another "
-            f"--out_dir, on a dataset that was prepared with --tokenizer={run}"
+            f"--dataset={config.dataset}: {run} was trained on {name}, and a run continues on its "
+            f"own dataset; to train its weights on {config.dataset}, use --init_from={run} with "
+            f"another --out_dir, on a dataset that was prepared with --tokenizer={run}"
         )
     return (
-        f"--dataset={config.dataset}: has changed since {run} was started; prepare the old text "
-        "again (or move shards away that were added), or use --init_from=scratch"
+        f"--dataset={config.dataset}: the dataset has changed since {run} was started; prepare the "
+        "old text again (or move shards away that were added), or use --init_from=scratch"
     )
 
 
@@ -342,7 +343,7 @@ def check_model(model: GPT) -> None:
 
     torch does not find layers in a Python list or dict: it neither trains nor saves them.
     """
-    copy_model(model, share_weights=True)  # as for a sample
+    copy_model(model, share_weights=True)  # a sample needs a copy
     known = {*model.modules(), *model.parameters()}
     for module in model.modules():
         for name, value in vars(module).items():
@@ -370,16 +371,8 @@ def wrap_model(
         return wrapped
     all_used = dist.run_on_main(uses_all_parameters, model)
     wrapped = dist.wrap_ddp(wrapped, device.torch_device, find_unused_parameters=not all_used)
-    if not all_used:  # DDP sends parameters and buffers, but a changed model.py may have more
-        loss = fixed_ids_loss(model)
-        thousandths = round(1000 * loss) if math.isfinite(loss) else -1
-        if dist.all_reduce_max(thousandths) + dist.all_reduce_max(-thousandths) > 2:
-            if not dist.is_main:  # the main process prints the error
-                raise SystemExit(2)
-            raise FolioError(
-                "model.py: the processes compute different losses with the same weights; make "
-                "random constants buffers (self.register_buffer), which all processes receive"
-            )
+    if not all_used:
+        check_equal_models(model, dist)
     shape = (config.batch_size, config.block_size)
 
     def dummy_loss() -> torch.Tensor:
@@ -391,6 +384,25 @@ def wrap_model(
     if not config.eval_only:
         dist.warm_up_ddp(wrapped, dummy_loss)
     return wrapped
+
+
+def check_equal_models(model: GPT, dist: Distributed) -> None:
+    """Raise FolioError if the processes compute different losses with equal weights.
+
+    DDP sends parameters and buffers. A changed model.py may have other constants, which DDP does
+    not send.
+    """
+    loss = fixed_ids_loss(model)
+    thousandths = round(1000 * loss) if math.isfinite(loss) else -1
+    highest, lowest = dist.all_reduce_max(thousandths), -dist.all_reduce_max(-thousandths)
+    if highest - lowest <= 2:
+        return
+    if not dist.is_main:  # the main process prints the error
+        raise SystemExit(2)
+    raise FolioError(
+        "model.py: the processes compute different losses with equal weights; register random "
+        "constants as buffers (self.register_buffer), which all processes receive"
+    )
 
 
 def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
@@ -538,7 +550,7 @@ def restore(
     folder, device = resolve_out_dir(config.out_dir), next(model.parameters()).device
     try:
         if saved["dataset"] != fingerprint(dataset):
-            raise FolioError(other_dataset(config, dataset, saved["dataset"]))
+            raise FolioError(wrong_dataset_message(config, dataset, saved["dataset"]))
         if problems := list(compare_tensors(saved["model"], model)):
             raise ValueError(join_names(problems, max_names=3))
         model.load_state_dict(saved["model"], strict=False)

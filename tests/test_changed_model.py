@@ -411,7 +411,7 @@ def test_a_model_with_new_parameters_is_trained_saved_and_loaded(
     result = call(sample, f"--out_dir={tmp_path / 'run'}", "--max_new_tokens=5")
     assert result.returncode == 0
     assert "model.py has been changed" in " ".join(result.stderr.split())
-    assert "this model was saved with such a change" in " ".join(result.stderr.split())
+    assert "this model was saved with a changed model.py" in " ".join(result.stderr.split())
 
 
 def test_complex_numbers_of_a_changed_model_stay_complex(change, tiny_flags, tmp_path):

@@ -917,7 +917,7 @@ def test_finetuning_takes_no_dropout_from_the_model(tiny_flags, tmp_path, run_tr
 def test_finetuning_on_the_batches_of_the_first_training_is_told(tiny_flags, tmp_path, run_train):
     run_train(*tiny_flags)
     flags = (*tiny_flags, f"--init_from={tmp_path / 'run'}", "--max_iters=1")
-    note = "The weights were trained on the batches that this run draws, too."
+    note = "This run draws the batches on which the weights were trained."
     assert note in run_train(*flags, f"--out_dir={tmp_path / 'a'}")
     assert note not in run_train(*flags, f"--out_dir={tmp_path / 'b'}", "--seed=2")
 
@@ -936,7 +936,7 @@ def test_the_validation_text_of_a_run_is_not_that_of_another_preparation(
     result = call(explain, f"--out_dir={tmp_path / 'run'}", f"--output={tmp_path / 'page.html'}")
     assert_one_line_error(result, "give a text with --start", "has been prepared again")
     flags = (f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'tuned'}", "--max_iters=1")
-    assert "The weights were trained on the batches" not in run_train(*tiny_flags, *flags)
+    assert "This run draws the batches" not in run_train(*tiny_flags, *flags)
 
 
 def test_resuming_names_the_old_dataset_if_it_was_prepared_again(

@@ -114,8 +114,8 @@ def profile(step: Callable[[], float], path: Path) -> None:
         for _ in range(n_steps):
             step()
     recording.export_chrome_trace(str(path))
-    # On a GPU the kernels: the operations that start them are listed with the same times. An
-    # annotation is the time from the first kernel of an optimizer's step to its last one.
+    # On a GPU only kernels count, because the operations that start kernels have the same times in
+    # the list. Annotations do not count: an optimizer's step is one, and contains its kernels.
     on_cuda = torch.cuda.is_available()
     device_type = DeviceType.CUDA if on_cuda else DeviceType.CPU
     # "self": without the operations that an operation calls
