@@ -82,6 +82,8 @@ class SampleConfig:
         self.stop = self.stop.replace("\\n", "\n")  # a shell passes "\n" on as two characters
         if self.forever and (self.num_samples > 1 or self.interactive):
             raise FolioError("--forever works with one sample only, and not with --interactive")
+        if self.forever and self.stop:
+            raise FolioError("--forever: not with --stop, which ends a sample")
         if self.interactive and self.start:
             raise FolioError("--start: not with --interactive, which reads prompts")
 

@@ -186,7 +186,8 @@ def read_jsonl(path: Path, json_key: str) -> Iterator[str]:
             if not isinstance(text, str):
                 raise FolioError(
                     f'{path}:{number}: not a line like {{"{json_key}": "..."}}; '
-                    "--json_key=KEY names the key of the text"
+                    "--json_key=KEY names the key of the text; first join the parts of a document, "
+                    "such as the messages of a chat, into one text"
                 )
             yield normalize_newlines(text)
 

@@ -268,21 +268,22 @@ def save_model_card(
     dataset_meta: dict[str, Any],
     *,
     step: int,
+    tokens: int,
     val_loss: float,
     bits_per_byte: float,
     n_val_tokens: int = 0,
 ) -> None:
     """Write README.md: where the model in this folder comes from, and how to load it.
 
-    n_val_tokens: of the dataset; 0 if unknown.
+    tokens: on which the model was trained. n_val_tokens: of the dataset; 0 if unknown.
     A README.md that a person has written or changed is renamed to README.md.1, ...
     """
     folder = Path(folder)
-    tokens = dataset_meta.get("train_tokens")
+    n_train = dataset_meta.get("train_tokens")
     source = str(dataset_meta.get("source", "")).replace("\n", " ")
     source = source.encode(errors="replace").decode()  # a file name may not be UTF-8
     data = f"`{config.dataset}`" + (f", from {source}" if source else "")
-    data += f", {tokens:,} training tokens" if isinstance(tokens, int) else ""
+    data += f", {n_train:,} training tokens" if isinstance(n_train, int) else ""
     is_finetuned = config.init_from not in ("scratch", "resume")
     start = f", finetuned from `{config.init_from}`" if is_finetuned else ""
     optimizer = f"AdamW (learning rate {config.learning_rate:g})"
@@ -293,8 +294,8 @@ def save_model_card(
         kind="A GPT with a changed model.py" if changed else "A GPT-2",
         tag="folio" if changed else "gpt2, folio",
         library="folio" if changed else "transformers",
-        name=folder.name, folder=shown_path(folder), data=data, step=step, val_loss=val_loss,
-        bits_per_byte=bits_per_byte, tokens_per_step=config.tokens_per_step, c=config, start=start,
+        name=folder.name, folder=shown_path(folder), data=data, step=step, tokens=tokens,
+        val_loss=val_loss, bits_per_byte=bits_per_byte, c=config, start=start,
         measured=measured_on(config.eval_tokens, n_val_tokens), optimizer=optimizer,
         total=max(config.max_iters, step),
     )  # fmt: skip
@@ -340,7 +341,7 @@ tags: [{tag}]
 | data | {data} |
 | model | {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, \
 context of {c.block_size} tokens |
-| training | {step:,} of {total:,} steps of {tokens_per_step:,} tokens, {optimizer}{start} |
+| training | {step:,} of {total:,} steps, {tokens:,} tokens, {optimizer}{start} |
 | validation loss | {val_loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte{measured} |
 
 Every setting is in `settings.json`, the training log in `log.csv`.

@@ -287,7 +287,7 @@ class MetricsLogger:
     def plot(self) -> None:
         """Write loss.png. If that fails, a warning is printed once and training continues."""
         losses = [row[name] for row in self.rows for name in ("train_loss", "val_loss")]
-        if not self.enabled or not any(losses):
+        if not self.enabled or losses.count(None) == len(losses):
             return
         self.last_plot = time.monotonic()
         if self.bar is not None:

@@ -168,7 +168,7 @@ def run_results(rows: list[LogRow]) -> dict[str, str]:
     bits_per_byte = best.get("bits_per_byte")
     return {
         "best validation loss": f"{best['val_loss']:.4f}" if best else "none yet",
-        "its bits per byte": f"{bits_per_byte:.4f}" if bits_per_byte else "",
+        "its bits per byte": "" if bits_per_byte is None else f"{bits_per_byte:.4f}",
         "its step": f"{best['step']:,}" if best else "",
         "logged steps": f"{last['step']:,}",
         "tokens": f"{last['tokens']:,}",

@@ -153,7 +153,7 @@ def describe_best(rows: list[LogRow], state: TrainState, measured: str = "") -> 
     best = val_losses.get(state.best_step)
     if best and best["val_loss"] != state.best_val_loss:
         best = None  # log.csv was replaced, or this step was repeated with other settings
-    if best and best["bits_per_byte"]:
+    if best and best["bits_per_byte"] is not None:
         text += f" ({best['bits_per_byte']:.3f} bits per byte)"
     text += f"{measured} at step {state.best_step:,}"
     is_worse = 0 in val_losses and val_losses[0]["val_loss"] < state.best_val_loss

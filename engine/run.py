@@ -450,6 +450,7 @@ def save_best(
     checksum = dataset.val.checksum()
     save_model(model, folder, dataset.tokenizer, val_checksum=checksum, **numbers)
     numbers |= {"bits_per_byte": bits_per_byte, "n_val_tokens": len(dataset.val)}
+    numbers["tokens"] = state.tokens
     config = dataclasses.replace(config, init_from=state.init_from)  # not "resume"
     save_model_card(folder, config, dataset.meta, **numbers)
 

@@ -1,6 +1,7 @@
 """A model.py that was changed for an experiment: text, files and messages are of that model."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -41,10 +42,10 @@ def no_mask(self: CausalSelfAttention, x: torch.Tensor) -> torch.Tensor:
     return self.c_proj(y.transpose(1, 2).reshape(x.shape))
 
 
-def window(self: CausalSelfAttention, x: torch.Tensor) -> torch.Tensor:
+def window(self: CausalSelfAttention, x: torch.Tensor, size: int = 16) -> torch.Tensor:
     q, k, v = self.qkv(x)
     distance = torch.arange(x.size(1))[:, None] - torch.arange(x.size(1))
-    mask = (distance >= 0) & (distance < 16)  # each token attends to the last 16
+    mask = (distance >= 0) & (distance < size)  # each token attends to the last `size` tokens
     y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return self.c_proj(y.transpose(1, 2).reshape(x.shape))
 
@@ -148,6 +149,17 @@ def test_parameters_of_other_names_are_no_gpt2(change_model, tmp_path):
     else:
         model.transformer.h = nn.ModuleList([model.transformer.h[0]] * CONFIG.n_layer)
     assert not is_gpt2(model)
+
+
+def test_a_window_that_is_almost_as_long_as_gpt2s_context_is_noticed(change, tmp_path, capsys):
+    model = random_model(GPTConfig(block_size=1024, vocab_size=5, n_layer=1, n_head=2, n_embd=16))
+    assert is_gpt2(model)
+    change(CausalSelfAttention, "forward", functools.partialmethod(window, size=900))
+    assert not is_gpt2(model)
+    save_model(model, tmp_path)
+    change(CausalSelfAttention, "forward", functools.partialmethod(window, size=300))
+    load_model(tmp_path)
+    assert "was saved with another model.py" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_window_in_the_fourth_layer_is_noticed(change):

@@ -248,12 +248,14 @@ def test_model_card_names_data_settings_loss_and_how_to_load(tmp_path):
     meta = {"source": "https://example.com/input.txt", "train_tokens": 1_003_854}
     (tmp_path / "my_run").mkdir()
     save_model_card(
-        str(tmp_path / "my_run"), config, meta, step=1750, val_loss=1.556, bits_per_byte=2.2448
-    )
+        str(tmp_path / "my_run"), config, meta,
+        step=1750, tokens=1_792_000, val_loss=1.556, bits_per_byte=2.2448,
+    )  # fmt: skip
     card = (tmp_path / "my_run" / "README.md").read_text(encoding="utf-8")
     for words in (
         "pipeline_tag: text-generation", "# my_run", "https://example.com/input.txt", "1,003,854",
-        "4 layers", "128 channels", "1,750 of 2,000 steps", "1.5560", "2.245 bits per byte",
+        "4 layers", "128 channels", "1,750 of 2,000 steps, 1,792,000 tokens, ", "1.5560",
+        "2.245 bits per byte",
         "Muon (learning rate 0.02) and AdamW (learning rate 0.005)",
         f'load_model_and_tokenizer("{(tmp_path / "my_run").as_posix()}")', "from transformers",
     ):  # fmt: skip
@@ -262,21 +264,20 @@ def test_model_card_names_data_settings_loss_and_how_to_load(tmp_path):
 
 
 def test_model_card_says_that_not_all_validation_tokens_were_used(tmp_path):
-    numbers = {"step": 1, "val_loss": 2, "bits_per_byte": 3, "n_val_tokens": 2001}
+    numbers = {"step": 1, "tokens": 8, "val_loss": 2, "bits_per_byte": 3, "n_val_tokens": 2001}
     save_model_card(tmp_path, TrainConfig(eval_tokens=2000), {}, **numbers)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "3.000 bits per byte on the first 2,000 validation tokens |" in card
 
 
 def test_model_card_names_a_text_whose_file_name_is_not_utf8(tmp_path):
-    save_model_card(
-        tmp_path, TrainConfig(), {"source": "/caf\udce9.txt"}, step=1, val_loss=2, bits_per_byte=3
-    )
+    numbers = {"step": 1, "tokens": 8, "val_loss": 2, "bits_per_byte": 3}
+    save_model_card(tmp_path, TrainConfig(), {"source": "/caf\udce9.txt"}, **numbers)
     assert "from /caf?.txt" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_model_card_that_was_changed_by_hand_is_kept(tmp_path, capsys):
-    numbers = {"val_loss": 2, "bits_per_byte": 3}
+    numbers = {"tokens": 8, "val_loss": 2, "bits_per_byte": 3}
     config = TrainConfig(init_from="gpt2")
     card = tmp_path / "README.md"
     for step in (1, 2):

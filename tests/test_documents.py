@@ -185,7 +185,7 @@ def test_the_key_of_the_text_can_be_given(tmp_path):
 )  # fmt: skip
 def test_a_line_without_a_text_is_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(FolioError, match=r"a\.jsonl:2: not a line like .*--json_key=KEY"):
+    with pytest.raises(FolioError, match=r"a\.jsonl:2: not a line like .*--json_key=KEY.*chat"):
         texts_in(tmp_path / "a.jsonl")
 
 

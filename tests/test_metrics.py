@@ -14,6 +14,7 @@ from configurator import FolioError
 from engine import metrics
 from engine.log_file import COLUMNS, parse_log, read_log, write_log
 from engine.metrics import START_ID_FILE, StepMetrics, show_evaluation
+from engine.plot import run_results
 from engine.run import TrainState
 from engine.train_config import TrainConfig
 from tests.conftest import make_step
@@ -365,6 +366,16 @@ def test_no_loss_png_without_a_loss(make_logger, tmp_path):
         logger.log_row()  # a signal interrupted the evaluation at step 0
         logger.plot()
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_a_loss_of_zero_is_a_loss(make_logger, tmp_path):
+    """With a vocabulary of one token, every prediction is right."""
+    with make_logger() as logger:
+        logger.state.step = 5
+        logger.log_row(val_loss=0.0, bits_per_byte=0.0)
+        logger.plot()
+    assert (tmp_path / "loss.png").exists()
+    assert run_results(logger.rows)["its bits per byte"] == "0.0000"
 
 
 def test_loss_png_is_not_plotted_at_every_evaluation(make_logger, tmp_path):

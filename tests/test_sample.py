@@ -307,6 +307,7 @@ def test_errors_are_one_line(run_sample, folder, tmp_path):
     assert_one_line_error(run_sample(tmp_path), str(tmp_path.name))
     assert_one_line_error(run_sample(folder, "--forever", "--num_samples=2"), "--forever")
     assert_one_line_error(run_sample(folder, "--forever", "--interactive"), "--forever")
+    assert_one_line_error(run_sample(folder, "--forever", "--stop=b"), "--forever", "--stop")
     assert_one_line_error(run_sample(folder, "--interactive", "--start=a"), "--start")
     assert_one_line_error(run_sample(folder, "--temperature=-1"), "temperature")
     assert_one_line_error(run_sample(folder, "--num_samples=1000000000"), "from 1 to 1000")
