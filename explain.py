@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.files import atomic_write, user_path  # first: it says if torch is missing
+from data.files import atomic_write, shown_path, user_path  # first: it says if torch is missing
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
@@ -31,7 +31,7 @@ from engine.checkpoint import load_model, load_model_and_tokenizer
 from engine.hf_format import WEIGHTS_FILE
 from engine.log_file import LOG_FILE, read_log
 from engine.run_folder import (
-    SETTINGS_FILE, chosen_model, read_run_settings, shown_path, validation_split, weights_metadata,
+    SETTINGS_FILE, chosen_model, read_run_settings, validation_split, weights_metadata,
 )  # fmt: skip
 from model import GPT, attention_weights
 

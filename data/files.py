@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import filelock
 
-from configurator import FolioError, format_value, wrap
+from configurator import ROOT, FolioError, format_value, wrap
 
 T = TypeVar("T")
 
@@ -162,6 +162,14 @@ def user_path(text: str | Path) -> Path:
     if not valid:
         raise FolioError(f"{format_value(str(text))}: not a valid path")
     return path
+
+
+def shown_path(path: str | Path) -> str:
+    """Relative to the repository if possible, with forward slashes: 'out/shakespeare_char'."""
+    path = Path(path).resolve()
+    if path.is_relative_to(ROOT):
+        path = path.relative_to(ROOT)
+    return path.as_posix()
 
 
 def join_names(names: list[str], max_names: int = 10) -> str:

@@ -28,6 +28,7 @@ from data.files import (
     join_names,
     rename_to_backup,
     shell_command,
+    shown_path,
     user_path,
     write_json,
 )
@@ -192,7 +193,7 @@ def write_dataset(
             shutil.rmtree(tmp_dir, ignore_errors=True)
     # Printed last: a closed or full stdout must not undo anything.
     if backup:
-        print(f"renamed the existing dataset to {backup}")
+        print(f"renamed the existing dataset to {shown_path(backup)}")
     for split in splits:
         if changed := meta.get(f"{split}_changed_bytes"):
             print(
@@ -308,7 +309,7 @@ def summary(folder: str | Path, meta: dict[str, Any], parts: str = "") -> str:
     """
     parts = f"{parts}, " if parts else ""
     return (
-        f"{folder}\n    {parts}vocabulary of {meta['vocab_size']:,} tokens\n"
+        f"{shown_path(folder)}\n    {parts}vocabulary of {meta['vocab_size']:,} tokens\n"
         f"    {meta['train_tokens']:,} training tokens, {meta['val_tokens']:,} validation tokens"
     )
 

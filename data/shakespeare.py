@@ -12,7 +12,9 @@ from typing import Any
 from configurator import FolioError
 from data.download import DownloadError, download
 from data.documents import format_advice, is_jsonl
-from data.files import atomic_write, explain_os_error, rename_to_backup, shell_command
+from data.files import (
+    atomic_write, explain_os_error, rename_to_backup, shell_command, shown_path,
+)  # fmt: skip
 from data.prepare import (
     TOKENIZER_TYPES,
     dataset_folder,
@@ -95,7 +97,7 @@ def load_text(cache: Path, input_file: str | Path | None) -> tuple[str, dict[str
     elif is_shakespeare_file(cache):
         return read_text(cache), {"source": SHAKESPEARE}
     else:
-        print(f"downloading tiny Shakespeare to {cache}")
+        print(f"downloading tiny Shakespeare to {shown_path(cache)}")
         try:
             text = download(URL, SHA256).decode()
         except DownloadError as error:
@@ -104,7 +106,8 @@ def load_text(cache: Path, input_file: str | Path | None) -> tuple[str, dict[str
             return read_text(REPLACEMENT_TEXT), source_meta
     if not is_shakespeare_file(cache):
         if cache.exists():
-            print(f"renamed the other text {cache} to {rename_to_backup(cache)}")
+            backup = rename_to_backup(cache)
+            print(f"renamed the other text {shown_path(cache)} to {shown_path(backup)}")
         with atomic_write(cache) as temporary:
             temporary.write_bytes(text.encode())
     return text, {"source": SHAKESPEARE}

@@ -34,7 +34,7 @@ from configurator import FolioError, print_or_discard, wrap
 from data.dataset import ShardedTokens
 from data.files import (
     atomic_write, explain_os_error, join_names, read_folder, rename_to_backup, shell_command,
-    user_path, write_json, write_text,
+    shown_path, user_path, write_json, write_text,
 )  # fmt: skip
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.changed_model import fixed_ids_loss, is_gpt2
@@ -43,14 +43,12 @@ from engine.hf_format import (
     has_trained_biases, load_torch_file, read_config, read_weights, sha256_of, stored_tensors,
     to_hf_config, to_hf_state_dict, uninitialized_model,
 )  # fmt: skip
-from engine.run_folder import (
-    make_folder, refuse_nanogpt_checkpoint, shown_path, weights_metadata,
-)  # fmt: skip
+from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, weights_metadata
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
 CHECKPOINT_FILE = "resume.pt"
-MAKE_THE_CHANGE_AGAIN = "{}: was trained with a changed model.py; make the change again"
+MAKE_THE_CHANGE_AGAIN = "was trained with a changed model.py; make the change again"
 MAX_UNUSED_ROWS = 1023  # of embeddings: some models round their number up to a multiple of 1024
 
 
@@ -150,7 +148,7 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         state_dict = from_hf_state_dict(tensors, saved_config, folder)
     except FolioError as error:
         if is_changed(folder):
-            raise FolioError(f"{MAKE_THE_CHANGE_AGAIN.format(folder)} ({error})") from None
+            raise FolioError(f"{shown_path(folder)}: {MAKE_THE_CHANGE_AGAIN} ({error})") from None
         raise
     try:
         model = model_with_weights(config, state_dict)
@@ -219,7 +217,7 @@ def check_change(folder: str | Path, model: GPT) -> None:
     model is a GPT-2.
     """
     if is_changed(folder) and is_gpt2(model):
-        raise FolioError(MAKE_THE_CHANGE_AGAIN.format(folder))
+        raise FolioError(f"{shown_path(folder)}: {MAKE_THE_CHANGE_AGAIN}")
 
 
 def check_sizes(folder: str | Path, saved: GPTConfig, vocab_size: int, block_size: int) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from configurator import ROOT, for_terminal, wrap
 from data.dataset import Dataset
-from data.files import shell_command
+from data.files import shell_command, shown_path
 from data.prepare import plural
 from data.shakespeare import replacement_warning
 from engine.changed_model import CHANGED_MODEL_NOTE, is_gpt2
@@ -20,7 +20,7 @@ from engine.flops import flops_per_token
 from engine.log_file import LOG_FILE, LogRow, evaluations, read_log
 from engine.plot import PLOT_FILE
 from engine.run import TrainState, is_patience_exhausted
-from engine.run_folder import newest_run, shown_path
+from engine.run_folder import newest_run
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 

@@ -24,7 +24,9 @@ from configurator import (
     FolioError, configure, first_line, format_value, print_or_discard, to_json, wrap,
 )  # fmt: skip
 from data.dataset import Dataset, known_start_id, open_dataset
-from data.files import backup_path, explain_os_error, fsync_file, join_names, write_text
+from data.files import (
+    backup_path, explain_os_error, fsync_file, join_names, shown_path, write_text,
+)  # fmt: skip
 from data.shakespeare import DATASETS, ensure_shakespeare
 from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
@@ -44,7 +46,7 @@ from engine.log_file import LOG_FILE
 from engine.optimizer import Optimizer
 from engine.run_folder import (
     SETTINGS_FILE, describe_run, make_folder, move_old_run_aside, read_run_settings,
-    remove_temporary_files, resolve_model_dir, resolve_out_dir, shown_path, was_evaluated_on,
+    remove_temporary_files, resolve_model_dir, resolve_out_dir, was_evaluated_on,
     weights_metadata,
 )  # fmt: skip
 from engine.train_config import TrainConfig
@@ -260,8 +262,9 @@ def check_init_from(config: TrainConfig, dataset: Dataset) -> int | None:
         trained_on = load_checkpoint(folder, verify=False).get("dataset")
         raise FolioError(wrong_dataset_message(config, dataset, trained_on))
     if source_tokenizer != dataset.tokenizer:
-        reason = f"its tokenizer is not the tokenizer of the model in {folder}; "
-        advice = f"prepare the text with --tokenizer={folder}, or use --init_from=scratch"
+        model = shown_path(folder)
+        reason = f"its tokenizer is not the tokenizer of the model in {model}; "
+        advice = f"prepare the text with --tokenizer={model}, or use --init_from=scratch"
         trained_on = (read_run_settings(folder) or {}).get("dataset", config.dataset)
         if trained_on != config.dataset:
             advice = f"its dataset was --dataset={trained_on}; or {advice}"

@@ -19,7 +19,7 @@ import safetensors
 
 from configurator import ROOT, FolioError, did_you_mean, first_line, read_settings
 from data.dataset import Dataset, OtherTokenizerError, ShardedTokens, open_dataset
-from data.files import explain_os_error, file_lock, rename_to_backup, user_path
+from data.files import explain_os_error, file_lock, rename_to_backup, shown_path, user_path
 from data.hub import GPT2_MODELS, hub_model, is_hub_name
 from data.tokenizer import Tokenizer
 from engine.hf_format import WEIGHTS_FILE
@@ -211,14 +211,6 @@ def validation_split(folder: str | Path, block_size: int, tokenizer: Tokenizer) 
 def was_evaluated_on(folder: str | Path, dataset: Dataset) -> bool:
     """Whether the weights in a folder were evaluated on this dataset; True if that is unknown."""
     return weights_metadata(folder).get("val_checksum") in (None, dataset.val.checksum())
-
-
-def shown_path(folder: Path) -> str:
-    """Relative to the repository if possible, with forward slashes: 'out/shakespeare_char'."""
-    folder = folder.resolve()
-    if folder.is_relative_to(ROOT):
-        folder = folder.relative_to(ROOT)
-    return folder.as_posix()
 
 
 # --- Preparing the folder for a run ---

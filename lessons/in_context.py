@@ -115,7 +115,8 @@ def secret_words(steps: int = 400) -> list[float]:
 
 def trained_model(folder: Path) -> None:
     from engine.checkpoint import load_model_and_tokenizer
-    from engine.run_folder import shown_path, validation_split
+    from data.files import shown_path
+    from engine.run_folder import validation_split
 
     model, tokenizer = load_model_and_tokenizer(folder)
     T = model.config.block_size

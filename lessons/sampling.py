@@ -93,7 +93,8 @@ def show_model() -> None:
     """One prompt, continued at several temperatures by the newest trained model."""
     from configurator import FolioError, wrap
     from engine.checkpoint import load_model_and_tokenizer
-    from engine.run_folder import newest_run, shown_path
+    from data.files import shown_path
+    from engine.run_folder import newest_run
 
     print('\nThe newest trained model continues a text that begins with "ROMEO:".')
     folder = None

@@ -19,12 +19,12 @@ import engine.run_folder
 import train
 from configurator import FolioError
 from data.dataset import training_batch
+from data.files import shown_path
 from data.prepare import write_dataset
 from data.tokenizer import GPT2_SPLIT_PATTERN, CharTokenizer, save_tokenizer
 from engine.checkpoint import load_checkpoint, save_model
 from engine.inference import sampling_probs
 from engine.optimizer import Muon, orthogonalize
-from engine.run_folder import shown_path
 from lessons import (
     ablations,
     attention,

@@ -96,8 +96,8 @@ def test_the_banner_warns_about_the_replacement_text():
 def run_folders(tmp_path, monkeypatch) -> Path:
     """A repository with the runs out/older and out/newer, as the working directory."""
     root = tmp_path / "a copy"
-    for module in ("report", "run_folder"):
-        monkeypatch.setattr(f"engine.{module}.ROOT", root)
+    for module in ("data.files", "engine.report", "engine.run_folder"):
+        monkeypatch.setattr(f"{module}.ROOT", root)
     for name, modified in (("older", 1e9), ("newer", 2e9)):
         weights = root / "out" / name / "model.safetensors"
         weights.parent.mkdir(parents=True)

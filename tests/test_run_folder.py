@@ -93,7 +93,7 @@ def test_only_files_of_weights_count_as_runs(tmp_path, monkeypatch):
 
 
 def test_describe_run_gives_step_and_loss_and_whether_training_was_finished(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
+    monkeypatch.setattr("data.files.ROOT", tmp_path)
     folder = tmp_path / "out" / "my_run"
     save_model(random_model(), folder)
     assert describe_run(str(folder)) == "out/my_run"
