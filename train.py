@@ -24,6 +24,7 @@ from tqdm import tqdm
 from configurator import FolioError, parse_overrides, run_main, wrap
 from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
 from data.dataset import derive_seed, evaluation_batches, prefetch, training_batch
+from engine.changed_model import eval_mode
 from engine.checkpoint import WEIGHTS_FILE, measured_on
 from engine.cpu_threads import ThreadAdapter, one_thread
 from engine.device import ComputeDevice, choose_device, explain_out_of_memory, is_out_of_memory
@@ -192,6 +193,7 @@ def train_step(
     or infinite; the weights have not changed then. (In float16 an infinite gradient is normal: see
     check_finite().)
     """
+    dist.broadcast_buffers(model)  # GPT-2 has none
     lr_multiplier = get_lr_multiplier(step, config)
     set_lr_multiplier(optimizer, lr_multiplier)
     mean_loss = 0.0
@@ -487,7 +489,7 @@ def show_sample(
     start = torch.from_numpy(dataset.tokenizer.encode_prompt(""))[None]  # (1, T)
     generator = device.generator(config.seed)
     try:
-        with one_thread() if is_small(model) else contextlib.nullcontext():
+        with eval_mode(model), one_thread() if is_small(model) else contextlib.nullcontext():
             steps = InferenceModel(model, device.torch_device).generate(
                 start, config.sample_tokens, temperature=0.8, generator=generator
             )

@@ -4,9 +4,11 @@ A changed model can be trained, and it can generate text. But engine/inference.p
 config.json know GPT-2 only. So all programs and save_model() ask is_gpt2(model).
 """
 
+import contextlib
 import copy
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,21 @@ def is_gpt2(model: GPT) -> bool:
     return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
 
 
+@contextlib.contextmanager
+def eval_mode(model: GPT) -> Iterator[None]:
+    """Inside the block, the model is in eval mode; no other thread may use it meanwhile.
+
+    copy_model(model).eval() is not always enough: a function inside a changed model, such as
+    lambda x: F.dropout(x, 0.1, self.training), is not copied, and asks the original model.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def copy_model(model: GPT, share_weights: bool = False) -> GPT:
     """A copy of the model.
 
@@ -71,12 +88,20 @@ def copy_model(model: GPT, share_weights: bool = False) -> GPT:
     """
     # If an object's id is in this dict, deepcopy() takes the dict's value and makes no copy.
     known = {id(weight): weight for weight in model.parameters()} if share_weights else {}
+    # A module may keep a result of its last forward pass: self.att = attention_weights(q, k).
+    # deepcopy() refuses a tensor that is the result of a computation with gradients.
+    for module in model.modules():
+        for value in vars(module).values():
+            values = value.values() if isinstance(value, dict) else value
+            for tensor in values if isinstance(value, dict | list | tuple) else [value]:
+                if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
+                    known[id(tensor)] = tensor.detach()
     try:
         return copy.deepcopy(model, known)
-    except RuntimeError as error:  # for example torch.nn.utils.weight_norm
+    except (RuntimeError, TypeError) as error:  # for example a lock
         raise FolioError(
-            f"model.py: this model cannot be copied ({first_line(error)}); use layers whose "
-            "tensors are parameters or buffers, as in torch.nn.utils.parametrizations"
+            f"model.py: this model cannot be copied ({first_line(error)}); Folio copies a model to "
+            "generate text with it: let its attributes be modules, parameters, buffers and numbers"
         ) from error
 
 
@@ -88,9 +113,10 @@ def fixed_ids_loss(model: GPT) -> float:
     T, device = min(model.config.block_size, MAX_TOKENS), next(model.parameters()).device
     ids = 7 * torch.arange(T + 1, device=device) % model.config.vocab_size
     try:
+        if model.training:
+            model = copy_model(model, share_weights=True).eval()
         with torch.no_grad():
-            loss = copy_model(model, share_weights=True).eval()(ids[None, :-1], ids[None, 1:])
-        return loss.item()
+            return model(ids[None, :-1], ids[None, 1:]).item()
     except Exception:  # a changed model.py may not work with this length
         return math.nan
 

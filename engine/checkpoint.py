@@ -40,8 +40,8 @@ from data.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.changed_model import fixed_ids_loss, is_gpt2
 from engine.hf_format import (
     CHANGED_MODEL_TYPE, SHA256_KEY, WEIGHTS_FILE, cast_weights, compare_tensors, from_hf_state_dict,
-    has_trained_biases, load_torch_file, read_config, read_weights, sha256_of, stored_tensors,
-    to_hf_config, to_hf_state_dict, uninitialized_model,
+    has_trained_biases, load_torch_file, model_without_numbers, read_config, read_weights,
+    sha256_of, stored_tensors, to_hf_config, to_hf_state_dict, uninitialized_model,
 )  # fmt: skip
 from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, weights_metadata
 from engine.train_config import TrainConfig
@@ -109,7 +109,7 @@ def unwrap(model: torch.nn.Module) -> GPT:
         if not isinstance(inner, torch.nn.Module):
             raise TypeError(f"a GPT is needed, not a {type(model).__name__}")
         model = inner
-    expected = dict(uninitialized_model(model.config).named_parameters())
+    expected = dict(model_without_numbers(model.config).named_parameters())
     if dict(model.named_parameters()).keys() != expected.keys():
         raise TypeError("parameters of this GPT have been removed or added; save the original GPT")
     return model
@@ -186,12 +186,16 @@ def model_with_weights(config: GPTConfig, state_dict: dict[str, torch.Tensor]) -
     model.py may have parameters whose shapes depend on block_size or pad_vocab_to.
     """
     positions, rows = "transformer.wpe.weight", "transformer.wte.weight"
+    # A changed model.py may have neither.
     if positions in state_dict:
         state_dict[positions] = state_dict[positions][: config.block_size]
-    state_dict[rows] = state_dict[rows][: config.vocab_size]
-    if n_padding := config.padded_vocab_size - config.vocab_size:
-        state_dict[rows] = torch.nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
-    model = cast_weights(uninitialized_model(config), state_dict[rows].dtype).eval()
+    if rows in state_dict:
+        state_dict[rows] = state_dict[rows][: config.vocab_size]
+        if n_padding := config.padded_vocab_size - config.vocab_size:
+            state_dict[rows] = torch.nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
+    # from_hf_state_dict() has given all floating-point numbers one dtype.
+    dtype = next(tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point())
+    model = cast_weights(uninitialized_model(config), dtype).eval()
     # A buffer of a changed model.py, such as a mask, may have another size: the model has its own.
     own, buffers = model.state_dict(), dict(model.named_buffers())
     for name in buffers.keys() & state_dict.keys():

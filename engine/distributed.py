@@ -263,12 +263,14 @@ class Distributed:
         differ from an uninterrupted one in the last digit. With one process: nothing to do.
         """
         if self.world_size > 1:
-            buffers = [buffer.clone() for buffer in model.buffers()]
+            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             loss_fn().backward()
             model.zero_grad(set_to_none=False)  # gradients stay in DDP's buckets
-            # The forward pass has changed the statistics of a BatchNorm, if model.py was changed.
-            for buffer, before in zip(model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
+            # If model.py was changed, the forward pass may have changed the statistics of a
+            # BatchNorm, for example, or may have made a buffer.
+            for name, buffer in model.named_buffers():
+                if name in buffers and buffers[name].shape == buffer.shape:
+                    buffer.copy_(buffers[name])
 
 
 def map_tensors(nested: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:

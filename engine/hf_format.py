@@ -129,15 +129,19 @@ WRAPPERS = re.compile(r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wra
 
 def to_hf_state_dict(model: GPT) -> dict[str, torch.Tensor]:
     """The model's weights as Hugging Face's GPT-2 stores them, on the CPU."""
-    tensors = {}
-    for name, tensor in stored_tensors(model).items():
+    tensors, stored, memory = {}, stored_tensors(model), set()
+    for name, tensor in stored.items():
         if name == "transformer.wte.weight":
             tensor = tensor[: model.config.vocab_size]  # without the rows of padding
-        if name.endswith(TRANSPOSED):
+        if name.endswith(TRANSPOSED) and tensor.dim() == 2:
             tensor = tensor.t()
-        tensors[name] = tensor.cpu().contiguous()
+        tensor = tensor.cpu().contiguous()
+        # safetensors refuses two tensors in one memory, as buffers of a changed model.py may be.
+        address = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if address in memory else tensor
+        memory.add(address)
         bias = f"{name.removesuffix('weight')}bias"
-        if not model.config.bias and bias.endswith(BIASES):
+        if not model.config.bias and bias.endswith(BIASES) and bias not in stored:
             tensors[bias] = torch.zeros(tensor.size(-1), dtype=tensor.dtype)
     return tensors
 
@@ -169,13 +173,29 @@ def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def stored_tensors(model: GPT) -> dict[str, torch.Tensor]:
-    """The parameters, each under one name, and the persistent buffers.
+    """What loadable_state_dict() returns, with each parameter under one name.
 
-    GPT-2 has no buffers; a changed model.py may have some. state_dict() has a parameter twice if
-    the model uses it under two names.
+    state_dict() has a parameter twice if a changed model uses it under two names.
     """
     names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
-    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+    return {name: tensor for name, tensor in loadable_state_dict(model).items() if name in names}
+
+
+def loadable_state_dict(model: GPT) -> dict[str, torch.Tensor]:
+    """The state_dict, with those buffers only that a new model can load.
+
+    GPT-2 has no buffers. A changed model may make one, such as a mask, in its first forward pass.
+    A new model does not know this buffer before its own first forward pass.
+    """
+    state_dict, buffers = model.state_dict(), dict(model.named_buffers())
+    if not buffers:
+        return state_dict
+    known = model_without_numbers(model.config).state_dict()
+    return {
+        name: tensor
+        for name, tensor in state_dict.items()
+        if name not in buffers or (name in known and known[name].shape == tensor.shape)
+    }
 
 
 def from_hf_state_dict(
@@ -187,8 +207,7 @@ def from_hf_state_dict(
     `folder` is named in error messages.
     Raises FolioError that lists the weights that are missing, unknown, or of a wrong shape.
     """
-    # On "meta", tensors have shapes and no memory: config.json may state absurd sizes.
-    model, state_dict = uninitialized_model(config, "meta"), {}
+    model, state_dict = model_without_numbers(config), {}
     for stored_name, name in hf_names(tensors).items():
         tensor = tensors[stored_name]
         if name.endswith(MASKS) and name not in model.state_dict():
@@ -212,7 +231,7 @@ def from_hf_state_dict(
             )
     if not config.bias:
         for name in [name for name in state_dict if name.endswith(BIASES)]:
-            if not state_dict[name].any():
+            if not state_dict[name].any() and name not in model.state_dict():
                 del state_dict[name]
     rows = "transformer.wte.weight"
     n_padding = config.padded_vocab_size - config.vocab_size
@@ -286,6 +305,17 @@ def uninitialized_model(config: GPTConfig, device: torch.device | str = "cpu") -
     """
     with torch.device(device), torch.random.fork_rng(devices=[]), NoInitialization():
         return GPT(config)
+
+
+def model_without_numbers(config: GPTConfig) -> GPT:
+    """A GPT to compare names and shapes with; a file may state absurd sizes, so it has no memory.
+
+    A changed model.py may need the numbers of a tensor to build a model; then it has memory.
+    """
+    try:
+        return uninitialized_model(config, "meta")
+    except Exception:  # for example "Tensor.item() cannot be called on meta tensors"
+        return uninitialized_model(config)
 
 
 def cast_weights(model: GPT, dtype: torch.dtype) -> GPT:

@@ -13,7 +13,7 @@ from data.dataset import Dataset
 from data.files import shell_command, shown_path
 from data.prepare import plural
 from data.shakespeare import replacement_warning
-from engine.changed_model import CHANGED_MODEL_NOTE, is_gpt2
+from engine.changed_model import CHANGED_MODEL_NOTE, eval_mode, is_gpt2
 from engine.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, measured_on
 from engine.device import ComputeDevice
 from engine.flops import flops_per_token
@@ -57,9 +57,10 @@ def banner(
     if not config.eval_only:
         lines.append(labeled("steps", describe_steps(config, state, train_tokens)))
     lines.append(labeled("device", device.description))
-    if not is_gpt2(model):
-        note = f"{CHANGED_MODEL_NOTE}, and transformers cannot open this model"
-        lines.append(labeled("note", note))
+    with eval_mode(model):
+        if not is_gpt2(model):
+            note = f"{CHANGED_MODEL_NOTE}, and transformers cannot open this model"
+            lines.append(labeled("note", note))
     if not config.eval_only and (note := long_run_note(config, state, model.config, device)):
         lines.append(labeled("note", note))
     if not config.eval_only:

@@ -13,6 +13,7 @@ save_best(...), save_run(...), save_snapshot(...) # the best weights, resume.pt,
 import contextlib
 import dataclasses
 import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,18 @@ from data.shakespeare import DATASETS, ensure_shakespeare
 from data.tokenizer import (
     BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
 )  # fmt: skip
-from engine.changed_model import copy_model, fixed_ids_loss, uses_all_parameters
+from engine.changed_model import (
+    copy_model, eval_mode, fixed_ids_loss, is_gpt2, uses_all_parameters,
+)  # fmt: skip
 from engine.checkpoint import (
     CHECKPOINT_FILE, WEIGHTS_FILE, check_change, check_sizes, is_changed, load_checkpoint,
-    load_model, padding_token, save_checkpoint, save_model, save_model_card,
+    load_model, model_with_weights, padding_token, save_checkpoint, save_model, save_model_card,
 )  # fmt: skip
 from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
 from engine.hf_format import (
-    cast_weights, compare_tensors, find_weights, has_trained_biases, read_config, read_weights,
-    uninitialized_model,
+    cast_weights, compare_tensors, find_weights, from_hf_state_dict, has_trained_biases,
+    loadable_state_dict, read_config, read_weights, uninitialized_model,
 )  # fmt: skip
 from engine.log_file import LOG_FILE
 from engine.optimizer import Optimizer
@@ -346,7 +349,6 @@ def check_model(model: GPT) -> None:
 
     torch does not find layers in a Python list or dict: it neither trains nor saves them.
     """
-    copy_model(model, share_weights=True)  # a sample needs a copy
     known = {*model.modules(), *model.parameters()}
     for module in model.modules():
         for name, value in vars(module).items():
@@ -360,6 +362,40 @@ def check_model(model: GPT) -> None:
                     "layers, which are neither trained nor saved; use nn.ModuleList, ModuleDict, "
                     "ParameterList or ParameterDict"
                 )
+    with eval_mode(model):
+        if not is_gpt2(model):
+            check_saving(model)
+
+
+def check_saving(model: GPT) -> None:
+    """Raise FolioError unless the weights of a changed model can be saved and loaded again.
+
+    So the user knows it before the training, and not after it.
+    """
+    trained = copy_model(model).eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for parameter in trained.parameters():
+            parameter.normal_(std=0.2)  # trained weights are not 0
+    losses = [fixed_ids_loss(trained), fixed_ids_loss(trained)]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(trained, folder)
+            saved_config, tensors = read_config(folder), read_weights(folder)
+        state_dict = from_hf_state_dict(tensors, saved_config, "model.py")
+        loaded = model_with_weights(saved_config, state_dict)
+    except Exception as error:  # safetensors, for example, refuses some types of numbers
+        raise FolioError(
+            "model.py: the weights of this model cannot be saved and loaded again "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+    losses.append(fixed_ids_loss(loaded))
+    # NaN (the loss cannot be computed), or other random numbers in each forward pass: nothing to
+    # compare.
+    if losses[0] == losses[1] and abs(losses[0] - losses[2]) > 0.001 * losses[0]:
+        raise FolioError(
+            "model.py: a saved and loaded model computes another loss; register random constants "
+            "as buffers (self.register_buffer), which are saved with the weights"
+        )
 
 
 def wrap_model(
@@ -372,10 +408,9 @@ def wrap_model(
     wrapped = torch.compile(model) if device.compile else model
     if dist.world_size == 1:
         return wrapped
-    all_used = dist.run_on_main(uses_all_parameters, model)
+    with eval_mode(model):
+        all_used = dist.run_on_main(uses_all_parameters, model)
     wrapped = dist.wrap_ddp(wrapped, device.torch_device, find_unused_parameters=not all_used)
-    if not all_used:
-        check_equal_models(model, dist)
     shape = (config.batch_size, config.block_size)
 
     def dummy_loss() -> torch.Tensor:
@@ -387,25 +422,6 @@ def wrap_model(
     if not config.eval_only:
         dist.warm_up_ddp(wrapped, dummy_loss)
     return wrapped
-
-
-def check_equal_models(model: GPT, dist: Distributed) -> None:
-    """Raise FolioError if the processes compute different losses with equal weights.
-
-    DDP sends parameters and buffers. A changed model.py may have other constants, which DDP does
-    not send.
-    """
-    loss = fixed_ids_loss(model)
-    thousandths = round(1000 * loss) if math.isfinite(loss) else -1
-    highest, lowest = dist.all_reduce_max(thousandths), -dist.all_reduce_max(-thousandths)
-    if highest - lowest <= 2:
-        return
-    if not dist.is_main:  # the main process prints the error
-        raise SystemExit(2)
-    raise FolioError(
-        "model.py: the processes compute different losses with equal weights; register random "
-        "constants as buffers (self.register_buffer), which all processes receive"
-    )
 
 
 def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
@@ -451,7 +467,8 @@ def save_best(
     """Save the weights that have the best validation loss so far, and the model card."""
     numbers = {"step": state.best_step, "val_loss": state.best_val_loss}
     checksum = dataset.val.checksum()
-    save_model(model, folder, dataset.tokenizer, val_checksum=checksum, **numbers)
+    with eval_mode(model):
+        save_model(model, folder, dataset.tokenizer, val_checksum=checksum, **numbers)
     numbers |= {"bits_per_byte": bits_per_byte, "n_val_tokens": len(dataset.val)}
     numbers["tokens"] = state.tokens
     config = dataclasses.replace(config, init_from=state.init_from)  # not "resume"
@@ -464,7 +481,8 @@ def save_snapshot(
     """Save the weights as they are now in the folder `name` inside the run folder, with a copy of
     the tokenizer, to sample from: --out_dir=out/.../step_000500. name "": in the run folder itself.
     """
-    save_model(model, run_folder / name, dataset.tokenizer, step=state.step)
+    with eval_mode(model):
+        save_model(model, run_folder / name, dataset.tokenizer, step=state.step)
     if name:
         for file in ("tokenizer.json", "tokenizer_config.json"):
             with explain_os_error(run_folder / file, "cannot be read"):
@@ -492,7 +510,7 @@ def save_run(
         write_text(folder / SETTINGS_FILE, to_json(config))
         save_run_tokenizer(folder, config, dataset)
     parts = {
-        "model": model.state_dict(),
+        "model": loadable_state_dict(model),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "train_state": dataclasses.asdict(state),

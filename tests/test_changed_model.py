@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import threading
 
 import pytest
 import torch
@@ -17,13 +18,15 @@ from data.tokenizer import CharTokenizer
 from engine.checkpoint import is_changed, load_model, load_model_and_tokenizer, save_model
 from engine.changed_model import computes_gpt2, is_gpt2, uses_all_parameters
 from engine.inference import InferenceModel
-from engine.run_folder import describe_run
-from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig
+from engine.log_file import read_log
+from engine.run_folder import describe_run, weights_metadata
+from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig, attention_weights
 from tests.conftest import assert_one_line_error
 from tests.test_train import start_training
 
 GELU_OF_GPT2, LAYER_NORM_INIT = MLP.forward, nn.LayerNorm.__init__
 ATTENTION_INIT, LM_HEAD = CausalSelfAttention.__init__, GPT.lm_head
+GPT_INIT, MLP_INIT = GPT.__init__, MLP.__init__
 FULL_ATTENTION = CausalSelfAttention.forward
 CONFIG = GPTConfig(block_size=32, vocab_size=5, n_layer=2, n_head=2, n_embd=16)
 
@@ -326,16 +329,178 @@ def test_a_bias_in_one_layer_is_loaded_again(change, tiny_flags, tmp_path, call)
     )
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_model_that_cannot_be_copied_is_refused_with_a_way_out(change, tiny_flags, call):
-    def with_weight_norm(self, config):
-        ATTENTION_INIT(self, config)
-        self.c_proj = nn.utils.weight_norm(self.c_proj)  # the old form
+def with_lock(self: CausalSelfAttention, config: GPTConfig) -> None:
+    ATTENTION_INIT(self, config)
+    self.lock = threading.Lock()
 
-    change(CausalSelfAttention, "__init__", with_weight_norm)
-    with pytest.raises(FolioError, match=r"cannot be copied .*use .*parametrizations"):
+
+def test_a_model_that_cannot_be_copied_is_refused_with_a_way_out(change, tiny_flags, call):
+    change(CausalSelfAttention, "__init__", with_lock)
+    change(MLP, "forward", relu_squared)
+    with pytest.raises(FolioError, match=r"cannot be copied .*let its attributes be modules"):
         InferenceModel(random_model(CONFIG))
     assert_one_line_error(call(train, *tiny_flags), "cannot be copied")
+
+
+# --- Changes of all kinds: the trained weights can be loaded, and the run resumed ---
+
+
+class BiasBeforeWeight(nn.Module):
+    """The layer norm of many lectures."""
+
+    def __init__(self, n_embd: int, bias: bool):
+        super().__init__()
+        self.bias, self.weight = nn.Parameter(torch.zeros(n_embd)), nn.Parameter(torch.ones(n_embd))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias)
+
+
+def convolution(self: MLP, config: GPTConfig) -> None:
+    """c_fc has a weight of three dimensions."""
+    MLP_INIT(self, config)
+    self.c_fc = nn.Conv1d(config.n_embd, 4 * config.n_embd, 1)
+
+
+def convolved(self: MLP, x: torch.Tensor) -> torch.Tensor:
+    return self.c_proj(nn.functional.gelu(self.c_fc(x.mT).mT))
+
+
+CAUSAL = torch.ones(64, 64, dtype=torch.bool).tril()
+
+
+def common_mask(self: CausalSelfAttention, config: GPTConfig) -> None:
+    """The buffers of all blocks are parts of one tensor."""
+    ATTENTION_INIT(self, config)
+    self.register_buffer("mask", CAUSAL[: config.block_size, : config.block_size].contiguous())
+    self.register_buffer("first_rows", CAUSAL[: config.block_size])
+
+
+def output_layer_first(self: GPT, config: GPTConfig) -> None:
+    """The output layer gives the tied weight its name."""
+    GPT_INIT(self, config)
+    transformer = self.transformer
+    del self.transformer
+    self.head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+    self.transformer = transformer
+    self.transformer.wte.weight = self.head.weight
+
+
+def normalized_embedding(self: GPT, config: GPTConfig) -> None:
+    GPT_INIT(self, config)
+    nn.utils.parametrizations.weight_norm(self.transformer.wte)
+
+
+def dropout_in_a_function(self: MLP, config: GPTConfig) -> None:
+    """copy.deepcopy() does not copy the function: it asks the original model for its mode."""
+    MLP_INIT(self, config)
+    self.drop = lambda x: nn.functional.dropout(x, 0.3, self.training)
+
+
+def with_the_function(self: MLP, x: torch.Tensor) -> torch.Tensor:
+    return self.drop(GELU_OF_GPT2(self, x))
+
+
+def keeps_its_weights(self: CausalSelfAttention, x: torch.Tensor) -> torch.Tensor:
+    """A result of the forward pass, with its gradient function, becomes an attribute."""
+    q, k, v = self.qkv(x)
+    self.table, self.tables = attention_weights(q, k), [attention_weights(q, k)]
+    return self.c_proj((self.table @ v).transpose(1, 2).reshape(x.shape))
+
+
+def mask_of_the_first_pass(self: CausalSelfAttention, x: torch.Tensor) -> torch.Tensor:
+    """A new model does not have this buffer."""
+    T = x.size(1)
+    if not hasattr(self, "mask") or len(self.mask) < T:
+        mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(-2)
+        self.register_buffer("mask", mask)
+    q, k, v = self.qkv(x)
+    y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask[:T, :T])
+    return self.c_proj(y.transpose(1, 2).reshape(x.shape))
+
+
+def frozen_biases(self: CausalSelfAttention, config: GPTConfig) -> None:
+    """Biases that stay 0 belong to the model."""
+    bias_in_attention(self, config)
+    self.c_attn.bias.requires_grad_(False)
+
+
+def number_of_a_tensor(self: MLP, config: GPTConfig) -> None:
+    """On the device "meta", tensors have no numbers."""
+    MLP_INIT(self, config)
+    self.dropout = torch.linspace(0, 0.2, 3)[1].item()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [(nn, "LayerNorm", BiasBeforeWeight)],
+        [(MLP, "__init__", convolution), (MLP, "forward", convolved)],
+        [(CausalSelfAttention, "__init__", common_mask)],
+        [(GPT, "__init__", output_layer_first)],
+        [(GPT, "__init__", normalized_embedding)],
+        [(MLP, "__init__", dropout_in_a_function), (MLP, "forward", with_the_function)],
+        [(CausalSelfAttention, "forward", keeps_its_weights), (MLP, "forward", relu_squared)],
+        [(CausalSelfAttention, "forward", mask_of_the_first_pass)],
+        [(CausalSelfAttention, "__init__", frozen_biases)],
+        [(MLP, "__init__", number_of_a_tensor), (MLP, "forward", relu_squared)],
+    ],
+    ids=lambda changes: changes[-1][-1].__name__,
+)
+def test_a_changed_model_is_trained_saved_loaded_and_resumed(
+    change, changes, tiny_flags, tmp_path, call
+):
+    for each in changes:
+        change(*each)
+    flags = (*tiny_flags, "--snapshot_interval=3", "--sample_tokens=3", "--decay_lr=False")
+    whole = call(train, *flags, "--max_iters=8")
+    assert whole.returncode == 0 and "WARNING" not in whole.stdout, whole.stderr + whole.stdout
+    log = read_log(tmp_path / "run" / "log.csv")
+    for folder in ("run", "run/step_000003"):
+        model = load_model(tmp_path / folder)
+        assert all(weight.abs().max() > 0 for weight in model.parameters() if weight.requires_grad)
+    loss = call(train, *tiny_flags[:1], f"--init_from={tmp_path / 'run'}", "--eval_only").stdout
+    assert f"validation loss {weights_metadata(tmp_path / 'run')['val_loss']:.4f}" in loss
+    for more in ("--init_from=scratch", "--init_from=resume"):
+        steps = 5 if more == "--init_from=scratch" else 8
+        resumed = call(train, *flags, more, f"--max_iters={steps}")
+        assert resumed.returncode == 0 and "WARNING" not in resumed.stdout, resumed.stderr
+    assert read_log(tmp_path / "run" / "log.csv")[-1]["val_loss"] == log[-1]["val_loss"]
+    assert call(sample, f"--out_dir={tmp_path / 'run'}", "--max_new_tokens=3").returncode == 0
+
+
+def complex_angles(self: MLP, config: GPTConfig) -> None:
+    MLP_INIT(self, config)
+    self.register_buffer("angles", torch.zeros(3, dtype=torch.complex128))
+
+
+def random_constant(self: MLP, config: GPTConfig) -> None:
+    MLP_INIT(self, config)
+    self.scale = torch.rand(4 * config.n_embd)
+
+
+def scaled(self: MLP, x: torch.Tensor) -> torch.Tensor:
+    return self.c_proj(self.scale * nn.functional.relu(self.c_fc(x)))
+
+
+@pytest.mark.parametrize(
+    ("init", "forward", "message"),
+    [
+        (complex_angles, relu_squared, "cannot be saved and loaded again (KeyError"),
+        (random_constant, scaled, "a saved and loaded model computes another loss"),
+    ],
+)
+def test_weights_that_could_not_be_loaded_again_are_refused_before_training(
+    change, init, forward, message, tiny_flags, tmp_path, call
+):
+    change(MLP, "__init__", init)
+    change(MLP, "forward", forward)
+    result = call(train, *tiny_flags)
+    assert_one_line_error(result, message)
+    assert not (tmp_path / "run").exists()
+
+
+# --- Other changes of the same model.py ---
 
 
 def softcap(limit: float):

@@ -560,26 +560,6 @@ def run_train_with_rotations(*flags: str) -> None:
     run_train(*flags)
 
 
-def run_train_with_random_attributes(*flags: str) -> None:
-    init = GPT.__init__
-
-    def with_scale(self, config):
-        init(self, config)
-        self.scale = 100 * torch.rand(()).item()  # neither a parameter nor a buffer
-
-    GPT.__init__ = with_scale
-    hidden_states = GPT.hidden_states
-    GPT.hidden_states = lambda self, idx: hidden_states(self, idx) * self.scale
-    run_train(*flags)
-
-
-def test_processes_with_different_constants_are_refused(dataset, tmp_path):
-    flags = (*make_tiny_flags(dataset, tmp_path / "run"), *TWO_PROCESSES)
-    result = start_job(run_train_with_random_attributes, *flags, n_processes=2).wait()
-    assert result.exit_codes == [2, 2] or result.exit_codes == [2, 0], result.stderr
-    assert result.stderr.count("the processes compute different losses") == 1
-
-
 def test_two_processes_train_a_model_with_unused_parameters_and_complex_buffers(dataset, tmp_path):
     logs = []
     for n_processes in (1, 2):
@@ -594,13 +574,13 @@ def test_two_processes_train_a_model_with_unused_parameters_and_complex_buffers(
 
 
 class BatchNorm(torch.nn.BatchNorm1d):
-    """In place of layer norm, as in lectures: its running means are buffers."""
+    """In place of layer norm: its running means are buffers, and change what training computes."""
 
     def __init__(self, n_embd: int, bias: bool):
         super().__init__(n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.flatten(0, -2)).view_as(x)
+        return super().forward(x.flatten(0, -2)).view_as(x) - self.running_mean
 
 
 def run_train_with_batch_norm(*flags: str) -> None:
@@ -609,15 +589,16 @@ def run_train_with_batch_norm(*flags: str) -> None:
 
 
 def test_statistics_of_a_changed_model_survive_resuming(dataset, tmp_path):
-    logs = {}
-    for name, stops in (("whole", [8]), ("resumed", [4, 8])):
+    losses = {}
+    for name, stops in (("whole", [8]), ("resumed", [3, 8])):  # no evaluation is due at step 3
         flags = (*make_tiny_flags(dataset, tmp_path / name), *TWO_PROCESSES, "--decay_lr=False")
         for stop in stops:
             more = (f"--max_iters={stop}", "--eval_interval=4", "--init_from=auto")
             result = start_job(run_train_with_batch_norm, *flags, *more, n_processes=2).wait()
             assert result.exit_codes == [0, 0], result.stderr
-        logs[name] = without_times(read_log(tmp_path / name))
-    assert logs["whole"] == logs["resumed"]
+        rows = [row for row in read_log(tmp_path / name) if row["step"] in ("0", "4", "8")]
+        losses[name] = [row["val_loss"] for row in rows]
+    assert losses["whole"] == losses["resumed"] and len(losses["whole"]) == 3
 
 
 def run_train_on_devices(devices: list[tuple[str, str]], *flags: str) -> None:
