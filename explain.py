@@ -193,21 +193,20 @@ def explain(model: GPT, ids: torch.Tensor) -> dict[str, Any]:
         diagonal.
     values, messages: (n_layer, n_head, T, channels) the first channels of v and of weights @ v.
     """
-    idx = ids[None]  # (1, T)
-    transformer = model.transformer
-    x = transformer.wte(idx) + transformer.wpe(torch.arange(len(ids)))
-    streams, scores, values, messages = [x], [], [], []
-    for block in transformer.h:
+    streams, logits = residual_streams(model, ids[None])  # (1, T, C) each; (1, T, V)
+    if not (logits < math.inf).all():  # NaN, or too large. (A changed model may have -inf.)
+        raise FolioError("the logits of this model are not finite: its training has diverged")
+    losses = cross_entropy(logits[0, :-1], ids[1:], reduction="none").tolist()
+    if math.inf in losses:
+        raise FolioError("this model gives a token of the text the probability 0: no loss to show")
+    scores, values, messages = [], [], []
+    for block, x in zip(model.transformer.h, streams[:-1], strict=True):
         q, k, v = block.attn.qkv(block.ln_1(x))  # each (1, n_head, T, head_dim)
         scores.append(q[0] @ k[0].mT)
         values.append(v[0, ..., :MAX_CHANNELS])
         messages.append((attention_weights(q, k) @ v)[0, ..., :MAX_CHANNELS])
-        x = block(x)
-        streams.append(x)
-    logits = model(idx)[0].float()  # (T, V)
-    if not logits.isfinite().all():
-        raise FolioError("the logits of this model are not finite: its training has diverged")
-    losses = cross_entropy(logits[:-1], ids[1:], reduction="none").tolist()
+    # What the model would predict if it ended after 0, 1, 2, ... blocks.
+    early_logits = [model.lm_head(model.transformer.ln_f(x)).float() for x in streams[:-1]]
     lower = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     return {
         "scores": encode(torch.stack(scores)[:, :, lower]),
@@ -215,9 +214,31 @@ def explain(model: GPT, ids: torch.Tensor) -> dict[str, Any]:
         "messages": encode(torch.stack(messages)),
         "channels": values[0].size(-1),
         "losses": [rounded(loss) for loss in losses],
-        **likeliest_logits(logits, ids),
-        "layers": [layer_predictions(model, stream[0], ids) for stream in streams],
+        **likeliest_logits(logits[0], ids),
+        "layers": [predictions(each[0], ids) for each in (*early_logits, logits)],
     }
+
+
+def residual_streams(model: GPT, idx: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """idx (1, T) -> the residual stream before each block and after the last one, (1, T, C) each;
+    and the logits (1, T, V).
+
+    Hooks record the inputs of the blocks and of the final layer norm. So the streams are those of
+    model(idx), also if model.py was changed.
+    """
+    streams: list[torch.Tensor] = []
+    modules = [*model.transformer.h, model.transformer.ln_f]
+    hooks = [m.register_forward_pre_hook(lambda _, args: streams.extend(args)) for m in modules]
+    logits = model(idx).float()
+    for hook in hooks:
+        hook.remove()
+    shape = (*idx.shape, model.config.n_embd)
+    if [stream.shape for stream in streams] != [shape] * len(modules):
+        raise FolioError(
+            "model.py has been changed, but the page needs a model that gives x (1, T, C) to each "
+            "block once, and then to ln_f"
+        )
+    return streams, logits
 
 
 def likeliest_logits(logits: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
@@ -236,14 +257,12 @@ def likeliest_logits(logits: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def layer_predictions(model: GPT, stream: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
-    """What the model would predict from the residual stream (T, C) of ids (T,), if it ended here.
+def predictions(logits: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
+    """What logits (T, V) predict after the tokens ids (T,).
 
-    The final layer norm and the output layer are applied to it. For each position: the three
-    likeliest ids, their probabilities, and the probability of the actual next token. For the
-    whole text: the mean loss.
+    For each position: the three likeliest ids, their probabilities, and the probability of the
+    actual next token. For the whole text: the mean loss.
     """
-    logits = model.lm_head(model.transformer.ln_f(stream)).float()  # (T, V)
     probs = logits.softmax(dim=-1)
     top = probs.topk(min(3, probs.size(-1)))
     actual = probs[:-1].gather(1, ids[1:, None])[:, 0].tolist()

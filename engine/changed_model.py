@@ -52,13 +52,16 @@ def is_gpt2(model: GPT) -> bool:
     # this id in a special way, for example by a mask between documents.
     row = torch.tensor([0, -1, 1, 2, -2, 3, 4, 5][:n_tokens], device=parameter.device)
     idx = torch.stack((row, row.flip(0))) % config.vocab_size  # (2, T)
-    try:
-        expected = model(idx)[:, -1]  # (2, V)
-    except RuntimeError:  # with float32_attention, weights of 16 bits need autocast
-        return True
+    # First gpt2_logits(): the forward pass of a changed model may change its own parameters.
+    expected = gpt2_logits(model, idx)  # (2, V)
     if not expected.isfinite().all():  # numbers that are too large for 16 bits, or NaN
         return True
-    logits = gpt2_logits(model, idx)
+    try:
+        logits = model(idx)[:, -1]
+    except RuntimeError:  # with float32_attention, weights of 16 bits need autocast
+        return True
+    if logits.shape != expected.shape or not logits.isfinite().all():  # -inf: a forbidden token
+        return False
     # Numbers of 16 bits, and of float32 on a GPU (TF32), have large rounding errors.
     is_exact = parameter.is_cpu and parameter.dtype in (torch.float32, torch.float64)
     tolerance = 1e-4 if is_exact else 0.05
@@ -158,10 +161,13 @@ def computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> boo
             for parameter in model.parameters():
                 parameter.normal_()
             idx = torch.randint(config.vocab_size, (1, block_size))
+            ends = {block_size, (block_size + 1) // 2}
+            # Before model(idx): a changed model may change its parameters in its forward pass.
+            expected = [gpt2_logits(model, idx[:, :end]) for end in ends]
             logits = model(idx)
             return all(
-                torch.allclose(logits[:, end - 1], gpt2_logits(model, idx[:, :end]), rtol=1e-9)
-                for end in {block_size, (block_size + 1) // 2}
+                torch.allclose(logits[:, end - 1], e, rtol=1e-9)
+                for end, e in zip(ends, expected, strict=True)
             )
     except Exception:  # a changed model.py may lack a layer, or not work in these sizes
         return False

@@ -22,6 +22,7 @@ import difflib
 import glob
 import hashlib
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,14 @@ import safetensors
 import safetensors.torch
 import torch
 
-from configurator import FolioError, print_or_discard, wrap
+from configurator import FolioError, first_line, print_or_discard, wrap
 from data.dataset import ShardedTokens
 from data.files import (
     atomic_write, explain_os_error, join_names, read_folder, rename_to_backup, shell_command,
     shown_path, user_path, write_json, write_text,
 )  # fmt: skip
 from data.tokenizer import Tokenizer, load_tokenizer, read_json
-from engine.changed_model import fixed_ids_loss, is_gpt2
+from engine.changed_model import copy_model, fixed_ids_loss, is_gpt2
 from engine.hf_format import (
     CHANGED_MODEL_TYPE, SHA256_KEY, WEIGHTS_FILE, cast_weights, compare_tensors, from_hf_state_dict,
     has_trained_biases, load_torch_file, model_without_numbers, read_config, read_weights,
@@ -222,6 +223,54 @@ def check_change(folder: str | Path, model: GPT) -> None:
     """
     if is_changed(folder) and is_gpt2(model):
         raise FolioError(f"{shown_path(folder)}: {MAKE_THE_CHANGE_AGAIN}")
+
+
+def check_saving(config: GPTConfig) -> None:
+    """For a changed model.py: raise FolioError unless weights can be saved and loaded again.
+
+    So the user knows it before the training, and not after it.
+    """
+    # At most 12 blocks: of a larger model, a second and a third one may not fit into the memory.
+    config = dataclasses.replace(config, n_layer=min(config.n_layer, 12))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = uninitialized_model(config).eval()
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)  # trained weights are not 0
+    copy_model(model)  # a changed model is copied to generate text
+    idx, output = torch.zeros(1, config.block_size, dtype=torch.long), None
+    with contextlib.suppress(Exception), torch.no_grad():  # for example, it needs a GPU
+        output = model(idx, idx)
+    if isinstance(output, tuple):
+        raise FolioError(
+            "model.py: model(idx, targets) returns a tuple; let it return the loss alone, and "
+            "model(idx) the logits alone"
+        )
+    sums = [parameter.sum().item() for parameter in model.parameters()]
+    losses = [fixed_ids_loss(model), fixed_ids_loss(model)]
+    if sums != [parameter.sum().item() for parameter in model.parameters()]:
+        raise FolioError(
+            "model.py: the forward pass changes parameters, so resuming would not be exact; "
+            "compute the changed numbers where they are used, and leave the parameters alone"
+        )
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(model, folder)
+            saved_config, tensors = read_config(folder), read_weights(folder)
+        state_dict = from_hf_state_dict(tensors, saved_config, "model.py")
+        losses.append(fixed_ids_loss(model_with_weights(saved_config, state_dict)))
+    except Exception as error:  # safetensors, for example, refuses some types of numbers
+        raise FolioError(
+            "model.py: the weights of this model cannot be saved and loaded again "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+    # NaN (the loss cannot be computed), or other random numbers in each forward pass: nothing to
+    # compare.
+    if losses[0] == losses[1] and abs(losses[0] - losses[2]) > 0.001 * losses[0]:
+        raise FolioError(
+            "model.py: a saved and loaded model computes another loss; register random constants "
+            "as buffers (self.register_buffer), which are saved with the weights"
+        )
 
 
 def check_sizes(folder: str | Path, saved: GPTConfig, vocab_size: int, block_size: int) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import threading
 
 import pytest
@@ -26,7 +27,7 @@ from tests.test_train import start_training
 
 GELU_OF_GPT2, LAYER_NORM_INIT = MLP.forward, nn.LayerNorm.__init__
 ATTENTION_INIT, LM_HEAD = CausalSelfAttention.__init__, GPT.lm_head
-GPT_INIT, MLP_INIT = GPT.__init__, MLP.__init__
+GPT_INIT, MLP_INIT, FORWARD = GPT.__init__, MLP.__init__, GPT.forward
 FULL_ATTENTION = CausalSelfAttention.forward
 CONFIG = GPTConfig(block_size=32, vocab_size=5, n_layer=2, n_head=2, n_embd=16)
 
@@ -483,21 +484,68 @@ def scaled(self: MLP, x: torch.Tensor) -> torch.Tensor:
     return self.c_proj(self.scale * nn.functional.relu(self.c_fc(x)))
 
 
+def normalizes_its_weights(self: MLP, x: torch.Tensor) -> torch.Tensor:
+    """A model that changes its parameters in each forward pass, also without training."""
+    with torch.no_grad():
+        self.c_fc.weight.copy_(nn.functional.normalize(self.c_fc.weight, dim=1))
+    return GELU_OF_GPT2(self, x)
+
+
+def limited_embedding(self: GPT, config: GPTConfig) -> None:
+    """torch shortens the rows that a forward pass reads."""
+    GPT_INIT(self, config)
+    self.transformer.wte.max_norm = 0.1
+
+
+def loss_and_logits(self: GPT, idx: torch.Tensor, targets: torch.Tensor | None = None):
+    logits = FORWARD(self, idx)
+    return logits, None if targets is None else FORWARD(self, idx, targets)
+
+
 @pytest.mark.parametrize(
-    ("init", "forward", "message"),
+    ("changes", "message"),
     [
-        (complex_angles, relu_squared, "cannot be saved and loaded again (KeyError"),
-        (random_constant, scaled, "a saved and loaded model computes another loss"),
+        ([(MLP, "__init__", complex_angles), (MLP, "forward", relu_squared)], "KeyError"),
+        (
+            [(MLP, "__init__", random_constant), (MLP, "forward", scaled)],
+            "a saved and loaded model computes another loss",
+        ),
+        ([(MLP, "forward", normalizes_its_weights)], "the forward pass changes parameters"),
+        ([(GPT, "__init__", limited_embedding)], "the forward pass changes parameters"),
+        ([(GPT, "forward", loss_and_logits)], "let it return the loss alone"),
     ],
 )
-def test_weights_that_could_not_be_loaded_again_are_refused_before_training(
-    change, init, forward, message, tiny_flags, tmp_path, call
+def test_a_model_that_could_not_be_used_after_training_is_refused_before(
+    change, changes, message, tiny_flags, tmp_path, call
 ):
-    change(MLP, "__init__", init)
-    change(MLP, "forward", forward)
+    for each in changes:
+        change(*each)
     result = call(train, *tiny_flags)
-    assert_one_line_error(result, message)
+    assert_one_line_error(result, "model.py: ", message)
     assert not (tmp_path / "run").exists()
+
+
+def without_some_tokens(self: GPT, idx: torch.Tensor, targets: torch.Tensor | None = None):
+    """Ids from 20 on are never sampled. (The small model of is_gpt2() has 11 tokens.)"""
+    output = FORWARD(self, idx, targets)
+    return output if targets is not None else output[..., :20]
+
+
+def forbids_tokens(self: GPT, idx: torch.Tensor, targets: torch.Tensor | None = None):
+    output = FORWARD(self, idx, targets)
+    if targets is None:
+        output[..., 20:] = -math.inf
+    return output
+
+
+@pytest.mark.parametrize("forward", [without_some_tokens, forbids_tokens])
+def test_tokens_that_a_changed_model_forbids_are_not_generated(change, forward):
+    model = random_model(dataclasses.replace(CONFIG, vocab_size=23))
+    assert is_gpt2(model)
+    change(GPT, "forward", forward)
+    assert not is_gpt2(model)
+    ids = torch.cat(list(InferenceModel(model).generate(torch.tensor([[0]]), 99, temperature=9.0)))
+    assert ids.max() == 19
 
 
 # --- Other changes of the same model.py ---
@@ -738,3 +786,34 @@ def test_the_page_says_that_it_shows_gpt2(change, tiny_flags, tmp_path, call):
     result = call(explain, *flags)
     assert result.returncode == 0, result.stderr
     assert "model.py has been changed" in " ".join(result.stdout.split())
+
+
+def test_the_page_shows_the_layers_and_the_loss_of_the_changed_model(change):
+    def scaled_embedding(self: GPT, idx: torch.Tensor) -> torch.Tensor:
+        """As in Gemma, and without positions."""
+        x = 4 * self.transformer.wte(idx)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
+
+    change(GPT, "hidden_states", scaled_embedding)
+    model, ids = random_model(), torch.tensor([0, 1, 2, 3])
+    page = explain.explain(model, ids)
+    loss = model(ids[None, :-1], ids[None, 1:]).item()
+    assert page["layers"][-1]["mean_loss"] == pytest.approx(loss, rel=1e-5)
+    assert sum(page["losses"]) / 3 == pytest.approx(loss, rel=1e-5)
+    embedded = model.lm_head(model.transformer.ln_f(4 * model.transformer.wte(ids[:-1])))
+    first_loss = nn.functional.cross_entropy(embedded, ids[1:]).item()
+    assert page["layers"][0]["mean_loss"] == pytest.approx(first_loss, rel=1e-5)
+
+
+def test_the_page_refuses_a_model_whose_blocks_are_used_otherwise(change):
+    def twice(self: GPT, idx: torch.Tensor) -> torch.Tensor:
+        x = self.transformer.wte(idx)
+        for block in [*self.transformer.h, *self.transformer.h]:
+            x = block(x)
+        return self.transformer.ln_f(x)
+
+    change(GPT, "hidden_states", twice)
+    with pytest.raises(FolioError, match=r"the page needs a model that gives x .* to each block"):
+        explain.explain(random_model(), torch.tensor([0, 1, 2]))
