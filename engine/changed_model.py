@@ -20,7 +20,7 @@ from model import GPT, GPTConfig
 CHANGED_MODEL_NOTE = (
     "model.py has been changed and does not compute GPT-2: text is generated without a cache"
 )
-MAX_TOKENS = 1024  # of the texts that are compared: the context of GPT-2
+MAX_TOKENS = 1024  # of the texts that are compared, and of their vocabulary: GPT-2's context
 
 
 @torch.no_grad()
@@ -37,7 +37,8 @@ def is_gpt2(model: GPT) -> bool:
     # At most as deep as gpt2-xl, and with its context: that takes about four seconds on one core
     # for gpt2-xl, and half a second for GPT-2 small.
     n_layer, block_size = min(config.n_layer, 48), min(config.block_size, MAX_TOKENS)
-    if not computes_gpt2(n_layer, config.n_head, block_size, config.bias):
+    vocab_size = min(config.vocab_size, MAX_TOKENS)
+    if not computes_gpt2(n_layer, config.n_head, block_size, vocab_size, config.bias):
         return False
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     if shapes != gpt2_shapes(config):  # for example, one block that is used several times
@@ -53,11 +54,11 @@ def is_gpt2(model: GPT) -> bool:
     row = torch.tensor([0, -1, 1, 2, -2, 3, 4, 5][:n_tokens], device=parameter.device)
     idx = torch.stack((row, row.flip(0))) % config.vocab_size  # (2, T)
     # First gpt2_logits(): the forward pass of a changed model may change its own parameters.
-    expected = gpt2_logits(model, idx)  # (2, V)
+    expected = gpt2_logits(model, idx)  # (2, T, V)
     if not expected.isfinite().all():  # numbers that are too large for 16 bits, or NaN
         return True
     try:
-        logits = model(idx)[:, -1]
+        logits = model(idx)
     except RuntimeError:  # with float32_attention, weights of 16 bits need autocast
         return True
     if logits.shape != expected.shape or not logits.isfinite().all():  # -inf: a forbidden token
@@ -147,12 +148,13 @@ def uses_all_parameters(model: GPT) -> bool:
 
 
 @functools.cache  # model.py does not change while a program runs
-def computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> bool:
+def computes_gpt2(n_layer: int, n_head: int, block_size: int, vocab_size: int, bias: bool) -> bool:
     """Whether model.py computes the logits of GPT-2, as gpt2_logits() does.
 
-    Compares the logits of two positions, in a narrow model with random weights.
+    Compares the logits of a narrow model with random weights, on texts that contain each token:
+    a change may concern one token only, for example a mask between lines.
     """
-    config = GPTConfig(block_size, 11, n_layer, n_head, n_embd=2 * n_head, bias=bias)
+    config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd=2 * n_head, bias=bias)
     try:
         # cpu: torch's default device may be another one. fork_rng: training draws its own numbers.
         with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
@@ -160,21 +162,17 @@ def computes_gpt2(n_layer: int, n_head: int, block_size: int, bias: bool) -> boo
             model = GPT(config).double().eval()  # float64: small rounding errors
             for parameter in model.parameters():
                 parameter.normal_()
-            idx = torch.randint(config.vocab_size, (1, block_size))
-            ends = {block_size, (block_size + 1) // 2}
+            n_rows = math.ceil(vocab_size / block_size)
+            idx = torch.randperm(n_rows * block_size).view(n_rows, block_size) % vocab_size
             # Before model(idx): a changed model may change its parameters in its forward pass.
-            expected = [gpt2_logits(model, idx[:, :end]) for end in ends]
-            logits = model(idx)
-            return all(
-                torch.allclose(logits[:, end - 1], e, rtol=1e-9)
-                for end, e in zip(ends, expected, strict=True)
-            )
+            expected = gpt2_logits(model, idx)
+            return torch.allclose(model(idx), expected, rtol=1e-9)
     except Exception:  # a changed model.py may lack a layer, or not work in these sizes
         return False
 
 
 def gpt2_logits(model: GPT, idx: torch.Tensor) -> torch.Tensor:
-    """(B, T) -> (B, V): GPT-2's logits after the last token, from the parameters of a model alone.
+    """(B, T) -> (B, T, V): GPT-2's logits, from the parameters of a model alone.
 
     Nothing of model.py is called. So it makes no difference whether model.py was changed.
     """
@@ -196,4 +194,4 @@ def gpt2_logits(model: GPT, idx: torch.Tensor) -> torch.Tensor:
         x = x + linear(y.transpose(1, 2).flatten(2), f"h.{i}.attn.c_proj")
         hidden = linear(layer_norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")  # (B, T, 4C)
         x = x + linear(F.gelu(hidden, approximate="tanh"), f"h.{i}.mlp.c_proj")
-    return F.linear(layer_norm(x[:, -1], "ln_f"), weights["wte.weight"][: model.config.vocab_size])
+    return F.linear(layer_norm(x, "ln_f"), weights["wte.weight"][: model.config.vocab_size])

@@ -128,20 +128,18 @@ WRAPPERS = re.compile(r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wra
 
 
 def to_hf_state_dict(model: GPT) -> dict[str, torch.Tensor]:
-    """The model's weights as Hugging Face's GPT-2 stores them, on the CPU."""
-    tensors, stored, memory = {}, stored_tensors(model), set()
-    for name, tensor in stored.items():
+    """The weights of a GPT-2 as Hugging Face stores them, on the CPU."""
+    tensors = {}
+    # No buffers: if a changed model.py has some and still computes GPT-2, a new model makes them.
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
         if name == "transformer.wte.weight":
             tensor = tensor[: model.config.vocab_size]  # without the rows of padding
-        if name.endswith(TRANSPOSED) and tensor.dim() == 2:
+        if name.endswith(TRANSPOSED):
             tensor = tensor.t()
-        tensor = tensor.cpu().contiguous()
-        # safetensors refuses two tensors in one memory, as buffers of a changed model.py may be.
-        address = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if address in memory else tensor
-        memory.add(address)
+        tensors[name] = tensor.cpu().contiguous()
         bias = f"{name.removesuffix('weight')}bias"
-        if not model.config.bias and bias.endswith(BIASES) and bias not in stored:
+        if not model.config.bias and bias.endswith(BIASES):
             tensors[bias] = torch.zeros(tensor.size(-1), dtype=tensor.dtype)
     return tensors
 
@@ -231,12 +229,8 @@ def from_hf_state_dict(
             )
     if not config.bias:
         for name in [name for name in state_dict if name.endswith(BIASES)]:
-            if not state_dict[name].any() and name not in model.state_dict():
+            if not state_dict[name].any():
                 del state_dict[name]
-    rows = "transformer.wte.weight"
-    n_padding = config.padded_vocab_size - config.vocab_size
-    if n_padding and rows in state_dict and len(state_dict[rows]) == config.vocab_size:
-        state_dict[rows] = nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
     if problems := list(compare_tensors(state_dict, model)):
         raise FolioError(f"{folder}: the weights do not match config.json: {join_names(problems)}")
     return state_dict

@@ -158,7 +158,8 @@ class InferenceModel:
         finished = torch.zeros(len(idx), dtype=torch.bool, device=self.device)
         for _ in count() if max_new_tokens is None else range(max_new_tokens):
             idx = idx[:, -self.config.block_size :]
-            ids = sample(model(idx)[:, -1])  # (B,)
+            logits = model(idx)[:, -1, : self.config.vocab_size]  # (B, V): without padding
+            ids = sample(logits)  # (B,)
             if len(stop):
                 ids = torch.where(finished, idx[:, -1], ids)  # repeat the stop token
                 finished |= (ids[:, None] == stop).any(dim=1)

@@ -196,8 +196,9 @@ def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
         model_config = dataclasses.replace(model_config, bias=True)
     if (description := describe_run(folder)) != shown_path(folder):  # it is a run
         print(wrap(f"starting from {description}"))
-    actual = {name: getattr(model_config, name) for name in FROM_MODEL}
-    wrong = [name for name in ARCHITECTURE if overrides.get(name, actual[name]) != actual[name]]
+    fixed = (*ARCHITECTURE, "pad_vocab_to") if is_changed(folder) else ARCHITECTURE
+    actual = {name: getattr(model_config, name) for name in (*fixed, "block_size")}
+    wrong = [name for name in fixed if overrides.get(name, actual[name]) != actual[name]]
     if overrides.get("block_size", 0) > actual["block_size"]:  # a shorter context is possible
         wrong.append("block_size")
     if wrong:
@@ -359,8 +360,16 @@ def check_model(model: GPT) -> None:
                     "layers, which are neither trained nor saved; use nn.ModuleList, ModuleDict, "
                     "ParameterList or ParameterDict"
                 )
-    with eval_mode(model):
+    idx, output = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device), None
+    with eval_mode(model), torch.no_grad():
         changed = not is_gpt2(model)
+        with contextlib.suppress(Exception):  # for example, it needs a longer text
+            output = model(idx, idx)
+    if isinstance(output, tuple):
+        raise FolioError(
+            "model.py: model(idx, targets) returns a tuple; let it return the loss alone, and "
+            "model(idx) the logits alone"
+        )
     if changed:
         check_saving(model.config)
 

@@ -96,7 +96,7 @@ def random_model(config: GPTConfig = CONFIG) -> GPT:
 
 def test_the_model_as_it_is_computes_gpt2(change):
     numbers = torch.get_rng_state()
-    assert computes_gpt2(n_layer=2, n_head=2, block_size=32, bias=True)
+    assert computes_gpt2(n_layer=2, n_head=2, block_size=32, vocab_size=5, bias=True)
     assert torch.equal(numbers, torch.get_rng_state())  # training draws its own
 
 
@@ -222,12 +222,13 @@ def test_a_python_list_of_layers_is_refused(change, tiny_flags, call):
     assert_one_line_error(call(train, *tiny_flags), "MLP._gates is a list of layers", "ModuleList")
 
 
-def test_a_mask_between_documents_is_noticed(change):
-    """With a condition on the end-of-text token, the last of the vocabulary."""
+@pytest.mark.parametrize("separator", [198, 510])
+def test_a_mask_between_documents_is_noticed(change, separator):
+    """With a condition on GPT-2's newline, or on the last token: end-of-text."""
 
     def forward(self: GPT, idx: torch.Tensor) -> torch.Tensor:
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[: idx.size(1)]
-        document = (idx == 510).cumsum(1)  # in the middle of 0 ... 510
+        document = (idx == separator).cumsum(1)
         is_open = (document[:, :, None] == document[:, None, :]).tril()[:, None]
         for block in self.transformer.h:
             q, k, v = block.attn.qkv(block.ln_1(x))
@@ -426,6 +427,60 @@ def frozen_biases(self: CausalSelfAttention, config: GPTConfig) -> None:
     self.c_attn.bias.requires_grad_(False)
 
 
+def more_rows(self: GPT, config: GPTConfig) -> None:
+    """A learned first token, in a row of its own; positions count from 2, as in OPT."""
+    GPT_INIT(self, config)
+    self.transformer.wte = nn.Embedding(config.padded_vocab_size + 1, config.n_embd)
+    self.transformer.wpe = nn.Embedding(config.block_size + 2, config.n_embd)
+
+
+def uses_more_rows(self: GPT, idx: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(idx.size(1), device=idx.device) + 2
+    x = (
+        self.transformer.wte(idx)
+        + self.transformer.wpe(positions)
+        + self.transformer.wte.weight[-1]
+    )
+    for block in self.transformer.h:
+        x = block(x)
+    return self.transformer.ln_f(x)
+
+
+class Residual(nn.Module):
+    """The word "module" is also the name of DDP's wrapper."""
+
+    def __init__(self, norm: nn.Module, module: nn.Module):
+        super().__init__()
+        self.norm, self.module = norm, module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.module(self.norm(x))
+
+
+def residual_block(self: Block, config: GPTConfig) -> None:
+    nn.Module.__init__(self)
+    self.attn = Residual(nn.LayerNorm(config.n_embd), CausalSelfAttention(config))
+    self.mlp = Residual(nn.LayerNorm(config.n_embd), MLP(config))
+
+
+def other_names(self: GPT, config: GPTConfig) -> None:
+    """Names that look like GPT-2's, in other places."""
+    GPT_INIT(self, config)
+    self.transformer.line_wpe = nn.Embedding(config.block_size, config.n_embd)
+    self.ln_f = nn.LayerNorm(config.n_embd)
+    self.h = nn.ModuleList([nn.Linear(config.n_embd, config.n_embd)])
+    del self.transformer.wte
+    self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+
+
+def uses_other_names(self: GPT, idx: torch.Tensor) -> torch.Tensor:
+    x = self.wte(idx) + self.transformer.wpe(torch.arange(idx.size(1)))
+    x = x + self.transformer.line_wpe(torch.arange(idx.size(1)))
+    for block in (*self.transformer.h, *self.h):
+        x = block(x)
+    return self.transformer.ln_f(self.ln_f(x))
+
+
 def number_of_a_tensor(self: MLP, config: GPTConfig) -> None:
     """On the device "meta", tensors have no numbers."""
     MLP_INIT(self, config)
@@ -445,8 +500,15 @@ def number_of_a_tensor(self: MLP, config: GPTConfig) -> None:
         [(CausalSelfAttention, "forward", mask_of_the_first_pass)],
         [(CausalSelfAttention, "__init__", frozen_biases)],
         [(MLP, "__init__", number_of_a_tensor), (MLP, "forward", relu_squared)],
+        [(GPT, "__init__", more_rows), (GPT, "hidden_states", uses_more_rows)],
+        [(Block, "__init__", residual_block), (Block, "forward", lambda s, x: s.mlp(s.attn(x)))],
+        [
+            (GPT, "lm_head", lambda self, x, *_, **__: x @ self.wte.weight.T),
+            (GPT, "__init__", other_names),
+            (GPT, "hidden_states", uses_other_names),
+        ],
     ],
-    ids=lambda changes: changes[-1][-1].__name__,
+    ids=lambda changes: changes[-1][-1].__name__.strip("<>"),
 )
 def test_a_changed_model_is_trained_saved_loaded_and_resumed(
     change, changes, tiny_flags, tmp_path, call
@@ -454,6 +516,7 @@ def test_a_changed_model_is_trained_saved_loaded_and_resumed(
     for each in changes:
         change(*each)
     flags = (*tiny_flags, "--snapshot_interval=3", "--sample_tokens=3", "--decay_lr=False")
+    flags = (*flags, "--pad_vocab_to=8")  # rows of padding
     whole = call(train, *flags, "--max_iters=8")
     assert whole.returncode == 0 and "WARNING" not in whole.stdout, whole.stderr + whole.stdout
     log = read_log(tmp_path / "run" / "log.csv")
@@ -597,7 +660,7 @@ def test_blocks_that_are_skipped_at_random_are_noticed(change, dropout):
 
 def test_the_default_device_of_torch_does_not_matter(change):
     with torch.device("meta"):
-        assert computes_gpt2(n_layer=2, n_head=2, block_size=32, bias=True)
+        assert computes_gpt2(n_layer=2, n_head=2, block_size=32, vocab_size=5, bias=True)
 
 
 def test_generation_of_a_changed_model_ends_at_stop_tokens(change):
