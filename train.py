@@ -129,12 +129,12 @@ def train(
             interval = config.checkpoint_interval or config.eval_interval
             # An evaluation changes the state (best_step, last_eval_step), so it has to be saved.
             is_saved = evaluation is None and state.last_checkpoint_step == state.step
-            if is_due(interval, state, config) and not is_saved:
+            is_finished = state.step >= config.max_iters or is_patience_exhausted(state, config)
+            if (is_due(interval, state, config) or is_finished) and not is_saved:
                 save_state(config, state, dataset, model, optimizer, scaler, device, logger)
             interval = config.eval_interval * config.sample_interval
             if evaluation and config.sample_tokens and is_due(interval, state, config):
                 show_sample(config, dataset, model, device, dist, logger)
-            is_finished = state.step >= config.max_iters or is_patience_exhausted(state, config)
             if is_finished or dist.shutdown.should_stop:
                 break
             start_time = time.perf_counter()

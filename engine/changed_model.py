@@ -162,8 +162,12 @@ def computes_gpt2(n_layer: int, n_head: int, block_size: int, vocab_size: int, b
             model = GPT(config).double().eval()  # float64: small rounding errors
             for parameter in model.parameters():
                 parameter.normal_()
-            n_rows = math.ceil(vocab_size / block_size)
-            idx = torch.randperm(n_rows * block_size).view(n_rows, block_size) % vocab_size
+            # Each token once, tokens twice in a row, and a few tokens in a random order.
+            pairs = torch.randperm(min(vocab_size, 256)).repeat_interleave(2)
+            few = torch.randint(min(vocab_size, 11), (256,))
+            ids = torch.cat((torch.randperm(vocab_size), pairs, few))
+            n_rows = math.ceil(len(ids) / block_size)
+            idx = ids[torch.arange(n_rows * block_size) % len(ids)].view(n_rows, block_size)
             # Before model(idx): a changed model may change its parameters in its forward pass.
             expected = gpt2_logits(model, idx)
             return torch.allclose(model(idx), expected, rtol=1e-9)

@@ -231,6 +231,10 @@ def from_hf_state_dict(
         for name in [name for name in state_dict if name.endswith(BIASES)]:
             if not state_dict[name].any():
                 del state_dict[name]
+    rows = "transformer.wte.weight"  # padding: changed models were once saved in this layout
+    n_padding = config.padded_vocab_size - config.vocab_size
+    if n_padding and rows in state_dict and len(state_dict[rows]) == config.vocab_size:
+        state_dict[rows] = nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
     if problems := list(compare_tensors(state_dict, model)):
         raise FolioError(f"{folder}: the weights do not match config.json: {join_names(problems)}")
     return state_dict

@@ -255,6 +255,8 @@ def check_init_from(config: TrainConfig, dataset: Dataset) -> int | None:
         return known_start_id(dataset)
     resumed = config.init_from == "resume"
     folder = resolve_out_dir(config.out_dir) if resumed else resolve_model_dir(config.init_from)
+    if resumed and not (folder / "tokenizer.json").exists():
+        return known_start_id(dataset)  # only resume.pt was copied: resume() compares the datasets
     source_tokenizer = load_tokenizer(folder)
     if not resumed:
         check_sizes(folder, read_config(folder), source_tokenizer.vocab_size, config.block_size)
@@ -415,7 +417,8 @@ def start_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> Non
         write_text(folder / SETTINGS_FILE, to_json(config))
     remove_temporary_files(folder)
     # A user may have added a chat template to tokenizer_config.json of a run that is resumed.
-    if not (folder / "tokenizer.json").exists():
+    files = (folder / "tokenizer.json", folder / "tokenizer_config.json")
+    if not all(path.exists() for path in files):
         save_run_tokenizer(folder, config, dataset)
 
 

@@ -181,7 +181,8 @@ def weights_metadata(folder: str | Path) -> dict[str, int | float]:
     for name, number_type in types.items():
         with contextlib.suppress(KeyError, ValueError):
             number = number_type(metadata[name])
-            if 0 <= number < math.inf:  # NaN is not
+            # A changed model.py may have a loss below 0.
+            if math.isfinite(number) and (number >= 0 or number_type is float):
                 numbers[name] = number
     return numbers
 

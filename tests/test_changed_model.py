@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 import explain
@@ -18,6 +19,7 @@ from configurator import FolioError
 from data.tokenizer import CharTokenizer
 from engine.checkpoint import is_changed, load_model, load_model_and_tokenizer, save_model
 from engine.changed_model import computes_gpt2, is_gpt2, uses_all_parameters
+from engine.hf_format import to_hf_state_dict
 from engine.inference import InferenceModel
 from engine.log_file import read_log
 from engine.run_folder import describe_run, weights_metadata
@@ -222,13 +224,17 @@ def test_a_python_list_of_layers_is_refused(change, tiny_flags, call):
     assert_one_line_error(call(train, *tiny_flags), "MLP._gates is a list of layers", "ModuleList")
 
 
-@pytest.mark.parametrize("separator", [198, 510])
+@pytest.mark.parametrize("separator", [(198,), (510,), (198, 198)])
 def test_a_mask_between_documents_is_noticed(change, separator):
-    """With a condition on GPT-2's newline, or on the last token: end-of-text."""
+    """With a condition on GPT-2's newline, on the last token (end-of-text), or on an empty line."""
 
     def forward(self: GPT, idx: torch.Tensor) -> torch.Tensor:
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[: idx.size(1)]
-        document = (idx == separator).cumsum(1)
+        is_end = idx == separator[-1]
+        if len(separator) == 2:
+            previous = nn.functional.pad(idx, (1, 0))[:, :-1]
+            is_end = is_end & (previous == separator[0])
+        document = is_end.cumsum(1)
         is_open = (document[:, :, None] == document[:, None, :]).tril()[:, None]
         for block in self.transformer.h:
             q, k, v = block.attn.qkv(block.ln_1(x))
@@ -682,6 +688,16 @@ def test_transformers_refuses_a_changed_model_and_folio_needs_the_change(change,
     change(MLP, "forward", GELU_OF_GPT2)
     with pytest.raises(FolioError, match=r"was trained with a changed model\.py"):
         load_model(tmp_path)
+
+
+def test_weights_that_an_earlier_version_saved_in_gpt2s_layout_can_be_loaded(change, tmp_path):
+    change(MLP, "forward", relu_squared)
+    model, idx = random_model(dataclasses.replace(CONFIG, pad_vocab_to=8)), torch.tensor([[0, 1]])
+    save_model(model, tmp_path)
+    save_file(to_hf_state_dict(model), tmp_path / "model.safetensors")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "layout": None}))
+    assert torch.equal(load_model(tmp_path)(idx), model(idx))
 
 
 def test_a_model_with_new_parameters_is_trained_saved_and_loaded(

@@ -97,6 +97,8 @@ def test_describe_run_gives_step_and_loss_and_whether_training_was_finished(tmp_
     folder = tmp_path / "out" / "my_run"
     save_model(random_model(), folder)
     assert describe_run(str(folder)) == "out/my_run"
+    save_model(random_model(), folder, step=1750, val_loss=-0.5)  # with another loss in model.py
+    assert describe_run(folder) == "out/my_run, step 1,750, validation loss -0.5000"
     save_model(random_model(), folder, step=1750, val_loss=1.556)
     assert describe_run(folder) == "out/my_run, step 1,750, validation loss 1.5560"
     (folder / SETTINGS_FILE).write_text(json.dumps(RUN_SETTINGS))

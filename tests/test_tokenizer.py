@@ -223,6 +223,14 @@ def test_char_file_is_recognized_if_entries_without_effect_are_missing(tmp_path)
     assert load_tokenizer(tmp_path) == tokenizer
 
 
+def test_characters_are_recognized_without_tokenizer_config_json(tmp_path):
+    """With the config.json of a model, in which model_type is gpt2."""
+    save_tokenizer(CharTokenizer("\n abc"), tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert load_tokenizer(tmp_path) == CharTokenizer("\n abc")
+
+
 @pytest.mark.parametrize(
     ("add_eos", "pad_token"), [(False, None), (False, "b"), (True, None)]
 )  # with end-of-text, that is the padding token

@@ -869,6 +869,30 @@ def test_patience_after_a_kill_does_not_count_evaluations_before_the_best_one(
     assert load_checkpoint(tmp_path / "run")["train_state"]["step"] == 12
 
 
+def test_an_evaluation_that_exhausts_patience_right_after_resuming_is_saved(
+    tiny_flags, tmp_path, call, monkeypatch
+):
+    losses = iter([4.0, 2.0, 2.5, None, 2.6])  # a signal interrupts the first evaluation at step 6
+
+    def evaluate(model, dataset, config, device, dist, threads):
+        if (loss := next(losses)) is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            dist.shutdown.sync()
+            return None
+        return loss, 1.0
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    flags = [*tiny_flags, "--max_iters=99", "--eval_interval=2", "--patience=2"]
+    assert call(train, *flags, "--checkpoint_interval=4").returncode == 143
+    assert call(train, *flags, "--init_from=resume").returncode == 0
+    state = load_checkpoint(tmp_path / "run")["train_state"]
+    assert [state[name] for name in ("step", "last_eval_step", "evaluations_since_best")] == [
+        6,
+        6,
+        2,
+    ]
+
+
 # --- Finetuning and evaluation ---
 
 
@@ -886,6 +910,20 @@ def test_finetuning_uses_the_architecture_of_the_weights(
     assert "learning rates: 0.02 (Muon: the matrices of the blocks), 0.005 (AdamW)" in output
     tuned = load_model(tmp_path / "tuned").config
     assert (tuned.n_embd, tuned.block_size, tuned.dropout) == (16, 4, 0.1)
+
+
+def test_a_run_resumes_from_resume_pt_alone(tiny_flags, tmp_path, run_train):
+    run_train(*tiny_flags, "--max_iters=4")
+    kept = (tmp_path / "run" / CHECKPOINT_FILE).read_bytes()
+    tokenizer = (tmp_path / "run" / "tokenizer_config.json").read_text()
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / CHECKPOINT_FILE).write_bytes(kept)
+    run_train(*tiny_flags, "--init_from=resume", "--max_iters=8")
+    assert (tmp_path / "run" / "tokenizer_config.json").read_text() == tokenizer
+    (tmp_path / "run" / "tokenizer_config.json").unlink()
+    run_train(*tiny_flags, "--init_from=resume", "--max_iters=9")
+    assert (tmp_path / "run" / "tokenizer_config.json").read_text() == tokenizer
 
 
 def test_a_resumed_run_keeps_a_chat_template(tiny_flags, tmp_path, run_train):
