@@ -445,6 +445,6 @@ def print_stderr(message: str) -> None:
     """
     with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is closed, or None
         number = sys.stderr.fileno()
-        # On a terminal, first erase the progress bars, in this line and the next one.
-        start = "\r\x1b[J" if os.isatty(number) else "\n"
+        # On a terminal, first erase the progress bar in this line.
+        start = "\r\x1b[K" if os.isatty(number) else "\n"
         os.write(number, f"{start}{message}\n".encode())

@@ -243,8 +243,10 @@ def from_hf_state_dict(
 def compare_tensors(found: dict[str, torch.Tensor], model: GPT) -> Iterator[str]:
     """Yield what does not fit the model in names and shapes: "transformer.extra is unknown".
 
-    A buffer may be missing: if model.py was changed, the model has a value of its own.
+    A buffer may be missing: if model.py was changed, the model has a value of its own. (What
+    get_extra_state() of a changed model gives is no tensor, and is not compared.)
     """
+    found = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     known, required = model.state_dict(), dict(model.named_parameters())
     for name in sorted(found.keys() | required.keys()):
         if name not in found:

@@ -27,6 +27,8 @@ from engine.train_config import TrainConfig
 
 START_ID_FILE = "start_id.txt"
 MIN_SECONDS = 5  # between two lines of progress where there is no bar
+STATUS_SECONDS = 2  # the progress bar shows the loss and the time left at least so often
+CLEAR_REST_OF_LINE = "\x1b[K"  # for a terminal: the bar before may have been longer
 PLOT_SECONDS = 30  # between two plots: the first takes about a second (it imports matplotlib)
 
 
@@ -65,7 +67,7 @@ class MetricsLogger:
         self.start_step = state.step  # when this process started
         self.first_step: tuple[int, float] | None = None  # (step, seconds) after its first step
         self.last_logged: tuple[int, float] | None = None  # (tokens, seconds) of the last row
-        self.last_print = self.last_plot = time.monotonic()
+        self.last_print = self.last_plot = self.last_status = time.monotonic()
         self.bar: tqdm | None = None
         self.warnings: set[str] = set()
         self.trackers: list[Tracker] = []
@@ -91,7 +93,8 @@ class MetricsLogger:
                 total=self.config.max_iters, initial=self.state.step, dynamic_ncols=True,
                 leave=False,
                 # A short bar: the "^C" of a terminal does not begin a new line after it.
-                bar_format="{percentage:3.0f}% |{bar:12}| {n_fmt}/{total_fmt} steps{postfix}",
+                bar_format="{percentage:3.0f}% |{bar:12}| {n_fmt}/{total_fmt} steps{postfix}"
+                + CLEAR_REST_OF_LINE,
             )  # fmt: skip
         return self
 
@@ -153,6 +156,8 @@ class MetricsLogger:
                 self._rename_later_snapshots()
         if self.bar is not None:
             self.bar.update(self.state.step - self.bar.n)
+            if time.monotonic() - self.last_status >= STATUS_SECONDS:  # steps are slow
+                self._show_progress(self._new_row()["tokens_per_second"])
 
     def log_checkpoint(self, seconds: float) -> None:
         """Print the size of resume.pt and the seconds it took, if more than one."""
@@ -182,7 +187,7 @@ class MetricsLogger:
             self.last_logged = (self.state.tokens, self.state.seconds)
             self._show_progress(row["tokens_per_second"], is_evaluation=val_loss is not None)
 
-    def _new_row(self, val_loss: float | None, bits_per_byte: float | None) -> LogRow:
+    def _new_row(self, val_loss: float | None = None, bits_per_byte: float | None = None) -> LogRow:
         state, metrics = self.state, self.metrics
         tokens_before, seconds_before = self.last_logged or (state.tokens, state.seconds)
         elapsed = state.seconds - seconds_before
@@ -240,7 +245,7 @@ class MetricsLogger:
 
     # --- Progress ---
 
-    def _show_progress(self, speed: float | None, is_evaluation: bool) -> None:
+    def _show_progress(self, speed: float | None, is_evaluation: bool = False) -> None:
         state, max_iters = self.state, self.config.max_iters
         status = f"loss {self.metrics.loss:.3f}"
         if speed:
@@ -251,6 +256,7 @@ class MetricsLogger:
         steps, seconds = state.step - self.first_step[0], state.seconds - self.first_step[1]
         if steps > 0:
             status += f", {format_duration((max_iters - state.step) * seconds / steps)} left"
+        self.last_status = time.monotonic()
         if self.bar is not None:
             self.bar.set_postfix_str(status)
         elif not is_evaluation and time.monotonic() - self.last_print >= MIN_SECONDS:
@@ -322,11 +328,15 @@ def show_evaluation(
 def show_progress(
     items: Iterable[Item], total: int, activity: str, unit: str, enabled: bool = True
 ) -> Iterator[Item]:
-    """Yield the items. On a terminal, a bar shows how many have been used."""
+    """Yield the items. On a terminal, a bar shows how many have been used.
+
+    position=0: in the line of the bar of training steps. A second line could be destroyed by the
+    message about a signal, which comes at any moment.
+    """
+    form = f"{activity} |{{bar:12}}| {{n_fmt}}/{{total_fmt}} {unit}, {{remaining}} left"
     yield from tqdm(
         items, total=total, disable=not (enabled and is_terminal()), leave=False,
-        dynamic_ncols=True,
-        bar_format=f"{activity} |{{bar:12}}| {{n_fmt}}/{{total_fmt}} {unit}, {{remaining}} left",
+        dynamic_ncols=True, position=0, bar_format=form + CLEAR_REST_OF_LINE,
     )  # fmt: skip
 
 

@@ -168,6 +168,18 @@ def test_a_window_that_is_almost_as_long_as_gpt2s_context_is_noticed(change, tmp
     assert "was saved with another model.py" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_model_with_a_window_can_be_loaded_with_a_context_that_is_shorter(change, tmp_path):
+    change(CausalSelfAttention, "forward", window)
+    model, idx = random_model(), torch.tensor([[0, 1, 2]])
+    save_model(model, tmp_path)
+    shorter = load_model(tmp_path, block_size=8)
+    assert is_gpt2(shorter)  # in 8 tokens, a window of 16 has no effect
+    torch.testing.assert_close(shorter(idx), model(idx))
+    change(CausalSelfAttention, "forward", FULL_ATTENTION)
+    with pytest.raises(FolioError, match="make the change again"):
+        load_model(tmp_path, block_size=8)
+
+
 def test_a_window_in_the_fourth_layer_is_noticed(change):
     """It needs a late layer and a long context."""
 
@@ -487,6 +499,11 @@ def uses_other_names(self: GPT, idx: torch.Tensor) -> torch.Tensor:
     return self.transformer.ln_f(self.ln_f(x))
 
 
+def extra_state(self: MLP, state: dict[str, int]) -> None:
+    """torch keeps what get_extra_state() returns in the state_dict."""
+    assert state == {"calls": 1}
+
+
 def number_of_a_tensor(self: MLP, config: GPTConfig) -> None:
     """On the device "meta", tensors have no numbers."""
     MLP_INIT(self, config)
@@ -505,6 +522,7 @@ def number_of_a_tensor(self: MLP, config: GPTConfig) -> None:
         [(CausalSelfAttention, "forward", keeps_its_weights), (MLP, "forward", relu_squared)],
         [(CausalSelfAttention, "forward", mask_of_the_first_pass)],
         [(CausalSelfAttention, "__init__", frozen_biases)],
+        [(MLP, "get_extra_state", lambda _: {"calls": 1}), (MLP, "set_extra_state", extra_state)],
         [(MLP, "__init__", number_of_a_tensor), (MLP, "forward", relu_squared)],
         [(GPT, "__init__", more_rows), (GPT, "hidden_states", uses_more_rows)],
         [(Block, "__init__", residual_block), (Block, "forward", lambda s, x: s.mlp(s.attn(x)))],
@@ -553,6 +571,12 @@ def scaled(self: MLP, x: torch.Tensor) -> torch.Tensor:
     return self.c_proj(self.scale * nn.functional.relu(self.c_fc(x)))
 
 
+def counts_training_steps(self: MLP, x: torch.Tensor) -> torch.Tensor:
+    """The number is lost when the model is saved."""
+    self.steps = getattr(self, "steps", 0) + self.training
+    return GELU_OF_GPT2(self, x) / (1 + self.steps)
+
+
 def normalizes_its_weights(self: MLP, x: torch.Tensor) -> torch.Tensor:
     """A model that changes its parameters in each forward pass, also without training."""
     with torch.no_grad():
@@ -577,6 +601,10 @@ def loss_and_logits(self: GPT, idx: torch.Tensor, targets: torch.Tensor | None =
         ([(MLP, "__init__", complex_angles), (MLP, "forward", relu_squared)], "KeyError"),
         (
             [(MLP, "__init__", random_constant), (MLP, "forward", scaled)],
+            "a saved and loaded model computes another loss",
+        ),
+        (
+            [(MLP, "forward", counts_training_steps)],
             "a saved and loaded model computes another loss",
         ),
         ([(MLP, "forward", normalizes_its_weights)], "the forward pass changes parameters"),

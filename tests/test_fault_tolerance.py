@@ -350,20 +350,18 @@ PROGRESS_BAR = "% |"
 
 
 def visible(output: str) -> list[str]:
-    """The lines that a terminal shows: "\\r" begins a line again, "\\x1b[A" goes one line up, and
-    "\\x1b[J" clears what follows."""
+    """The lines that a terminal shows: "\\r" begins a line again, and "\\x1b[K" clears the rest of
+    the line."""
     lines, row, column = [""], 0, 0
-    for text in re.split(r"(\r|\n|\x1b\[A|\x1b\[J)", output):
+    for text in re.split(r"(\r|\n|\x1b\[K)", output):
         match text:
             case "\r":
                 column = 0
             case "\n":
                 row += 1
                 lines += [""] * (row == len(lines))
-            case "\x1b[A":
-                row -= 1
-            case "\x1b[J":
-                lines[row:] = [lines[row][:column]]
+            case "\x1b[K":
+                lines[row] = lines[row][:column]
             case _:
                 before, after = lines[row][:column].ljust(column), lines[row][column + len(text) :]
                 lines[row], column = before + text + after, column + len(text)
