@@ -82,7 +82,7 @@ def main() -> None:
             # Before the model is built. If this job fails later and is restarted, it resumes the
             # run in the folder: that must not be an older run.
             dist.run_on_main(move_old_run_aside, folder)
-        model = build_model(config, dataset.tokenizer, device, dist)
+        model = build_model(config, dataset, device, dist)
         optimizer = make_optimizer(model, config, device.dtype, dist)
         scaler = device.grad_scaler()  # keeps small float16 gradients above 0
 

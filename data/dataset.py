@@ -340,12 +340,13 @@ def read_dataset(folder: Path, name: str, block_size: int, tokenizer: Tokenizer 
     check_tokenizer(folder / "tokenizer.json", meta)
     train = ShardedTokens(folder, "train", meta, tokenizer.vocab_size)
     val = ShardedTokens(folder, "val", meta, tokenizer.vocab_size)
+    shortest = min(int(tokens.lengths.max()) for tokens in (train, val))
     for tokens in (train, val):
         if tokens.lengths.max() <= block_size:
             raise FolioError(
                 f"{tokens.name}: only {int(tokens.lengths.max()):,} tokens, but a window needs "
                 f"block_size + 1 = {block_size + 1:,}; use more text, or try "
-                f"--block_size={max(int(tokens.lengths.max()) - 1, 1)}"
+                f"--block_size={max(shortest - 1, 1)}"
             )
         if unused := int((tokens.lengths <= block_size).sum()):
             print(

@@ -233,7 +233,7 @@ def read_pieces(path: Path) -> Iterator[str]:
                 offset = position + len(raw) - len(error.object) + error.start
                 raise FolioError(
                     f"{path}: not UTF-8 text (invalid byte at offset {offset:,}); "
-                    "convert or exclude this file"
+                    "exclude this file, or convert it, for example: iconv -f latin1 -t utf8"
                 ) from None
             if position == 0 and raw.startswith(b"version https://git-lfs"):
                 raise FolioError(f"{path}: a Git LFS pointer, not the text; run `git lfs pull`")

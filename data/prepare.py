@@ -4,6 +4,7 @@ The main function is write_dataset(): pieces of text -> token ids -> train.bin a
 lessons/stream.py shows the idea in its simplest form.
 """
 
+import filecmp
 import hashlib
 import itertools
 import os
@@ -187,6 +188,9 @@ def write_dataset(
             meta["dtype"] = token_dtype(tokenizer.vocab_size).name
             meta["tokenizer_sha256"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
             write_json(tmp_dir / "meta.json", meta)
+            if equal_folders(folder, tmp_dir):
+                print(f"{shown_path(folder)}: is this dataset already")
+                return meta
             backup = rename_to_backup(folder) if folder.exists() else None
             os.replace(tmp_dir, folder)
         finally:
@@ -203,6 +207,13 @@ def write_dataset(
                 "recognizes special tokens in the text; so bits per byte are not comparable"
             )
     return meta
+
+
+def equal_folders(folder: Path, other: Path) -> bool:
+    """Whether all files of `other` are in `folder`, with equal contents."""
+    names = [path.name for path in other.iterdir()]
+    _, different, missing = filecmp.cmpfiles(other, folder, names, shallow=False)
+    return not different and not missing
 
 
 def write_tokens(

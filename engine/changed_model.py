@@ -24,13 +24,15 @@ MAX_TOKENS = 1024  # of the texts that are compared, and of their vocabulary: GP
 
 
 @torch.no_grad()
-def is_gpt2(model: GPT) -> bool:
+def is_gpt2(model: GPT, idx: torch.Tensor | None = None) -> bool:
     """Whether this model is a GPT-2: it has GPT-2's parameters, and its logits are gpt2_logits().
+
+    idx: texts (B, T) on which to compare the logits; None: 8 tokens.
 
     False if model.py was changed in one of these, or if this model has hooks or other layers.
     Another initialization or another loss leaves it a GPT-2.
-    Compares the logits of a small model after a long context (see computes_gpt2), then of this
-    model after 8 tokens, in its own precision. If this model gives no numbers to compare (on the
+    Compares the logits of a small model in a long context (see computes_gpt2), then of this model,
+    in its own precision. If this model gives no numbers to compare (on the
     device meta, in 16 bits without autocast, NaN), the small model alone decides.
     """
     config, parameter = model.config, next(model.parameters())
@@ -44,13 +46,14 @@ def is_gpt2(model: GPT) -> bool:
     if model.training:
         # A copy in eval mode, without dropout: another thread may be training the model itself.
         model = copy_model(model, share_weights=True).eval()
-    n_tokens = min(config.block_size, config.vocab_size, 8)
-    # Two rows: a change may mix rows. -1 becomes V - 1, usually end-of-text: a change may treat
-    # this id in a special way, for example by a mask between documents.
-    row = torch.tensor([0, -1, 1, 2, -2, 3, 4, 5][:n_tokens], device=parameter.device)
-    idx = torch.stack((row, row.flip(0))) % config.vocab_size  # (2, T)
+    if idx is None:
+        n_tokens = min(config.block_size, config.vocab_size, 8)
+        # Two rows: a change may mix rows. -1 becomes V - 1, usually end-of-text: a change may treat
+        # this id in a special way, for example by a mask between documents.
+        row = torch.tensor([0, -1, 1, 2, -2, 3, 4, 5][:n_tokens], device=parameter.device)
+        idx = torch.stack((row, row.flip(0))) % config.vocab_size  # (2, T)
     # First gpt2_logits(): the forward pass of a changed model may change its own parameters.
-    expected = gpt2_logits(model, idx)  # (2, T, V)
+    expected = gpt2_logits(model, idx)  # (B, T, V)
     if not expected.isfinite().all():  # numbers that are too large for 16 bits, or NaN
         return True
     try:

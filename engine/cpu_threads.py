@@ -38,7 +38,7 @@ class ThreadAdapter:
     """
 
     WINDOW_SECONDS = 0.5  # the CPU usage is measured in windows of at least this length
-    REDUCE_AFTER, RESTORE_AFTER = 2, 20  # so many windows in a row must agree
+    REDUCE_AFTER, RESTORE_AFTER = 1.0, 10.0  # seconds for which all windows must agree
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ThreadAdapter:
         is_cpu = device.torch_device.type == "cpu" and not device.compile
         self.enabled = is_cpu and not is_fixed and world_size == 1 and self.max_threads > 1
         self.enabled &= Path("/proc/stat").exists()  # Linux
-        self.n_windows = 0  # windows in a row that call for another number of threads
+        self.seconds = 0.0  # for which all windows have called for another number of threads
         if self.enabled:
             self.start = CpuUsage.now()
 
@@ -69,8 +69,8 @@ class ThreadAdapter:
         n_cores = len(os.sched_getaffinity(0))  # that this process may use
         threads = torch.get_num_threads()
         new = fitting_num_threads(threads, self.max_threads, n_cores, own, other)
-        self.n_windows = self.n_windows + 1 if new != threads else 0
-        if self.n_windows < (self.REDUCE_AFTER if new < threads else self.RESTORE_AFTER):
+        self.seconds = self.seconds + wall if new != threads else 0.0
+        if self.seconds < (self.REDUCE_AFTER if new < threads else self.RESTORE_AFTER):
             return
         torch.set_num_threads(new)
         if new == self.max_threads:

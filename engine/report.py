@@ -48,6 +48,8 @@ def banner(
             f"{plural(config.n_embd, 'channel')}, context of {config.block_size}",
         ),
     ]
+    if config.eval_only:
+        lines.append("task     evaluation only: nothing is trained or saved")
     if config.init_from not in ("scratch", "resume"):
         lines.append(f"weights  {config.init_from}")
     elif config.eval_only:

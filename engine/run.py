@@ -4,7 +4,7 @@ config = resolve_config(overrides)                # which settings, and where to
 dataset = load_dataset(config)
 check_init_from(config, dataset)                  # do the weights to start from fit the data?
 move_old_run_aside(folder)                        # unless it is resumed
-model = build_model(config, tokenizer, device)    # new weights, or weights of a model
+model = build_model(config, dataset, device)      # new weights, or weights of a model
 state = resume(config, model, optimizer, ...)     # if resuming: continue where it stopped
 start_run_folder(folder, config, dataset)         # settings.json and the tokenizer
 save_best(...), save_run(...), save_snapshot(...) # the best weights, resume.pt, step_*
@@ -23,14 +23,12 @@ from tqdm import tqdm
 from configurator import (
     FolioError, configure, first_line, format_value, print_or_discard, to_json, wrap,
 )  # fmt: skip
-from data.dataset import Dataset, known_start_id, open_dataset
+from data.dataset import Dataset, known_start_id, open_dataset, training_batch
 from data.files import (
     backup_path, explain_os_error, fsync_file, join_names, shown_path, write_text,
 )  # fmt: skip
 from data.shakespeare import DATASETS, ensure_shakespeare
-from data.tokenizer import (
-    BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, save_tokenizer,
-)  # fmt: skip
+from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, save_tokenizer
 from engine.changed_model import eval_mode, is_gpt2, uses_all_parameters
 from engine.checkpoint import (
     CHECKPOINT_FILE, WEIGHTS_FILE, check_change, check_saving, check_sizes, is_changed,
@@ -116,6 +114,7 @@ def resolve_config(
             print(f"no checkpoint in {shown_path(folder)}: training starts from scratch")
         source = "scratch"
     if source == "scratch":
+        refuse_untrained_evaluation(folder, overrides)
         config = TrainConfig(**overrides)
     elif source == "resume":
         config = resume_config(folder, overrides)
@@ -129,12 +128,22 @@ def resolve_config(
             )
         config = finetune_config(source_folder, overrides)
     check_divisible(config, world_size)
-    if config.max_iters <= config.warmup_iters and not config.eval_only:
+    if 0 < config.max_iters <= config.warmup_iters and not config.eval_only:
         print(
             f"WARNING  max_iters={config.max_iters} does not exceed warmup_iters="
             f"{config.warmup_iters}:\n         the learning rate only rises; lower --warmup_iters"
         )
     return dataclasses.replace(config, init_from=source)
+
+
+def refuse_untrained_evaluation(folder: Path, overrides: dict[str, Any]) -> None:
+    """FolioError for --eval_only without init_from if the run folder holds trained weights."""
+    is_unclear = overrides.get("eval_only") and "init_from" not in overrides
+    if is_unclear and (folder / WEIGHTS_FILE).exists():
+        raise FolioError(
+            f"--eval_only: which weights? --init_from={shown_path(folder)} evaluates the best ones "
+            "of this run, --init_from=resume the latest ones, --init_from=scratch new ones"
+        )
 
 
 def resume_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
@@ -313,7 +322,7 @@ def wrong_dataset_message(
 
 def build_model(
     config: TrainConfig,
-    tokenizer: Tokenizer,
+    dataset: Dataset,
     device: ComputeDevice,
     dist: Distributed | None = None,
 ) -> GPT:
@@ -326,7 +335,7 @@ def build_model(
     dist = dist or Distributed()
     names = (*FROM_MODEL, "dropout", "pad_vocab_to", "activation_checkpointing")
     model_config = GPTConfig(
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=dataset.tokenizer.vocab_size,
         float32_attention=device.use_float32_attention(config.block_size),
         **{name: getattr(config, name) for name in names},
     )
@@ -341,6 +350,8 @@ def build_model(
 
     model = dist.main_process_first(make_model)
     dist.run_on_main(check_model, model)
+    if config.init_from != "resume":  # else its weights are not loaded yet
+        dist.run_on_main(check_on_text, model, dataset)
     return cast_weights(model, device.param_dtype).to(device.torch_device).train()
 
 
@@ -374,6 +385,25 @@ def check_model(model: GPT) -> None:
         )
     if changed:
         check_saving(model.config)
+
+
+def check_on_text(model: GPT, dataset: Dataset) -> None:
+    """Raise FolioError if model.py has a change that only the training text shows.
+
+    is_gpt2() compares the model with GPT-2 on invented texts. For example, they do not contain the
+    empty lines at which a mask may begin. Without a mark, such a model would be taken for a GPT-2.
+    """
+    n_tokens = min(4096, 2**26 // model.config.vocab_size)  # the logits need memory
+    T = model.config.block_size
+    windows, _ = training_batch(dataset.train, max(n_tokens // T, 1), T, 0, step=0, micro_batch=0)
+    with eval_mode(model):
+        hidden_change = is_gpt2(model) and not is_gpt2(model, windows)
+    if hidden_change:
+        raise FolioError(
+            "model.py: this change has an effect on the training text, but not on the texts with "
+            "which all programs look for a change; mark the model by a parameter in GPT.__init__: "
+            "self.mark = nn.Parameter(torch.zeros(1), requires_grad=False)"
+        )
 
 
 def wrap_model(

@@ -6,6 +6,7 @@ import json
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -646,6 +647,34 @@ def test_tokens_that_a_changed_model_forbids_are_not_generated(change, forward):
 
 
 # --- Other changes of the same model.py ---
+
+
+def test_a_change_that_only_the_training_text_shows_needs_a_mark(
+    change, tiny_flags, tiny_dataset, tmp_path, call
+):
+    """A mask that begins at four certain tokens in a row, as an empty line may be."""
+    pattern = np.fromfile(tiny_dataset / "train.bin", "<u2")[100:104].tolist()
+
+    def masked(self: GPT, idx: torch.Tensor) -> torch.Tensor:
+        rows = nn.functional.pad(idx, (3, 0), value=-1).unfold(1, 4, 1)  # (B, T, 4)
+        is_end = (rows == torch.tensor(pattern)).all(-1)
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[: idx.size(1)]
+        x = x * (1 - is_end.cumsum(1).clip(max=1))[..., None]
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
+
+    change(GPT, "hidden_states", masked)
+    assert_one_line_error(call(train, *tiny_flags), "mark the model by a parameter")
+
+    def marked(self: GPT, config: GPTConfig) -> None:
+        GPT_INIT(self, config)
+        self.mark = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    change(GPT, "__init__", marked)
+    result = call(train, *tiny_flags, "--sample_tokens=3")
+    assert result.returncode == 0 and "model.py has been changed" in result.stdout
+    assert is_changed(tmp_path / "run") and not is_gpt2(load_model(tmp_path / "run"))
 
 
 def softcap(limit: float):

@@ -73,11 +73,19 @@ def test_threads_are_reduced_within_ten_steps_and_restored_when_the_cpu_is_free(
     ]
     for _ in range(9):
         fake_cpu.step(adapter, 5, own=1.0, other=1.0)
+        fake_cpu.step(adapter, 5, own=1.0, other=0.1)
     assert fake_cpu.threads == 1 and len(lines) == 1
     for _ in range(25):
         fake_cpu.step(adapter, 0.6, own=1.0, other=0.1)
     assert fake_cpu.threads == 2
     assert lines[1:] == ["threads  2 again: other programs leave the CPU free"]
+
+
+def test_one_slow_step_is_enough_to_reduce_the_threads(fake_cpu):
+    """As the first step of a resumed run, beside several busy programs."""
+    adapter = ThreadAdapter(CPU_DEVICE)
+    fake_cpu.step(adapter, 7, own=1.0, other=1.0)
+    assert fake_cpu.threads == 1
 
 
 def test_short_disturbances_change_nothing(fake_cpu):

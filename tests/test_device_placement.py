@@ -72,7 +72,7 @@ def run(tiny_flags, monkeypatch):
         device = ComputeDevice(GPU, torch.float32, False, "")
         dist = Distributed()
         dataset = load_dataset(config)
-        model = build_model(config, dataset.tokenizer, device)
+        model = build_model(config, dataset, device)
         optimizer = make_optimizer(model, config, device.dtype)
 
     assert {p.device for p in Run.model.parameters()} == {GPU}

@@ -127,10 +127,19 @@ def test_none_is_the_end_of_a_document(tmp_path):
 
 def test_an_existing_dataset_is_renamed(tmp_path, capsys):
     folder = tmp_path / "mine"
-    for text in (LINE, LINE, "that is the question\n"):
+    for text in (LINE, "to be\n", "that is the question\n"):
         prepared(folder, text * 9)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "mine.1", "mine.2"]
     assert f"renamed the existing dataset to {folder}.2\n" in capsys.readouterr().out
+
+
+def test_an_equal_dataset_is_kept_as_it_is(tmp_path, capsys):
+    """A run on it, which remembers its path and its tokens, is not disturbed."""
+    folder = tmp_path / "mine"
+    prepared(folder, LINE * 9)
+    prepared(folder, LINE * 9)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert "is this dataset already" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_dataset_is_refused_before_the_text_is_read(tmp_path):

@@ -66,7 +66,7 @@ def start_training(*flags: str) -> SimpleNamespace:
     run.config = resolve_config(parse_overrides(TrainConfig, list(flags)))
     run.device = choose_device(run.config.device, run.config.dtype, run.config.compile)
     run.dataset = load_dataset(run.config)
-    run.model = build_model(run.config, run.dataset.tokenizer, run.device)
+    run.model = build_model(run.config, run.dataset, run.device)
     run.optimizer = make_optimizer(run.model, run.config, run.device.dtype)
     run.scaler = run.device.grad_scaler()
     return run
@@ -1047,6 +1047,12 @@ def test_eval_only_prints_the_loss_and_writes_nothing(tiny_flags, tmp_path, run_
     assert output.endswith(") on the first 8 validation tokens\n")
     run_train(*tiny_flags, "--eval_only", f"--out_dir={tmp_path / 'none'}")
     assert not (tmp_path / "none").exists()
+
+
+def test_eval_only_asks_which_weights_if_the_folder_holds_a_run(tiny_flags, run_train, call):
+    run_train(*tiny_flags)
+    assert_one_line_error(call(train, *tiny_flags, "--eval_only"), "which weights?", "=resume")
+    assert "untrained" in run_train(*tiny_flags, "--eval_only", "--init_from=scratch")
 
 
 def test_only_the_main_process_prints(tiny_flags, capsys):
