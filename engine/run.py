@@ -350,7 +350,7 @@ def build_model(
 
     model = dist.main_process_first(make_model)
     dist.run_on_main(check_model, model)
-    if config.init_from != "resume":  # else its weights are not loaded yet
+    if config.init_from != "resume" and not config.eval_only:  # resume() loads weights later
         dist.run_on_main(check_on_text, model, dataset)
     return cast_weights(model, device.param_dtype).to(device.torch_device).train()
 
@@ -393,9 +393,9 @@ def check_on_text(model: GPT, dataset: Dataset) -> None:
     is_gpt2() compares the model with GPT-2 on invented texts. For example, they do not contain the
     empty lines at which a mask may begin. Without a mark, such a model would be taken for a GPT-2.
     """
-    n_tokens = min(4096, 2**26 // model.config.vocab_size)  # the logits need memory
-    T = model.config.block_size
-    windows, _ = training_batch(dataset.train, max(n_tokens // T, 1), T, 0, step=0, micro_batch=0)
+    n_tokens = max(min(4096, 2**24 // model.config.vocab_size), 8)  # limits memory and time
+    T = min(model.config.block_size, n_tokens)
+    windows, _ = training_batch(dataset.train, n_tokens // T, T, seed=0, step=0, micro_batch=0)
     with eval_mode(model):
         hidden_change = is_gpt2(model) and not is_gpt2(model, windows)
     if hidden_change:
