@@ -43,6 +43,7 @@ from engine.hf_format import (
     CHANGED_MODEL_TYPE, SHA256_KEY, WEIGHTS_FILE, cast_weights, compare_tensors, from_hf_state_dict,
     has_trained_biases, load_torch_file, model_without_numbers, read_config, read_weights,
     sha256_of, stored_tensors, to_hf_config, to_hf_state_dict, uninitialized_model,
+    with_one_dtype,
 )  # fmt: skip
 from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, weights_metadata
 from engine.train_config import TrainConfig
@@ -151,12 +152,13 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         if given != saved:
             raise ValueError(f"{name}={given}: the weights in {folder} have {name}={saved}")
     check_sizes(folder, saved_config, config.vocab_size, config.block_size)
-    if read_json(folder / "config.json").get("layout") != OWN_LAYOUT:
+    if read_json(folder / "config.json").get("layout") == OWN_LAYOUT:
+        tensors = with_one_dtype(tensors)
+        if problems := list(compare_tensors(tensors, model_without_numbers(saved_config))):
+            problem = join_names(problems, max_names=3)
+            raise FolioError(f"{shown_path(folder)}: {MAKE_THE_CHANGE_AGAIN} ({problem})")
+    else:
         tensors = from_hf_state_dict(tensors, saved_config, folder)
-    elif problems := list(compare_tensors(tensors, model_without_numbers(saved_config))):
-        raise FolioError(
-            f"{shown_path(folder)}: {MAKE_THE_CHANGE_AGAIN} ({join_names(problems, max_names=3)})"
-        )
     try:
         model = model_with_weights(config, resize_embeddings(tensors, saved_config, config))
     except ValueError as error:
@@ -167,7 +169,9 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
             f"{folder}: the weights contain NaN or infinity; train again with lower learning rates"
         )
     check_change(folder, model)
-    if is_changed(folder) and config.block_size == saved_config.block_size:
+    names = ("block_size", "vocab_size", "pad_vocab_to")
+    has_saved_sizes = all(getattr(config, n) == getattr(saved_config, n) for n in names)
+    if is_changed(folder) and has_saved_sizes:
         warn_of_another_change(folder, model)
     return model
 
@@ -242,8 +246,9 @@ def check_saving(config: GPTConfig) -> None:
 
     So the user knows it before the training, and not after it.
     """
-    # At most 12 blocks: of a larger model, a second and a third one may not fit into the memory.
-    config = dataclasses.replace(config, n_layer=min(config.n_layer, 12))
+    print("model.py has been changed: checking that its weights can be saved", flush=True)
+    # At most 4 blocks: a large model would take minutes, and several times its memory.
+    config = dataclasses.replace(config, n_layer=min(config.n_layer, 4))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = uninitialized_model(config).eval()

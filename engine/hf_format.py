@@ -213,10 +213,7 @@ def from_hf_state_dict(
         if name.endswith(TRANSPOSED) and tensor.dim() == 2:
             tensor = tensor.t().contiguous()
         state_dict[name] = tensor
-    floats = {name: tensor for name, tensor in state_dict.items() if tensor.is_floating_point()}
-    is_float64 = all(tensor.dtype == torch.float64 for tensor in floats.values())
-    dtype = torch.float64 if is_float64 else torch.float32
-    state_dict |= {name: tensor.to(dtype) for name, tensor in floats.items()}
+    state_dict = with_one_dtype(state_dict)
     # False only if model.py was changed, and has an output layer of its own:
     is_tied = "lm_head.weight" not in dict(model.named_parameters())
     lm_head = state_dict.pop("lm_head.weight", None) if is_tied else None
@@ -238,6 +235,14 @@ def from_hf_state_dict(
     if problems := list(compare_tensors(state_dict, model)):
         raise FolioError(f"{folder}: the weights do not match config.json: {join_names(problems)}")
     return state_dict
+
+
+def with_one_dtype(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, with floating-point numbers in float64 if all of them are, else in float32."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    is_float64 = all(tensor.dtype == torch.float64 for tensor in floats.values())
+    dtype = torch.float64 if is_float64 else torch.float32
+    return tensors | {name: tensor.to(dtype) for name, tensor in floats.items()}
 
 
 def compare_tensors(found: dict[str, torch.Tensor], model: GPT) -> Iterator[str]:

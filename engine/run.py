@@ -393,7 +393,7 @@ def check_on_text(model: GPT, dataset: Dataset) -> None:
     is_gpt2() compares the model with GPT-2 on invented texts. For example, they do not contain the
     empty lines at which a mask may begin. Without a mark, such a model would be taken for a GPT-2.
     """
-    n_tokens = max(min(4096, 2**24 // model.config.vocab_size), 8)  # limits memory and time
+    n_tokens = max(min(1024, 2**24 // model.config.vocab_size), 8)  # limits memory and time
     T = min(model.config.block_size, n_tokens)
     windows, _ = training_batch(dataset.train, n_tokens // T, T, seed=0, step=0, micro_batch=0)
     with eval_mode(model):

@@ -757,6 +757,12 @@ def test_weights_that_an_earlier_version_saved_in_gpt2s_layout_can_be_loaded(cha
     assert torch.equal(load_model(tmp_path)(idx), model(idx))
 
 
+def test_a_changed_model_that_was_saved_in_16_bits_is_loaded_in_32(change, tmp_path, capsys):
+    change(MLP, "forward", relu_squared)
+    save_model(random_model().bfloat16(), tmp_path)
+    assert load_model(tmp_path).transformer.wte.weight.dtype == torch.float32
+
+
 def test_a_model_with_new_parameters_is_trained_saved_and_loaded(
     learned_scale, tiny_flags, tmp_path, call
 ):
