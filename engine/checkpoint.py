@@ -41,8 +41,8 @@ from data.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.changed_model import copy_model, fixed_ids_loss, is_gpt2, model_py_is_gpt2
 from engine.hf_format import (
     CHANGED_MODEL_TYPE, SHA256_KEY, WEIGHTS_FILE, cast_weights, compare_tensors, from_hf_state_dict,
-    has_trained_biases, load_torch_file, model_without_numbers, read_config, read_weights,
-    sha256_of, stored_tensors, to_hf_config, to_hf_state_dict, uninitialized_model,
+    has_trained_biases, load_torch_file, model_without_numbers, random_model, read_config,
+    read_weights, sha256_of, stored_tensors, to_hf_config, to_hf_state_dict, uninitialized_model,
     with_one_dtype,
 )  # fmt: skip
 from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, weights_metadata
@@ -152,15 +152,9 @@ def load_model(folder: str | Path, **overrides: Any) -> GPT:
         if given != saved:
             raise ValueError(f"{name}={given}: the weights in {folder} have {name}={saved}")
     check_sizes(folder, saved_config, config.vocab_size, config.block_size)
-    if read_json(folder / "config.json").get("layout") == OWN_LAYOUT:
-        tensors = with_one_dtype(tensors)
-        if problems := list(compare_tensors(tensors, model_without_numbers(saved_config))):
-            problem = join_names(problems, max_names=3)
-            raise FolioError(f"{shown_path(folder)}: {MAKE_THE_CHANGE_AGAIN} ({problem})")
-    else:
-        tensors = from_hf_state_dict(tensors, saved_config, folder)
+    state_dict = to_state_dict(tensors, saved_config, folder)
     try:
-        model = model_with_weights(config, resize_embeddings(tensors, saved_config, config))
+        model = model_with_weights(config, resize_embeddings(state_dict, saved_config, config))
     except ValueError as error:
         sizes = f"block_size={saved_config.block_size}, pad_vocab_to={saved_config.pad_vocab_to}"
         raise FolioError(f"{folder}: the weights do not fit ({error}); use {sizes}") from None
@@ -186,6 +180,22 @@ def warn_of_another_change(folder: Path, model: GPT) -> None:
             f"token ids was {saved:.4f}, and with this model.py it is {loss:.4f}"
         )
         print(wrap(warning, indent=9), file=sys.stderr)
+
+
+def to_state_dict(
+    tensors: dict[str, torch.Tensor], config: GPTConfig, folder: Path
+) -> dict[str, torch.Tensor]:
+    """The tensors that save_model(), or another program, has saved in `folder` -> a state_dict.
+
+    Raises FolioError if they do not fit model.py.
+    """
+    if read_json(folder / "config.json").get("layout") != OWN_LAYOUT:
+        return from_hf_state_dict(tensors, config, folder)
+    state_dict = with_one_dtype(tensors)
+    if problems := list(compare_tensors(state_dict, model_without_numbers(config))):
+        problem = join_names(problems, max_names=3)
+        raise FolioError(f"{shown_path(folder)}: {MAKE_THE_CHANGE_AGAIN} ({problem})")
+    return state_dict
 
 
 def resize_embeddings(
@@ -247,13 +257,8 @@ def check_saving(config: GPTConfig) -> None:
     So the user knows it before the training, and not after it.
     """
     print("model.py has been changed: checking that its weights can be saved", flush=True)
-    # At most 4 blocks: a large model would take minutes, and several times its memory.
-    config = dataclasses.replace(config, n_layer=min(config.n_layer, 4))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = uninitialized_model(config).eval()
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)  # trained weights are not 0
+    model = random_model(config)
+    config = model.config
     copy_model(model)  # a changed model is copied to generate text
     sums = [parameter.sum().item() for parameter in model.parameters()]
     idx = torch.zeros(1, config.block_size, dtype=torch.long)
@@ -269,7 +274,8 @@ def check_saving(config: GPTConfig) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             save_model(model, folder)
-            losses.append(fixed_ids_loss(model_with_weights(config, read_weights(folder))))
+            state_dict = to_state_dict(read_weights(folder), read_config(folder), Path(folder))
+        losses.append(fixed_ids_loss(model_with_weights(config, state_dict)))
     except Exception as error:  # safetensors, for example, refuses some types of numbers
         raise FolioError(
             "model.py: the weights of this model cannot be saved and loaded again "

@@ -8,6 +8,7 @@ linear layers as (in, out), torch as (out, in); its GPT-2 always has biases; and
 embeddings has no rows of padding.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -310,6 +311,21 @@ def uninitialized_model(config: GPTConfig, device: torch.device | str = "cpu") -
     """
     with torch.device(device), torch.random.fork_rng(devices=[]), NoInitialization():
         return GPT(config)
+
+
+def random_model(config: GPTConfig) -> GPT:
+    """A GPT with random weights, to try on the CPU what model.py computes; in eval mode.
+
+    Its weights are larger than a new model's: no part of it is without effect.
+    It has at most 4 blocks: a large model would take minutes, and several times its memory.
+    """
+    config = dataclasses.replace(config, n_layer=min(config.n_layer, 4))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = uninitialized_model(config).eval()
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
 
 
 def model_without_numbers(config: GPTConfig) -> GPT:

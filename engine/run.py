@@ -38,7 +38,7 @@ from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
 from engine.hf_format import (
     cast_weights, compare_tensors, find_weights, has_trained_biases, loadable_state_dict,
-    read_config, read_weights, uninitialized_model,
+    random_model, read_config, read_weights, uninitialized_model,
 )  # fmt: skip
 from engine.log_file import LOG_FILE
 from engine.optimizer import Optimizer
@@ -350,8 +350,8 @@ def build_model(
 
     model = dist.main_process_first(make_model)
     dist.run_on_main(check_model, model)
-    if config.init_from != "resume" and not config.eval_only:  # resume() loads weights later
-        dist.run_on_main(check_on_text, model, dataset)
+    if not config.eval_only:
+        dist.run_on_main(check_on_text, model_config, dataset)
     return cast_weights(model, device.param_dtype).to(device.torch_device).train()
 
 
@@ -387,18 +387,17 @@ def check_model(model: GPT) -> None:
         check_saving(model.config)
 
 
-def check_on_text(model: GPT, dataset: Dataset) -> None:
+def check_on_text(config: GPTConfig, dataset: Dataset) -> None:
     """Raise FolioError if model.py has a change that only the training text shows.
 
     is_gpt2() compares the model with GPT-2 on invented texts. For example, they do not contain the
     empty lines at which a mask may begin. Without a mark, such a model would be taken for a GPT-2.
     """
-    n_tokens = max(min(1024, 2**24 // model.config.vocab_size), 8)  # limits memory and time
-    T = min(model.config.block_size, n_tokens)
+    n_tokens = max(min(1024, 2**24 // config.vocab_size), 8)  # limits memory and time
+    T = min(config.block_size, n_tokens)
     windows, _ = training_batch(dataset.train, n_tokens // T, T, seed=0, step=0, micro_batch=0)
-    with eval_mode(model):
-        hidden_change = is_gpt2(model) and not is_gpt2(model, windows)
-    if hidden_change:
+    model = random_model(config)
+    if is_gpt2(model) and not is_gpt2(model, windows):
         raise FolioError(
             "model.py: this change has an effect on the training text, but not on the texts with "
             "which all programs look for a change; mark the model by a parameter in GPT.__init__: "

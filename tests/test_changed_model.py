@@ -31,6 +31,7 @@ from tests.test_train import start_training
 GELU_OF_GPT2, LAYER_NORM_INIT = MLP.forward, nn.LayerNorm.__init__
 ATTENTION_INIT, LM_HEAD = CausalSelfAttention.__init__, GPT.lm_head
 GPT_INIT, MLP_INIT, FORWARD = GPT.__init__, MLP.__init__, GPT.forward
+INIT_WEIGHTS = GPT.init_weights
 FULL_ATTENTION = CausalSelfAttention.forward
 CONFIG = GPTConfig(block_size=32, vocab_size=5, n_layer=2, n_head=2, n_embd=16)
 
@@ -505,6 +506,17 @@ def extra_state(self: MLP, state: dict[str, int]) -> None:
     assert state == {"calls": 1}
 
 
+def counted_steps(self: MLP, config: GPTConfig) -> None:
+    MLP_INIT(self, config)
+    self.register_buffer("steps", torch.zeros(()))
+
+
+def changes_after_some_steps(self: MLP, x: torch.Tensor) -> torch.Tensor:
+    """A new model is a GPT-2, a trained model is not."""
+    self.steps += self.training
+    return GELU_OF_GPT2(self, x) if self.steps < 4 else relu_squared(self, x)
+
+
 def number_of_a_tensor(self: MLP, config: GPTConfig) -> None:
     """On the device "meta", tensors have no numbers."""
     MLP_INIT(self, config)
@@ -525,6 +537,7 @@ def number_of_a_tensor(self: MLP, config: GPTConfig) -> None:
         [(CausalSelfAttention, "__init__", frozen_biases)],
         [(MLP, "get_extra_state", lambda _: {"calls": 1}), (MLP, "set_extra_state", extra_state)],
         [(MLP, "__init__", number_of_a_tensor), (MLP, "forward", relu_squared)],
+        [(MLP, "__init__", counted_steps), (MLP, "forward", changes_after_some_steps)],
         [(GPT, "__init__", more_rows), (GPT, "hidden_states", uses_more_rows)],
         [(Block, "__init__", residual_block), (Block, "forward", lambda s, x: s.mlp(s.attn(x)))],
         [
@@ -659,12 +672,21 @@ def test_a_change_that_only_the_training_text_shows_needs_a_mark(
         rows = nn.functional.pad(idx, (3, 0), value=-1).unfold(1, 4, 1)  # (B, T, 4)
         is_end = (rows == torch.tensor(pattern)).all(-1)
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[: idx.size(1)]
-        x = x * (1 - is_end.cumsum(1).clip(max=1))[..., None]
+        end = is_end.cumsum(1).clip(max=1)[..., None]
         for block in self.transformer.h:
-            x = block(x)
+            x = x + (1 - end) * block.attn(block.ln_1(x))
+            x = x + block.mlp(block.ln_2(x))
         return self.transformer.ln_f(x)
 
+    def without_effect(self: GPT) -> None:
+        """A new model adds 0 to the residual stream: no mask has an effect on it yet."""
+        INIT_WEIGHTS(self)
+        for block in self.transformer.h:
+            nn.init.zeros_(block.attn.c_proj.weight)
+            nn.init.zeros_(block.mlp.c_proj.weight)
+
     change(GPT, "hidden_states", masked)
+    change(GPT, "init_weights", without_effect)
     assert_one_line_error(call(train, *tiny_flags), "mark the model by a parameter")
 
     def marked(self: GPT, config: GPTConfig) -> None:
