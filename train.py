@@ -26,11 +26,11 @@ from data.dataset import IGNORE_INDEX, Dataset, ShardedTokens
 from data.dataset import derive_seed, evaluation_batches, prefetch, training_batch
 from engine.changed_model import eval_mode
 from engine.checkpoint import WEIGHTS_FILE, measured_on
-from engine.cpu_threads import ThreadAdapter, one_thread
+from engine.cpu_threads import ThreadAdapter
 from engine.device import ComputeDevice, choose_device, explain_out_of_memory, is_out_of_memory
 from engine.distributed import Distributed, is_restarted
 from engine.flops import peak_tokens_per_second
-from engine.inference import InferenceModel, is_small, read_ids
+from engine.inference import InferenceModel, read_ids
 from engine.metrics import MetricsLogger, StepMetrics, show_evaluation, show_progress
 from engine.optimizer import Optimizer, make_optimizer, set_lr_multiplier
 from engine.report import banner, indented, summary
@@ -489,7 +489,7 @@ def show_sample(
     start = torch.from_numpy(dataset.tokenizer.encode_prompt(""))[None]  # (1, T)
     generator = device.generator(config.seed)
     try:
-        with eval_mode(model), one_thread() if is_small(model) else contextlib.nullcontext():
+        with eval_mode(model):
             steps = InferenceModel(model, device.torch_device).generate(
                 start, config.sample_tokens, temperature=0.8, generator=generator
             )

@@ -278,7 +278,9 @@ def check_replaceable(folder: Path) -> None:
     """
     is_empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not is_empty and not any((folder / name).exists() for name in DATASET_FILES):
-        raise FolioError(f"{folder}: exists and is not a dataset; choose another --dataset")
+        raise FolioError(
+            f"{folder}: exists and is not a dataset; move it away, or choose another --dataset"
+        )
 
 
 def shards_folder(name: str, source: str) -> Path:

@@ -99,7 +99,7 @@ def copy_model(model: GPT, share_weights: bool = False) -> GPT:
     """A copy of the model.
 
     share_weights: the copy uses the weights of the model itself.
-    Raises FolioError if a changed model.py has tensors that cannot be copied.
+    Raises FolioError if a changed model has an attribute that cannot be copied, such as a lock.
     """
     # If an object's id is in this dict, deepcopy() takes the dict's value and makes no copy.
     known = {id(weight): weight for weight in model.parameters()} if share_weights else {}
@@ -137,17 +137,18 @@ def fixed_ids_loss(model: GPT) -> float:
 
 
 def uses_all_parameters(model: GPT) -> bool:
-    """Whether every training step gives each parameter a gradient, as in GPT-2.
+    """Whether every training step gives each parameter a gradient; False if this is not a GPT-2.
 
-    A changed model.py may skip blocks at random, for example. A small model makes many steps: if
-    each block is skipped once in 50 times, they show it.
+    A model that is a GPT-2 in eval mode may skip blocks at random in training. A small model tries
+    it: if each block is skipped once in 50 times, 400 passes through a block almost always show it.
     """
     if not is_gpt2(model):
         return False
     n_layer, n_head = min(model.config.n_layer, 48), model.config.n_head
     config = GPTConfig(
-        8, 11, n_layer, n_head, 2 * n_head, dropout=model.config.dropout, bias=model.config.bias
-    )
+        block_size=8, vocab_size=11, n_layer=n_layer, n_head=n_head, n_embd=2 * n_head,
+        dropout=model.config.dropout, bias=model.config.bias,
+    )  # fmt: skip
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         small_model, idx = GPT(config), torch.arange(8)[None]
         parameters = list(small_model.parameters())

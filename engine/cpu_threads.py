@@ -10,13 +10,15 @@ wait. If one thread shares its core with another program, all threads wait for i
 operation: the program becomes many times slower. With one thread fewer it is much faster.
 train.py calls after_step() after each training step and each batch of an evaluation, sample.py
 after each piece of text. Small models generate text as fast with one thread as with two.
+
+torch.set_num_threads() is called only when it is needed: after any call, also with the same number,
+torch runs MKL in another mode, in which attention in float32 takes longer.
 """
 
-import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,17 +88,6 @@ def use_one_thread() -> None:
     """Use one CPU thread, unless OMP_NUM_THREADS or MKL_NUM_THREADS is set."""
     if not is_num_threads_set():
         torch.set_num_threads(1)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one CPU thread inside the block."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def is_num_threads_set() -> bool:

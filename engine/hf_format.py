@@ -316,8 +316,8 @@ def uninitialized_model(config: GPTConfig, device: torch.device | str = "cpu") -
 def random_model(config: GPTConfig) -> GPT:
     """A GPT with random weights, to try on the CPU what model.py computes; in eval mode.
 
-    Its weights are larger than a new model's: no part of it is without effect.
-    It has at most 4 blocks: a large model would take minutes, and several times its memory.
+    Its matrices and biases are larger than a new model's, so that each part has an effect.
+    It has at most 4 blocks: trying a deep model would take minutes, and memory for several copies.
     """
     config = dataclasses.replace(config, n_layer=min(config.n_layer, 4))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -390,8 +390,9 @@ def check_model(model: GPT) -> None:
 def check_on_text(config: GPTConfig, dataset: Dataset) -> None:
     """Raise FolioError if model.py has a change that only the training text shows.
 
-    is_gpt2() compares the model with GPT-2 on invented texts. For example, they do not contain the
-    empty lines at which a mask may begin. Without a mark, such a model would be taken for a GPT-2.
+    is_gpt2() compares the model with GPT-2 on invented texts. A mask may begin at certain words,
+    for example, and these texts need not contain the words. So such a model would be taken for a
+    GPT-2, unless it has a parameter that GPT-2 does not have. Tries 1,024 tokens of the text.
     """
     n_tokens = max(min(1024, 2**24 // config.vocab_size), 8)  # limits memory and time
     T = min(config.block_size, n_tokens)
