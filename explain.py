@@ -49,7 +49,7 @@ class ExplainConfig:
     # --- Model and text ---
     out_dir: str = ""  # run folder, relative to Folio's folder; empty: the newest in out/
     init_from: str = ""  # instead of a run: gpt2, a name on the hub, or a folder
-    start: str = ""  # the text; FILE:path reads a file; empty: the first of the validation text
+    start: str = ""  # the text; FILE:path reads a file; empty: the validation text
     max_tokens: PositiveInt = 64  # longer texts are cut after so many tokens
     # --- Output ---
     output: str = ""  # the file to write; empty: explain.html in the run folder, or in out/
@@ -137,7 +137,7 @@ def run_of(folder: Path) -> Path:
 def choose_folders(folder: Path, max_snapshots: int) -> list[Path]:
     """Folders in the order of training: the best weights (the run folder) and snapshots.
 
-    If there are too many snapshots (step_* folders), some of them at equal distances.
+    Of more snapshots (step_* folders), it takes max_snapshots at about equal distances.
     """
     folders = [path.parent for path in folder.glob(f"step_*/{WEIGHTS_FILE}")]
     folders = [path for path in folders if read_run_settings(path) is None]  # no runs

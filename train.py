@@ -35,9 +35,9 @@ from engine.metrics import MetricsLogger, StepMetrics, show_evaluation, show_pro
 from engine.optimizer import Optimizer, make_optimizer, set_lr_multiplier
 from engine.report import banner, indented, summary
 from engine.run import (
-    OUT_OF_MEMORY_HINT, TrainState, build_model, check_init_from, fingerprint,
-    is_patience_exhausted, load_dataset, resolve_config, resume, save_best, save_run,
-    save_snapshot, start_run_folder, wrap_model,
+    OUT_OF_MEMORY_HINT, TrainState, build_model, check_init_from, check_model_py, fingerprint,
+    is_patience_exhausted, load_dataset, make_model_config, resolve_config, resume, save_best,
+    save_run, save_snapshot, start_run_folder, wrap_model,
 )  # fmt: skip
 from engine.run_folder import lock_run_folder, move_old_run_aside, resolve_out_dir
 from engine.trackers import check_trackers
@@ -78,11 +78,13 @@ def main() -> None:
         )
         # The token that begins a text without a prompt, if that is not end-of-text.
         dataset.tokenizer.known_start_id = dist.run_on_main(check_init_from, config, dataset)
+        model_config = make_model_config(config, dataset, device)
+        dist.run_on_main(check_model_py, model_config, dataset)
         if config.init_from != "resume" and not config.eval_only:
             # Before the model is built. If this job fails later and is restarted, it resumes the
             # run in the folder: that must not be an older run.
             dist.run_on_main(move_old_run_aside, folder)
-        model = build_model(config, dataset, device, dist)
+        model = build_model(config, model_config, device, dist)
         optimizer = make_optimizer(model, config, device.dtype, dist)
         scaler = device.grad_scaler()  # keeps small float16 gradients above 0
 
@@ -166,7 +168,7 @@ def is_due(interval: int, state: TrainState, config: TrainConfig) -> bool:
 
 
 def is_evaluation_due(state: TrainState, config: TrainConfig) -> bool:
-    """A resumed run does not repeat an evaluation of its first step."""
+    """Whether to evaluate at this step; False if this step has been evaluated already."""
     return is_due(config.eval_interval, state, config) and state.last_eval_step != state.step
 
 
@@ -364,7 +366,7 @@ def record_evaluation(
     logger.check_folder()
     if (state.best_step, state.best_val_loss) == (state.step, val_loss):
         # These are the best weights so far. (They may be in the folder already, without a model
-        # card: if the run was killed between the two files, it repeats the evaluation. If the
+        # card: if the run was killed before it wrote the card, it repeats the evaluation. If the
         # loss is another one, because settings have changed, the weights in the folder stay.)
         save_best(logger.folder, config, state, dataset, model, bits_per_byte)
     logger.log_row(val_loss, bits_per_byte)

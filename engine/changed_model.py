@@ -20,20 +20,20 @@ from model import GPT, GPTConfig
 CHANGED_MODEL_NOTE = (
     "model.py has been changed and does not compute GPT-2: text is generated without a cache"
 )
-MAX_TOKENS = 1024  # of the texts that are compared, and of their vocabulary: GPT-2's context
+MAX_TOKENS = 1024  # in each row of the compared texts (GPT-2's context), and in the vocabulary
 
 
 @torch.no_grad()
 def is_gpt2(model: GPT, idx: torch.Tensor | None = None) -> bool:
     """Whether this model is a GPT-2: it has GPT-2's parameters, and its logits are gpt2_logits().
 
-    idx: texts (B, T) on which to compare the logits; None: 8 tokens.
+    idx: texts (B, T) on which to compare the logits; None: two rows of 8 tokens.
 
     False if model.py was changed in one of these, or if this model has hooks or other layers.
     Another initialization or another loss leaves it a GPT-2.
-    Compares the logits of a small model in a long context (see computes_gpt2), then of this model,
-    in its own precision. If this model gives no numbers to compare (on the
-    device meta, in 16 bits without autocast, NaN), the small model alone decides.
+    Compares the logits of a small model in a long context (see small_model_is_gpt2), then of this
+    model, in its own precision. If this model gives no numbers to compare (on the device meta, in
+    16 bits without autocast, NaN), the shapes and the small model decide.
     """
     config, parameter = model.config, next(model.parameters())
     if not model_py_is_gpt2(config):
@@ -71,13 +71,13 @@ def is_gpt2(model: GPT, idx: torch.Tensor | None = None) -> bool:
 def model_py_is_gpt2(config: GPTConfig) -> bool:
     """Whether model.py computes GPT-2 with these sizes.
 
-    With other sizes it may: a window that is longer than the context has no effect.
+    The answer depends on them: an attention window that is longer than the context has no effect.
     """
-    # At most as deep as gpt2-xl, and with its context: that takes about eight seconds on one core
+    # At most the depth and the context of gpt2-xl. Comparing takes about eight seconds on one core
     # for gpt2-xl, and one second for GPT-2 small.
     n_layer, block_size = min(config.n_layer, 48), min(config.block_size, MAX_TOKENS)
     vocab_size = min(config.vocab_size, MAX_TOKENS)
-    return computes_gpt2(n_layer, config.n_head, block_size, vocab_size, config.bias)
+    return small_model_is_gpt2(n_layer, config.n_head, block_size, vocab_size, config.bias)
 
 
 @contextlib.contextmanager
@@ -123,10 +123,10 @@ def copy_model(model: GPT, share_weights: bool = False) -> GPT:
 def fixed_ids_loss(model: GPT) -> float:
     """The loss of a fixed row of token ids, in eval mode; NaN if the model cannot compute it.
 
-    With the same weights, another model.py gives another loss.
+    With the same weights, a model.py that computes other logits usually gives another loss.
     """
     T, device = min(model.config.block_size, MAX_TOKENS), next(model.parameters()).device
-    ids = 7 * torch.arange(T + 1, device=device) % model.config.vocab_size
+    ids = 7 * torch.arange(T + 1, device=device) % model.config.vocab_size  # 0, 7, 14, ...
     try:
         if model.training:
             model = copy_model(model, share_weights=True).eval()
@@ -160,11 +160,13 @@ def uses_all_parameters(model: GPT) -> bool:
 
 
 @functools.cache  # model.py does not change while a program runs
-def computes_gpt2(n_layer: int, n_head: int, block_size: int, vocab_size: int, bias: bool) -> bool:
+def small_model_is_gpt2(
+    n_layer: int, n_head: int, block_size: int, vocab_size: int, bias: bool
+) -> bool:
     """Whether model.py computes the logits of GPT-2, as gpt2_logits() does.
 
-    Compares the logits of a narrow model with random weights, on texts that contain each token:
-    a change may concern one token only, for example a mask between lines.
+    Compares the logits of a small (narrow) model with random weights, on texts that contain each
+    token: a change may concern one token only, for example a mask between lines.
     """
     config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd=2 * n_head, bias=bias)
     try:
@@ -182,14 +184,15 @@ def computes_gpt2(n_layer: int, n_head: int, block_size: int, vocab_size: int, b
             idx = ids[torch.arange(n_rows * block_size) % len(ids)].view(n_rows, block_size)
             # First gpt2_logits(): a changed model may change its parameters in its forward pass.
             expected = gpt2_logits(model, idx)
-            model.train()(idx[:1, :8], idx[:1, :8])  # may change other numbers, such as a counter
+            # A model may count its passes in training, and its logits may depend on the count.
+            model.train()(idx[:1, :8], idx[:1, :8])
             return torch.allclose(model.eval()(idx), expected, rtol=1e-9)
     except Exception:  # a changed model.py may lack a layer, or not work in these sizes
         return False
 
 
 def gpt2_logits(model: GPT, idx: torch.Tensor) -> torch.Tensor:
-    """(B, T) -> (B, T, V): GPT-2's logits, from the parameters of a model alone.
+    """(B, T) -> (B, T, V): GPT-2's logits, from a model's sizes and parameters alone.
 
     Nothing of model.py is called. So it makes no difference whether model.py was changed.
     """

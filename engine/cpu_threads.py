@@ -9,10 +9,12 @@ torch's threads wait for one another after each operation, and keep their cores 
 wait. If one thread shares its core with another program, all threads wait for it, in every
 operation: the program becomes many times slower. With one thread fewer it is much faster.
 train.py calls after_step() after each training step and each batch of an evaluation, sample.py
-after each piece of text. Small models generate text as fast with one thread as with two.
+after each piece of text. Small models generate text as fast with one thread as with two: for them,
+sample.py calls use_one_thread().
 
-torch.set_num_threads() is called only when it is needed: after any call, also with the same number,
-torch runs MKL in another mode, in which attention in float32 takes longer.
+torch.set_num_threads() is called only when it is needed. After any call, also with the same number,
+attention in float32 takes longer. (torch then sets mkl_set_dynamic(false): MKL, Intel's library of
+matrix products, may no longer use fewer threads than torch.)
 """
 
 import math
@@ -49,7 +51,7 @@ class ThreadAdapter:
         world_size: int = 1,
         report: Callable[[str], None] = lambda message: None,
     ):
-        self.report = report  # gets the line that says so when the number of threads changes
+        self.report = report  # is called with a message when the number of threads changes
         self.max_threads = torch.get_num_threads()
         is_fixed = num_threads or is_num_threads_set()
         is_cpu = device.torch_device.type == "cpu" and not device.compile
@@ -107,6 +109,7 @@ def fitting_num_threads(
         return max_threads
     if own > 0.9 * threads:  # all threads get their cores
         return threads
+    # Other programs take whole cores; less than a quarter of a core is not counted.
     return max(1, min(threads, cores - math.ceil(other - 0.25)))
 
 

@@ -60,7 +60,7 @@ def to_hf_config(config: GPTConfig) -> dict[str, Any]:
 # The values that make a model GPT-2. A config.json may leave these keys out, but not differ.
 # The first value of each is the default of transformers' GPT2Config.
 REQUIRED_GPT2_VALUES = {
-    "model_type": ("gpt2", CHANGED_MODEL_TYPE),
+    "model_type": ("gpt2", CHANGED_MODEL_TYPE),  # a changed model has GPT-2's settings, too
     "activation_function": (  # all names of the tanh approximation of GELU
         "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate",
     ),
@@ -229,7 +229,8 @@ def from_hf_state_dict(
         for name in [name for name in state_dict if name.endswith(BIASES)]:
             if not state_dict[name].any():
                 del state_dict[name]
-    rows = "transformer.wte.weight"  # padding: changed models were once saved in this layout
+    # Earlier versions of Folio saved a changed model in this layout, without its rows of padding.
+    rows = "transformer.wte.weight"
     n_padding = config.padded_vocab_size - config.vocab_size
     if n_padding and rows in state_dict and len(state_dict[rows]) == config.vocab_size:
         state_dict[rows] = nn.functional.pad(state_dict[rows], (0, 0, 0, n_padding))
@@ -299,15 +300,15 @@ class NoInitialization(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in self.SKIPPED:
-            return kwargs["tensor"]
+            return kwargs["tensor"]  # torch passes all arguments of nn.init functions by name here
         return func(*args, **(kwargs or {}))
 
 
 def uninitialized_model(config: GPTConfig, device: torch.device | str = "cpu") -> GPT:
-    """A GPT whose weights have shapes, but no meaningful numbers.
+    """A GPT whose matrices have shapes, but no meaningful numbers.
 
     If model.py was changed, the model may also have constants, such as a mask. These constants
-    have their values.
+    have their values, except on the device "meta", where no tensor has values.
     """
     with torch.device(device), torch.random.fork_rng(devices=[]), NoInitialization():
         return GPT(config)

@@ -4,7 +4,7 @@ config = resolve_config(overrides)                # which settings, and where to
 dataset = load_dataset(config)
 check_init_from(config, dataset)                  # do the weights to start from fit the data?
 move_old_run_aside(folder)                        # unless it is resumed
-model = build_model(config, dataset, device)      # new weights, or weights of a model
+model = build_model(config, model_config, device) # new weights, or weights of a model
 state = resume(config, model, optimizer, ...)     # if resuming: continue where it stopped
 start_run_folder(folder, config, dataset)         # settings.json and the tokenizer
 save_best(...), save_run(...), save_snapshot(...) # the best weights, resume.pt, step_*
@@ -200,6 +200,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
 def finetune_config(folder: Path, overrides: dict[str, Any]) -> TrainConfig:
     """The settings for finetuning the model in `folder`: the architecture comes from the model."""
     model_config = read_config(folder)
+    # transformers trains biases that Folio has saved as 0: see load_model().
     without_biases = not model_config.bias and not is_changed(folder)
     if without_biases and has_trained_biases(read_weights(folder)):
         model_config = dataclasses.replace(model_config, bias=True)
@@ -254,8 +255,8 @@ def load_dataset(config: TrainConfig) -> Dataset:
 def check_init_from(config: TrainConfig, dataset: Dataset) -> int | None:
     """Raise FolioError if the model to start from cannot be trained with these settings and data.
 
-    Returns Tokenizer.known_start_id of this run: weights from elsewhere keep the value of their
-    tokenizer.
+    Returns the token that begins a text without a prompt, if that is not end-of-text
+    (Tokenizer.known_start_id). If the run starts from a model, this is the token of the model.
 
     This comes before an older run is moved aside: a run that cannot start moves nothing. Whether
     the weights themselves are damaged is known when they are loaded.
@@ -265,7 +266,9 @@ def check_init_from(config: TrainConfig, dataset: Dataset) -> int | None:
     resumed = config.init_from == "resume"
     folder = resolve_out_dir(config.out_dir) if resumed else resolve_model_dir(config.init_from)
     if resumed and not (folder / "tokenizer.json").exists():
-        return known_start_id(dataset)  # only resume.pt was copied: resume() compares the datasets
+        # Only resume.pt was copied: resume() compares the datasets.
+        is_finetuned = saved_settings(folder).get("init_from") != "scratch"
+        return None if is_finetuned else known_start_id(dataset)
     source_tokenizer = load_tokenizer(folder)
     if not resumed:
         check_sizes(folder, read_config(folder), source_tokenizer.vocab_size, config.block_size)
@@ -320,46 +323,40 @@ def wrong_dataset_message(
     )
 
 
-def build_model(
-    config: TrainConfig,
-    dataset: Dataset,
-    device: ComputeDevice,
-    dist: Distributed | None = None,
-) -> GPT:
-    """The model on its device: with new weights, or with the weights of the model to finetune.
-
-    Only the main process makes or reads weights; wrap_model() sends them to the other processes,
-    whose parameters are uninitialized until then. When resuming, resume() loads the saved weights.
-    dist: None means one process.
-    """
-    dist = dist or Distributed()
+def make_model_config(config: TrainConfig, dataset: Dataset, device: ComputeDevice) -> GPTConfig:
+    """The sizes of the model that is trained."""
     names = (*FROM_MODEL, "dropout", "pad_vocab_to", "activation_checkpointing")
-    model_config = GPTConfig(
+    return GPTConfig(
         vocab_size=dataset.tokenizer.vocab_size,
         float32_attention=device.use_float32_attention(config.block_size),
         **{name: getattr(config, name) for name in names},
     )
 
-    def make_model() -> GPT:
-        if config.init_from == "resume" or not dist.is_main:
-            return uninitialized_model(model_config, device.torch_device)
-        if config.init_from == "scratch":
-            torch.manual_seed(config.seed)
-            return GPT(model_config)  # on the CPU: so the weights do not depend on the device
-        return load_model(resolve_model_dir(config.init_from), **dataclasses.asdict(model_config))
 
-    model = dist.main_process_first(make_model)
-    dist.run_on_main(check_model, model)
-    if not config.eval_only:
-        dist.run_on_main(check_on_text, model_config, dataset)
-    return cast_weights(model, device.param_dtype).to(device.torch_device).train()
+def check_model_py(model_config: GPTConfig, dataset: Dataset) -> None:
+    """Raise FolioError if model.py was changed so that a model could not be used after training.
 
-
-def check_model(model: GPT) -> None:
-    """Raise FolioError if a changed model.py cannot be trained, saved, loaded and copied.
-
-    torch does not find layers in a Python list or dict: it neither trains nor saves them.
+    A model must be trained, saved, loaded, copied, and recognized as changed. A small model of
+    random weights tries this.
     """
+    model = random_model(model_config)
+    check_layers_are_found(model)
+    idx, output = torch.zeros(1, 1, dtype=torch.long), None
+    with torch.no_grad(), contextlib.suppress(Exception):  # for example, it needs a longer text
+        output = model(idx, idx)
+    if isinstance(output, tuple):
+        raise FolioError(
+            "model.py: model(idx, targets) returns a tuple; let it return the loss alone, and "
+            "model(idx) the logits alone"
+        )
+    if is_gpt2(model):
+        check_on_text(model, dataset)
+    else:
+        check_saving(model)
+
+
+def check_layers_are_found(model: GPT) -> None:
+    """FolioError for layers in a Python list or dict: torch neither trains nor saves them."""
     known = {*model.modules(), *model.parameters()}
     for module in model.modules():
         for name, value in vars(module).items():
@@ -373,37 +370,50 @@ def check_model(model: GPT) -> None:
                     "layers, which are neither trained nor saved; use nn.ModuleList, ModuleDict, "
                     "ParameterList or ParameterDict"
                 )
-    idx, output = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device), None
-    with eval_mode(model), torch.no_grad():
-        changed = not is_gpt2(model)
-        with contextlib.suppress(Exception):  # for example, it needs a longer text
-            output = model(idx, idx)
-    if isinstance(output, tuple):
-        raise FolioError(
-            "model.py: model(idx, targets) returns a tuple; let it return the loss alone, and "
-            "model(idx) the logits alone"
-        )
-    if changed:
-        check_saving(model.config)
 
 
-def check_on_text(config: GPTConfig, dataset: Dataset) -> None:
+def check_on_text(model: GPT, dataset: Dataset) -> None:
     """Raise FolioError if model.py has a change that only the training text shows.
 
     is_gpt2() compares the model with GPT-2 on invented texts. A mask may begin at certain words,
     for example, and these texts need not contain the words. So such a model would be taken for a
-    GPT-2, unless it has a parameter that GPT-2 does not have. Tries 1,024 tokens of the text.
+    GPT-2, unless it has a parameter that GPT-2 does not have. Tries at most 1,024 tokens.
     """
-    n_tokens = max(min(1024, 2**24 // config.vocab_size), 8)  # limits memory and time
-    T = min(config.block_size, n_tokens)
+    n_tokens = max(min(1024, 2**24 // model.config.vocab_size), 8)  # limits memory and time
+    T = min(model.config.block_size, n_tokens)
     windows, _ = training_batch(dataset.train, n_tokens // T, T, seed=0, step=0, micro_batch=0)
-    model = random_model(config)
-    if is_gpt2(model) and not is_gpt2(model, windows):
+    if not is_gpt2(model, windows):
         raise FolioError(
             "model.py: this change has an effect on the training text, but not on the texts with "
             "which all programs look for a change; mark the model by a parameter in GPT.__init__: "
             "self.mark = nn.Parameter(torch.zeros(1), requires_grad=False)"
         )
+
+
+def build_model(
+    config: TrainConfig,
+    model_config: GPTConfig,
+    device: ComputeDevice,
+    dist: Distributed | None = None,
+) -> GPT:
+    """The model on its device: with new weights, or with the weights of the model to finetune.
+
+    Only the main process makes or reads weights; wrap_model() sends them to the other processes,
+    whose parameters are uninitialized until then. When resuming, resume() loads the saved weights.
+    dist: None means one process.
+    """
+    dist = dist or Distributed()
+
+    def make_model() -> GPT:
+        if config.init_from == "resume" or not dist.is_main:
+            return uninitialized_model(model_config, device.torch_device)
+        if config.init_from == "scratch":
+            torch.manual_seed(config.seed)
+            return GPT(model_config)  # on the CPU: so the weights do not depend on the device
+        return load_model(resolve_model_dir(config.init_from), **dataclasses.asdict(model_config))
+
+    model = dist.main_process_first(make_model)
+    return cast_weights(model, device.param_dtype).to(device.torch_device).train()
 
 
 def wrap_model(

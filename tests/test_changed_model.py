@@ -19,7 +19,7 @@ import train
 from configurator import FolioError
 from data.tokenizer import CharTokenizer
 from engine.checkpoint import is_changed, load_model, load_model_and_tokenizer, save_model
-from engine.changed_model import computes_gpt2, is_gpt2, uses_all_parameters
+from engine.changed_model import small_model_is_gpt2, is_gpt2, uses_all_parameters
 from engine.hf_format import to_hf_state_dict
 from engine.inference import InferenceModel
 from engine.log_file import read_log
@@ -61,15 +61,15 @@ def window(self: CausalSelfAttention, x: torch.Tensor, size: int = 16) -> torch.
 @pytest.fixture
 def change(monkeypatch):
     """change(MLP, "forward", function) changes the model until the test ends."""
-    computes_gpt2.cache_clear()
+    small_model_is_gpt2.cache_clear()
 
     def change_model(cls: type, name: str, function) -> None:
         monkeypatch.setattr(cls, name, function)
-        computes_gpt2.cache_clear()
+        small_model_is_gpt2.cache_clear()
 
     yield change_model
     monkeypatch.undo()
-    computes_gpt2.cache_clear()
+    small_model_is_gpt2.cache_clear()
 
 
 @pytest.fixture
@@ -98,9 +98,9 @@ def random_model(config: GPTConfig = CONFIG) -> GPT:
     return model
 
 
-def test_the_model_as_it_is_computes_gpt2(change):
+def test_the_model_as_it_is_small_model_is_gpt2(change):
     numbers = torch.get_rng_state()
-    assert computes_gpt2(n_layer=2, n_head=2, block_size=32, vocab_size=5, bias=True)
+    assert small_model_is_gpt2(n_layer=2, n_head=2, block_size=32, vocab_size=5, bias=True)
     assert torch.equal(numbers, torch.get_rng_state())  # training draws its own
 
 
@@ -226,7 +226,9 @@ def test_weights_of_other_sizes_are_refused_in_one_line(change, tmp_path):
         load_model(tmp_path, block_size=8)
 
 
-def test_a_python_list_of_layers_is_refused(change, tiny_flags, call):
+def test_a_python_list_of_layers_is_refused_before_an_old_run_is_moved(
+    change, tiny_flags, tmp_path, call
+):
     init = MLP.__init__
 
     def with_gates(self, config):
@@ -234,8 +236,10 @@ def test_a_python_list_of_layers_is_refused(change, tiny_flags, call):
         self.known = [self.c_fc]  # another name for a layer is no mistake
         self._gates = [nn.Linear(config.n_embd, config.n_embd)]
 
+    assert call(train, *tiny_flags).returncode == 0
     change(MLP, "__init__", with_gates)
     assert_one_line_error(call(train, *tiny_flags), "MLP._gates is a list of layers", "ModuleList")
+    assert (tmp_path / "run").exists() and not (tmp_path / "run.1").exists()
 
 
 @pytest.mark.parametrize("separator", [(198,), (510,), (198, 198)])
@@ -745,7 +749,7 @@ def test_blocks_that_are_skipped_at_random_are_noticed(change, dropout):
 
 def test_the_default_device_of_torch_does_not_matter(change):
     with torch.device("meta"):
-        assert computes_gpt2(n_layer=2, n_head=2, block_size=32, vocab_size=5, bias=True)
+        assert small_model_is_gpt2(n_layer=2, n_head=2, block_size=32, vocab_size=5, bias=True)
 
 
 def test_generation_of_a_changed_model_ends_at_stop_tokens(change):

@@ -15,7 +15,7 @@ from engine.device import ComputeDevice
 from engine.distributed import Distributed
 from engine.inference import InferenceModel
 from engine.optimizer import make_optimizer
-from engine.run import build_model, load_dataset, resolve_config
+from engine.run import build_model, load_dataset, make_model_config, resolve_config
 from engine.train_config import TrainConfig
 
 GPU = torch.device("meta")
@@ -72,7 +72,7 @@ def run(tiny_flags, monkeypatch):
         device = ComputeDevice(GPU, torch.float32, False, "")
         dist = Distributed()
         dataset = load_dataset(config)
-        model = build_model(config, dataset, device)
+        model = build_model(config, make_model_config(config, dataset, device), device)
         optimizer = make_optimizer(model, config, device.dtype)
 
     assert {p.device for p in Run.model.parameters()} == {GPU}

@@ -35,7 +35,9 @@ from engine.device import choose_device
 from engine.distributed import Distributed
 from engine.metrics import START_ID_FILE, StepMetrics
 from engine.optimizer import make_optimizer
-from engine.run import TrainState, build_model, check_divisible, load_dataset, resolve_config
+from engine.run import (
+    TrainState, build_model, check_divisible, load_dataset, make_model_config, resolve_config,
+)  # fmt: skip
 from engine.run_folder import (
     SETTINGS_FILE, lock_run_folder, validation_split, weights_metadata,
 )  # fmt: skip
@@ -66,7 +68,9 @@ def start_training(*flags: str) -> SimpleNamespace:
     run.config = resolve_config(parse_overrides(TrainConfig, list(flags)))
     run.device = choose_device(run.config.device, run.config.dtype, run.config.compile)
     run.dataset = load_dataset(run.config)
-    run.model = build_model(run.config, run.dataset, run.device)
+    run.model = build_model(
+        run.config, make_model_config(run.config, run.dataset, run.device), run.device
+    )
     run.optimizer = make_optimizer(run.model, run.config, run.device.dtype)
     run.scaler = run.device.grad_scaler()
     return run
