@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import sys
 import time
 import uuid
@@ -28,7 +29,8 @@ from engine.train_config import TrainConfig
 START_ID_FILE = "start_id.txt"
 MIN_SECONDS = 5  # between two lines of progress where there is no bar
 STATUS_SECONDS = 2  # the progress bar shows the loss and the time left at least so often
-CLEAR_REST_OF_LINE = "\x1b[K"  # for a terminal: the bar before may have been longer
+# For a terminal: the bar before may have been longer. (Older terminals of Windows show the code.)
+CLEAR_REST_OF_LINE = "" if os.name == "nt" else "\x1b[K"
 PLOT_SECONDS = 30  # between two plots: the first takes about a second (it imports matplotlib)
 
 
