@@ -377,12 +377,15 @@ def check_on_text(model: GPT, dataset: Dataset) -> None:
 
     is_gpt2() compares the model with GPT-2 on invented texts. A mask may begin at certain words,
     for example, and these texts need not contain the words. So such a model would be taken for a
-    GPT-2, unless it has a parameter that GPT-2 does not have. Tries at most 1,024 tokens.
+    GPT-2, unless it has a parameter that GPT-2 does not have. Tries at most 16,384 tokens, in a
+    narrow model.
     """
-    n_tokens = max(min(1024, 2**24 // model.config.vocab_size), 8)  # limits memory and time
-    T = min(model.config.block_size, n_tokens)
+    config = model.config
+    n_tokens = min(16_384, max(2**26 // config.vocab_size, 8))  # the logits need memory
+    T = min(config.block_size, n_tokens)
     windows, _ = training_batch(dataset.train, n_tokens // T, T, seed=0, step=0, micro_batch=0)
-    if not is_gpt2(model, windows):
+    narrow_model = random_model(dataclasses.replace(config, n_embd=2 * config.n_head))
+    if is_gpt2(narrow_model) and not is_gpt2(narrow_model, windows):
         raise FolioError(
             "model.py: this change has an effect on the training text, but not on the texts with "
             "which all programs look for a change; mark the model by a parameter in GPT.__init__: "
