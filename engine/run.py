@@ -137,9 +137,9 @@ def resolve_config(
 
 
 def refuse_untrained_evaluation(folder: Path, overrides: dict[str, Any]) -> None:
-    """FolioError for --eval_only without init_from if the run folder holds trained weights."""
+    """FolioError for --eval_only without init_from if the folder holds a run."""
     is_unclear = overrides.get("eval_only") and "init_from" not in overrides
-    if is_unclear and (folder / WEIGHTS_FILE).exists():
+    if is_unclear and any((folder / name).exists() for name in (WEIGHTS_FILE, CHECKPOINT_FILE)):
         raise FolioError(
             f"--eval_only: which weights? --init_from={shown_path(folder)} evaluates the best ones "
             "of this run, --init_from=resume the latest ones, --init_from=scratch new ones"
