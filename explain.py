@@ -229,9 +229,11 @@ def residual_streams(model: GPT, idx: torch.Tensor) -> tuple[list[torch.Tensor],
     streams: list[torch.Tensor] = []
     modules = [*model.transformer.h, model.transformer.ln_f]
     hooks = [m.register_forward_pre_hook(lambda _, args: streams.extend(args)) for m in modules]
-    logits = model(idx).float()
-    for hook in hooks:
-        hook.remove()
+    try:
+        logits = model(idx).float()
+    finally:
+        for hook in hooks:
+            hook.remove()
     shape = (*idx.shape, model.config.n_embd)
     if [stream.shape for stream in streams] != [shape] * len(modules):
         raise FolioError(

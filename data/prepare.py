@@ -210,10 +210,11 @@ def write_dataset(
 
 
 def equal_folders(folder: Path, other: Path) -> bool:
-    """Whether all files of `other` are in `folder`, with equal contents."""
+    """Whether all files of `other` are in `folder`, with equal contents, and no other shards."""
     names = [path.name for path in other.iterdir()]
     _, different, missing = filecmp.cmpfiles(other, folder, names, shallow=False)
-    return not different and not missing
+    has_other_shards = any(path.name not in names for path in folder.glob("*.bin"))
+    return not (different or missing or has_other_shards)
 
 
 def write_tokens(
