@@ -11,3 +11,5 @@ except ModuleNotFoundError as error:
         f"{error.name} is not installed here. Activate the environment: . .venv/bin/activate\n"
         "(or install the packages of Folio: pip install -e .)"
     ) from None
+except KeyboardInterrupt:  # Ctrl-C while torch is loaded
+    raise SystemExit(130) from None
