@@ -45,7 +45,9 @@ from engine.hf_format import (
     read_weights, sha256_of, stored_tensors, to_hf_config, to_hf_state_dict, uninitialized_model,
     with_one_dtype,
 )  # fmt: skip
-from engine.run_folder import make_folder, refuse_nanogpt_checkpoint, weights_metadata
+from engine.run_folder import (
+    SETTINGS_FILE, make_folder, refuse_nanogpt_checkpoint, weights_metadata,
+)  # fmt: skip
 from engine.train_config import TrainConfig
 from model import GPT, GPTConfig
 
@@ -495,6 +497,8 @@ def advice_without_checkpoint(path: Path) -> str:
         where = shown_path(folder)
         flags = shell_command(f"--init_from={where}", f"--out_dir={where}-2")
         return f"to continue from the best weights: {flags}"
+    if (folder / SETTINGS_FILE).exists():
+        return "it stopped before its first checkpoint; --init_from=scratch starts it again"
     checkpoints = list(folder.parent.glob(f"*/{CHECKPOINT_FILE}"))
     checkpoints.sort(key=lambda found: found.stat().st_mtime, reverse=True)  # the newest first
     if beside := [found.parent.name for found in checkpoints]:

@@ -1078,6 +1078,11 @@ def test_resolve_config_decides_where_the_weights_come_from(tiny_flags, tmp_path
     (tmp_path / "other" / "resume.pt").touch()
     with pytest.raises(FolioError, match=rf"name the run: --out_dir={tmp_path / 'other'}$"):
         init_from("--init_from=resume")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / SETTINGS_FILE).touch()  # this run was killed in its first step
+    with pytest.raises(FolioError, match="stopped before its first checkpoint"):
+        init_from("--init_from=resume")
+    (tmp_path / "run" / SETTINGS_FILE).unlink()
     for name in ("a", "b", "c", "rum"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "resume.pt").touch()
