@@ -162,9 +162,7 @@ class Setting:
 
     name: str
     value_type: type  # int, float or str
-    choices: tuple[
-        Any, ...
-    ]  # the only valid values, such as ("auto", True, False); () if any value is valid
+    choices: tuple[Any, ...]  # such as ("auto", True, False); (): any value is valid
     range: Range  # of a number
     default: Any
     help: str  # the comment behind the field

@@ -137,7 +137,8 @@ def run_of(folder: Path) -> Path:
 def choose_folders(folder: Path, max_snapshots: int) -> list[Path]:
     """Folders in the order of training: the best weights (the run folder) and snapshots.
 
-    Of more snapshots (step_* folders), it takes max_snapshots at about equal distances.
+    If there are more than max_snapshots snapshots (step_* folders), the function takes
+    max_snapshots of them, at about equal distances.
     """
     folders = [path.parent for path in folder.glob(f"step_*/{WEIGHTS_FILE}")]
     folders = [path for path in folders if read_run_settings(path) is None]  # no runs
@@ -198,7 +199,7 @@ def explain(model: GPT, ids: torch.Tensor) -> dict[str, Any]:
         raise FolioError("the logits of this model are not finite: its training has diverged")
     losses = cross_entropy(logits[0, :-1], ids[1:], reduction="none").tolist()
     if math.inf in losses:
-        raise FolioError("this model gives a token of the text the probability 0: no loss to show")
+        raise FolioError("this model gives a token of the text the probability 0: infinite loss")
     scores, values, messages = [], [], []
     for block, x in zip(model.transformer.h, streams[:-1], strict=True):
         q, k, v = block.attn.qkv(block.ln_1(x))  # each (1, n_head, T, head_dim)
@@ -223,8 +224,8 @@ def residual_streams(model: GPT, idx: torch.Tensor) -> tuple[list[torch.Tensor],
     """idx (1, T) -> the residual stream before each block and after the last one, (1, T, C) each;
     and the logits (1, T, V).
 
-    Hooks record the inputs of the blocks and of the final layer norm. So the streams are those of
-    model(idx), also if model.py was changed.
+    Hooks record the inputs of the blocks and of the final layer norm while model(idx) computes
+    them. So the page shows the computation of the model itself, also if model.py was changed.
     """
     streams: list[torch.Tensor] = []
     modules = [*model.transformer.h, model.transformer.ln_f]

@@ -79,7 +79,7 @@ def main() -> None:
         # The token that begins a text without a prompt, if that is not end-of-text.
         dataset.tokenizer.known_start_id = dist.run_on_main(check_init_from, config, dataset)
         model_config = make_model_config(config, dataset, device)
-        dist.run_on_main(check_model_py, model_config, dataset)
+        dist.run_on_main(check_model_py, model_config, dataset)  # a reader may have changed it
         if config.init_from != "resume" and not config.eval_only:
             # Before the model is built. If this job fails later and is restarted, it resumes the
             # run in the folder: that must not be an older run.
@@ -471,10 +471,8 @@ def fixed_batch_loss(dataset: Dataset, model: GPT, device: ComputeDevice) -> flo
     """
     block_size = model.config.block_size
     batch = training_batch(dataset.train, 1, block_size, seed=0, step=0, micro_batch=0)
-    model.eval()
-    loss = model(*device.to_device(*batch)).item()
-    model.train()
-    return loss
+    with eval_mode(model):
+        return model(*device.to_device(*batch)).item()
 
 
 def show_sample(

@@ -131,7 +131,7 @@ def file_lock(path: str | Path, message: str, wait: bool = False) -> Iterator[No
     path = Path(path)
     # If the disk has no locks, do not make a "soft" lock (a file that exists): after SIGKILL it
     # would stay, and stop all later jobs.
-    # mode: other users who may write this folder may also lock it (if their umask says so).
+    # mode: another user who may create files here can use the lock, if the umask allows it.
     lock = filelock.FileLock(path, mode=0o666, fallback_to_soft=False)
     advice = "use a folder inside a folder in which you may create files"
     with explain_os_error(path, f"cannot create this lock file; {advice}"):

@@ -189,7 +189,7 @@ def write_dataset(
             meta["tokenizer_sha256"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
             write_json(tmp_dir / "meta.json", meta)
             if equal_folders(folder, tmp_dir):
-                print(f"{shown_path(folder)}: is this dataset already")
+                print(f"{shown_path(folder)} already holds this dataset")
                 return meta
             backup = rename_to_backup(folder) if folder.exists() else None
             os.replace(tmp_dir, folder)

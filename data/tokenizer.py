@@ -334,8 +334,8 @@ def char_from_dict(contents: Any, config: dict[str, Any]) -> CharTokenizer | Non
     if model.get("type") != "WordLevel":
         return None
     if config.get("tokenizer_class") == "gpt2":
-        # Without tokenizer_config.json: this is the model_type of config.json. transformers would
-        # open GPT-2's class, which has an end-of-text token.
+        # tokenizer_config.json is missing, and "gpt2" is the model_type of config.json.
+        # transformers would open GPT-2's class, which has an end-of-text token.
         config = {**config, "tokenizer_class": None}
     characters = sorted(model["vocab"], key=model["vocab"].get)
     add_eos = characters[-1:] == [END_OF_TEXT]

@@ -6,6 +6,7 @@ config.json know GPT-2 only. So all programs and save_model() ask is_gpt2(model)
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from configurator import FolioError, first_line
-from engine.hf_format import LAYER_NORM_EPS, gpt2_shapes
+from data.dataset import ShardedTokens, training_batch
+from engine.hf_format import LAYER_NORM_EPS, gpt2_shapes, uninitialized_model
 from model import GPT, GPTConfig
 
 CHANGED_MODEL_NOTE = (
@@ -52,7 +54,7 @@ def is_gpt2(model: GPT, idx: torch.Tensor | None = None) -> bool:
         # this id in a special way, for example by a mask between documents.
         row = torch.tensor([0, -1, 1, 2, -2, 3, 4, 5][:n_tokens], device=parameter.device)
         idx = torch.stack((row, row.flip(0))) % config.vocab_size  # (2, T)
-    # First gpt2_logits(): the forward pass of a changed model may change its own parameters.
+    # gpt2_logits() comes first: the forward pass of a changed model may change its parameters.
     expected = gpt2_logits(model, idx)  # (B, T, V)
     if not expected.isfinite().all():  # numbers that are too large for 16 bits, or NaN
         return True
@@ -182,7 +184,7 @@ def small_model_is_gpt2(
             ids = torch.cat((torch.randperm(vocab_size), pairs, few))
             n_rows = math.ceil(len(ids) / block_size)
             idx = ids[torch.arange(n_rows * block_size) % len(ids)].view(n_rows, block_size)
-            # First gpt2_logits(): a changed model may change its parameters in its forward pass.
+            # gpt2_logits() comes first: the forward pass may change the parameters.
             expected = gpt2_logits(model, idx)
             # A model may count its passes in training, and its logits may depend on the count.
             model.train()(idx[:1, :8], idx[:1, :8])
@@ -215,3 +217,58 @@ def gpt2_logits(model: GPT, idx: torch.Tensor) -> torch.Tensor:
         hidden = linear(layer_norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")  # (B, T, 4C)
         x = x + linear(F.gelu(hidden, approximate="tanh"), f"h.{i}.mlp.c_proj")
     return F.linear(layer_norm(x, "ln_f"), weights["wte.weight"][: model.config.vocab_size])
+
+
+# --- Checks of a changed model.py, before training ---
+
+
+def random_model(config: GPTConfig) -> GPT:
+    """A GPT with random weights, to try on the CPU what model.py computes; in eval mode.
+
+    Its matrices and biases are larger than a new model's, so that each part has an effect.
+    It has at most 4 blocks: trying a deep model would take minutes, and memory for several copies.
+    """
+    config = dataclasses.replace(config, n_layer=min(config.n_layer, 4))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = uninitialized_model(config).eval()
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
+
+
+def check_layers_are_found(model: GPT) -> None:
+    """FolioError for layers in a Python list or dict: torch neither trains nor saves them."""
+    known = {*model.modules(), *model.parameters()}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if not isinstance(value, list | tuple | dict):
+                continue
+            values = value.values() if isinstance(value, dict) else value
+            layers = [v for v in values if isinstance(v, torch.nn.Module | torch.nn.Parameter)]
+            if not known.issuperset(layers):
+                raise FolioError(
+                    f"model.py: {type(module).__name__}.{name} is a {type(value).__name__} of "
+                    "layers, which are neither trained nor saved; use nn.ModuleList, ModuleDict, "
+                    "ParameterList or ParameterDict"
+                )
+
+
+def check_on_text(config: GPTConfig, tokens: ShardedTokens) -> None:
+    """Raise FolioError if model.py has a change that only the training text shows.
+
+    tokens: of the training text. The function compares at most 16,384 of them, in a narrow model.
+    is_gpt2() compares the model with GPT-2 on invented texts. A mask may begin at certain words,
+    for example, and the invented texts need not contain these words. So all programs would take
+    such a model for a GPT-2, unless it has a parameter that GPT-2 does not have.
+    """
+    n_tokens = min(16_384, max(2**26 // config.vocab_size, 8))  # the logits need memory
+    T = min(config.block_size, n_tokens)
+    windows, _ = training_batch(tokens, n_tokens // T, T, seed=0, step=0, micro_batch=0)
+    model = random_model(dataclasses.replace(config, n_embd=2 * config.n_head))
+    if is_gpt2(model) and not is_gpt2(model, windows):
+        raise FolioError(
+            "model.py: this change has an effect on the training text, but not on the texts with "
+            "which all programs look for a change; mark the model by a parameter in GPT.__init__: "
+            "self.mark = nn.Parameter(torch.zeros(1), requires_grad=False)"
+        )

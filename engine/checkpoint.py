@@ -41,7 +41,7 @@ from data.tokenizer import Tokenizer, load_tokenizer, read_json
 from engine.changed_model import copy_model, fixed_ids_loss, is_gpt2, model_py_is_gpt2
 from engine.hf_format import (
     CHANGED_MODEL_TYPE, SHA256_KEY, WEIGHTS_FILE, cast_weights, compare_tensors, from_hf_state_dict,
-    has_trained_biases, load_torch_file, model_without_numbers, read_config,
+    has_trained_biases, load_torch_file, meta_model, read_config,
     read_weights, sha256_of, stored_tensors, to_hf_config, to_hf_state_dict, uninitialized_model,
     with_one_dtype,
 )  # fmt: skip
@@ -119,7 +119,7 @@ def unwrap(model: torch.nn.Module) -> GPT:
         if not isinstance(inner, torch.nn.Module):
             raise TypeError(f"a GPT is needed, not a {type(model).__name__}")
         model = inner
-    expected = dict(model_without_numbers(model.config).named_parameters())
+    expected = dict(meta_model(model.config).named_parameters())
     if dict(model.named_parameters()).keys() != expected.keys():
         raise TypeError("parameters of this GPT have been removed or added; save the original GPT")
     return model
@@ -194,7 +194,7 @@ def to_state_dict(
     if read_json(folder / "config.json").get("layout") != OWN_LAYOUT:
         return from_hf_state_dict(tensors, config, folder)
     state_dict = with_one_dtype(tensors)
-    if problems := list(compare_tensors(state_dict, model_without_numbers(config))):
+    if problems := list(compare_tensors(state_dict, meta_model(config))):
         problem = join_names(problems, max_names=3)
         raise FolioError(f"{shown_path(folder)}: {MAKE_THE_CHANGE_AGAIN} ({problem})")
     return state_dict
@@ -257,14 +257,14 @@ def check_change(folder: str | Path, model: GPT) -> None:
 def check_saving(model: GPT) -> None:
     """For a changed model.py: raise FolioError unless weights can be saved and loaded again.
 
-    So the user knows it before the training, and not after it. model: random_model().
+    So the user learns of the problem before the training. model: from random_model().
     """
     print("model.py has been changed: checking that its weights can be saved", flush=True)
     config = model.config
     copy_model(model)  # a changed model is copied to generate text
     sums = [parameter.sum().item() for parameter in model.parameters()]
     idx = torch.zeros(1, config.block_size, dtype=torch.long)
-    with contextlib.suppress(Exception), torch.no_grad():  # for example, it needs a GPU
+    with contextlib.suppress(Exception), torch.no_grad():  # for example, the model needs a GPU
         model.train()(idx, idx)  # it may change a counter, which has to be saved, too
     model.eval()
     losses = [fixed_ids_loss(model), fixed_ids_loss(model)]
@@ -278,15 +278,14 @@ def check_saving(model: GPT) -> None:
             save_model(model, folder)
             state_dict = to_state_dict(read_weights(folder), read_config(folder), Path(folder))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)  # random_model() has taken 0: random constants are others now
+            torch.manual_seed(1)  # random_model() takes seed 0: with seed 1, constants differ
             losses.append(fixed_ids_loss(model_with_weights(config, state_dict)))
     except Exception as error:  # safetensors, for example, refuses some types of numbers
         raise FolioError(
             "model.py: the weights of this model cannot be saved and loaded again "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
-    # NaN (the loss cannot be computed), or other random numbers in each forward pass: nothing to
-    # compare.
+    # If a loss is NaN, or if each forward pass draws random numbers, the losses prove nothing.
     if losses[0] == losses[1] and abs(losses[0] - losses[2]) > 1e-5 * max(losses[0], 1):
         raise FolioError(
             "model.py: a saved and loaded model computes another loss; register random constants, "

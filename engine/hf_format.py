@@ -8,7 +8,6 @@ linear layers as (in, out), torch as (out, in); its GPT-2 always has biases; and
 embeddings has no rows of padding.
 """
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -131,7 +130,8 @@ WRAPPERS = re.compile(r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wra
 def to_hf_state_dict(model: GPT) -> dict[str, torch.Tensor]:
     """The weights of a GPT-2 as Hugging Face stores them, on the CPU."""
     tensors = {}
-    # No buffers: if a changed model.py has some and still computes GPT-2, a new model makes them.
+    # Buffers are left out: if a changed model.py has buffers and still computes GPT-2, a new model
+    # makes its own.
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
         if name == "transformer.wte.weight":
@@ -189,7 +189,7 @@ def loadable_state_dict(model: GPT) -> dict[str, torch.Tensor]:
     state_dict, buffers = model.state_dict(), dict(model.named_buffers())
     if not buffers:
         return state_dict
-    known = model_without_numbers(model.config).state_dict()
+    known = meta_model(model.config).state_dict()
     return {
         name: tensor
         for name, tensor in state_dict.items()
@@ -206,7 +206,7 @@ def from_hf_state_dict(
     `folder` is named in error messages.
     Raises FolioError that lists the weights that are missing, unknown, or of a wrong shape.
     """
-    model, state_dict = model_without_numbers(config), {}
+    model, state_dict = meta_model(config), {}
     for stored_name, name in hf_names(tensors).items():
         tensor = tensors[stored_name]
         if name.endswith(MASKS) and name not in model.state_dict():
@@ -314,25 +314,11 @@ def uninitialized_model(config: GPTConfig, device: torch.device | str = "cpu") -
         return GPT(config)
 
 
-def random_model(config: GPTConfig) -> GPT:
-    """A GPT with random weights, to try on the CPU what model.py computes; in eval mode.
+def meta_model(config: GPTConfig) -> GPT:
+    """A GPT on the device "meta", with which names and shapes are compared.
 
-    Its matrices and biases are larger than a new model's, so that each part has an effect.
-    It has at most 4 blocks: trying a deep model would take minutes, and memory for several copies.
-    """
-    config = dataclasses.replace(config, n_layer=min(config.n_layer, 4))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = uninitialized_model(config).eval()
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    return model
-
-
-def model_without_numbers(config: GPTConfig) -> GPT:
-    """A GPT to compare names and shapes with; a file may state absurd sizes, so it has no memory.
-
-    A changed model.py may need the numbers of a tensor to build a model; then it has memory.
+    It takes no memory, also if a file states absurd sizes. (A changed model.py may need the numbers
+    of a tensor to build a model. Then the model is on the CPU, and takes memory.)
     """
     try:
         return uninitialized_model(config, "meta")

@@ -117,9 +117,8 @@ class InferenceModel:
             )
         if idx.min() < 0 or idx.max() >= vocab_size:
             raise ValueError(f"an id in idx is not in 0 ... {vocab_size - 1}")
-        if any(
-            token not in range(vocab_size) for token in stop_tokens
-        ):  # 2.5 is not in a range either
+        # A number such as 2.5 is not in a range either.
+        if any(token not in range(vocab_size) for token in stop_tokens):
             raise ValueError(f"stop_tokens={stop_tokens}: ids are in 0 ... {vocab_size - 1}")
         if max_new_tokens is not None and (max_new_tokens < 0 or max_new_tokens % 1):
             raise ValueError(f"max_new_tokens={max_new_tokens} must be an integer of at least 0")

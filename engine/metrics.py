@@ -28,8 +28,9 @@ from engine.train_config import TrainConfig
 
 START_ID_FILE = "start_id.txt"
 MIN_SECONDS = 5  # between two lines of progress where there is no bar
-STATUS_SECONDS = 2  # the progress bar shows the loss and the time left at least so often
-# For a terminal: the bar before may have been longer. (Older terminals of Windows show the code.)
+STATUS_SECONDS = 2  # if a step takes longer, the bar shows loss and time left after each step
+# The line of a terminal may hold the end of a longer bar. (Older terminals of Windows do not know
+# this code.)
 CLEAR_REST_OF_LINE = "" if os.name == "nt" else "\x1b[K"
 PLOT_SECONDS = 30  # between two plots: the first takes about a second (it imports matplotlib)
 
@@ -332,8 +333,8 @@ def show_progress(
 ) -> Iterator[Item]:
     """Yield the items. On a terminal, a bar shows how many have been used.
 
-    position=0: in the line of the bar of training steps. A second line could be destroyed by the
-    message about a signal, which comes at any moment.
+    position=0 draws the bar in the line of the bar of training steps. The message about a signal
+    comes at any moment, and could destroy a bar in a second line.
     """
     form = f"{activity} |{{bar:12}}| {{n_fmt}}/{{total_fmt}} {unit}, {{remaining}} left"
     yield from tqdm(

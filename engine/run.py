@@ -3,7 +3,9 @@
 config = resolve_config(overrides)                # which settings, and where to start from
 dataset = load_dataset(config)
 check_init_from(config, dataset)                  # do the weights to start from fit the data?
-move_old_run_aside(folder)                        # unless it is resumed
+model_config = make_model_config(config, dataset, device)
+check_model_py(model_config, dataset)             # was model.py changed in a way that loses work?
+move_old_run_aside(folder)                        # unless the run is resumed
 model = build_model(config, model_config, device) # new weights, or weights of a model
 state = resume(config, model, optimizer, ...)     # if resuming: continue where it stopped
 start_run_folder(folder, config, dataset)         # settings.json and the tokenizer
@@ -23,13 +25,15 @@ from tqdm import tqdm
 from configurator import (
     FolioError, configure, first_line, format_value, print_or_discard, to_json, wrap,
 )  # fmt: skip
-from data.dataset import Dataset, known_start_id, open_dataset, training_batch
+from data.dataset import Dataset, known_start_id, open_dataset
 from data.files import (
     backup_path, explain_os_error, fsync_file, join_names, shown_path, write_text,
 )  # fmt: skip
 from data.shakespeare import DATASETS, ensure_shakespeare
 from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, save_tokenizer
-from engine.changed_model import eval_mode, is_gpt2, uses_all_parameters
+from engine.changed_model import (
+    check_layers_are_found, check_on_text, eval_mode, is_gpt2, random_model, uses_all_parameters,
+)  # fmt: skip
 from engine.checkpoint import (
     CHECKPOINT_FILE, WEIGHTS_FILE, check_change, check_saving, check_sizes, is_changed,
     load_checkpoint, load_model, padding_token, save_checkpoint, save_model, save_model_card,
@@ -38,7 +42,7 @@ from engine.device import ComputeDevice
 from engine.distributed import Distributed, map_tensors
 from engine.hf_format import (
     cast_weights, compare_tensors, find_weights, has_trained_biases, loadable_state_dict,
-    random_model, read_config, read_weights, uninitialized_model,
+    read_config, read_weights, uninitialized_model,
 )  # fmt: skip
 from engine.log_file import LOG_FILE
 from engine.optimizer import Optimizer
@@ -336,13 +340,13 @@ def make_model_config(config: TrainConfig, dataset: Dataset, device: ComputeDevi
 def check_model_py(model_config: GPTConfig, dataset: Dataset) -> None:
     """Raise FolioError if model.py was changed so that a model could not be used after training.
 
-    A model must be trained, saved, loaded, copied, and recognized as changed. A small model of
-    random weights tries this.
+    Such a model cannot be trained, saved, loaded or copied, or the programs would take it for a
+    GPT-2. random_model() shows this before an older run is moved, and before hours of training.
     """
     model = random_model(model_config)
     check_layers_are_found(model)
     idx, output = torch.zeros(1, 1, dtype=torch.long), None
-    with torch.no_grad(), contextlib.suppress(Exception):  # for example, it needs a longer text
+    with torch.no_grad(), contextlib.suppress(Exception):  # one token may be too short
         output = model(idx, idx)
     if isinstance(output, tuple):
         raise FolioError(
@@ -350,47 +354,9 @@ def check_model_py(model_config: GPTConfig, dataset: Dataset) -> None:
             "model(idx) the logits alone"
         )
     if is_gpt2(model):
-        check_on_text(model, dataset)
+        check_on_text(model_config, dataset.train)
     else:
         check_saving(model)
-
-
-def check_layers_are_found(model: GPT) -> None:
-    """FolioError for layers in a Python list or dict: torch neither trains nor saves them."""
-    known = {*model.modules(), *model.parameters()}
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if not isinstance(value, list | tuple | dict):
-                continue
-            values = value.values() if isinstance(value, dict) else value
-            layers = [v for v in values if isinstance(v, torch.nn.Module | torch.nn.Parameter)]
-            if not known.issuperset(layers):
-                raise FolioError(
-                    f"model.py: {type(module).__name__}.{name} is a {type(value).__name__} of "
-                    "layers, which are neither trained nor saved; use nn.ModuleList, ModuleDict, "
-                    "ParameterList or ParameterDict"
-                )
-
-
-def check_on_text(model: GPT, dataset: Dataset) -> None:
-    """Raise FolioError if model.py has a change that only the training text shows.
-
-    is_gpt2() compares the model with GPT-2 on invented texts. A mask may begin at certain words,
-    for example, and these texts need not contain the words. So such a model would be taken for a
-    GPT-2, unless it has a parameter that GPT-2 does not have. Tries at most 16,384 tokens, in a
-    narrow model.
-    """
-    config = model.config
-    n_tokens = min(16_384, max(2**26 // config.vocab_size, 8))  # the logits need memory
-    T = min(config.block_size, n_tokens)
-    windows, _ = training_batch(dataset.train, n_tokens // T, T, seed=0, step=0, micro_batch=0)
-    narrow_model = random_model(dataclasses.replace(config, n_embd=2 * config.n_head))
-    if is_gpt2(narrow_model) and not is_gpt2(narrow_model, windows):
-        raise FolioError(
-            "model.py: this change has an effect on the training text, but not on the texts with "
-            "which all programs look for a change; mark the model by a parameter in GPT.__init__: "
-            "self.mark = nn.Parameter(torch.zeros(1), requires_grad=False)"
-        )
 
 
 def build_model(

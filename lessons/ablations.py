@@ -166,7 +166,7 @@ def main(steps: int = STEPS) -> dict[str, float]:
     text = read_text()
     characters = sorted(set(text))
     ids = torch.tensor([characters.index(character) for character in text])
-    print("This takes about two minutes: one line after another.\n")
+    print("This takes about two minutes. Each model prints a line.\n")
     print(f"{'model':24} {'training':>8} {'validation':>10}  generated (a line ends at /)")
     results = {}
     for name in MODELS:

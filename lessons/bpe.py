@@ -158,7 +158,7 @@ def main(num_merges: int = 100) -> None:
 
     print("\nThe strong forms: data/bpe.py learns; after a merge it counts only the words")
     print("that have changed. data/tokenizer.py encodes with tiktoken, OpenAI's library.")
-    print("Comparing with them (this loads torch: some seconds) ...", flush=True)
+    print("Comparing with the strong forms (loading torch takes some seconds) ...", flush=True)
     print("Equal merges and ids:", equal_to_strong_form(text, words, merges))
 
 

@@ -215,7 +215,7 @@ def main() -> None:
     compare()
     print("\nThe strong forms: torch.optim.AdamW, and Muon in engine/optimizer.py, with a few")
     print("matrix products in place of the slow singular value decomposition.")
-    print("Comparing with them (some seconds) ...", flush=True)
+    print("Comparing with the strong forms (some seconds) ...", flush=True)
     print("AdamW is equal to torch's:", equal_to_torch())
     print("Muon in engine/optimizer.py approximates the SVD. The difference to this lesson")
     print(f"for one random gradient: {difference_to_muon():.0%} of a step. This is enough:")

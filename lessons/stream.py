@@ -123,7 +123,7 @@ def main() -> None:
         print("\nOther tokens, such as those of lessons/bpe.py, change only the vocabulary and")
         print("encode(): stream, file and windows stay as they are.")
         print("\nThe strong forms: data/tokenizer.py, data/prepare.py, data/dataset.py.")
-        print("Comparing with them (this loads torch: some seconds) ...", flush=True)
+        print("Comparing with the strong forms (loading torch takes some seconds) ...", flush=True)
         print("Equal files and batches:", equal_to_strong_form(folder / "stream.bin", folder / "d"))
 
 

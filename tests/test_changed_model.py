@@ -19,7 +19,7 @@ import train
 from configurator import FolioError
 from data.tokenizer import CharTokenizer
 from engine.checkpoint import is_changed, load_model, load_model_and_tokenizer, save_model
-from engine.changed_model import small_model_is_gpt2, is_gpt2, uses_all_parameters
+from engine.changed_model import is_gpt2, small_model_is_gpt2, uses_all_parameters
 from engine.hf_format import to_hf_state_dict
 from engine.inference import InferenceModel
 from engine.log_file import read_log
@@ -98,7 +98,7 @@ def random_model(config: GPTConfig = CONFIG) -> GPT:
     return model
 
 
-def test_the_model_as_it_is_small_model_is_gpt2(change):
+def test_the_model_as_it_is_computes_gpt2(change):
     numbers = torch.get_rng_state()
     assert small_model_is_gpt2(n_layer=2, n_head=2, block_size=32, vocab_size=5, bias=True)
     assert torch.equal(numbers, torch.get_rng_state())  # training draws its own
@@ -641,7 +641,7 @@ def test_a_model_that_could_not_be_used_after_training_is_refused_before(
 
 
 def without_some_tokens(self: GPT, idx: torch.Tensor, targets: torch.Tensor | None = None):
-    """Ids from 20 on are never sampled. (The small model of is_gpt2() has 11 tokens.)"""
+    """The model returns no logits for ids from 20 on: it never generates these tokens."""
     output = FORWARD(self, idx, targets)
     return output if targets is not None else output[..., :20]
 
@@ -669,7 +669,7 @@ def test_tokens_that_a_changed_model_forbids_are_not_generated(change, forward):
 def test_a_change_that_only_the_training_text_shows_needs_a_mark(
     change, tiny_flags, tiny_dataset, tmp_path, call
 ):
-    """A mask that begins at four certain tokens in a row, as an empty line may be."""
+    """The mask begins after four certain tokens in a row."""
     pattern = np.fromfile(tiny_dataset / "train.bin", "<u2")[100:104].tolist()
 
     def masked(self: GPT, idx: torch.Tensor) -> torch.Tensor:

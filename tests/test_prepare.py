@@ -139,7 +139,7 @@ def test_an_equal_dataset_is_kept_as_it_is(tmp_path, capsys):
     prepared(folder, LINE * 9)
     prepared(folder, LINE * 9)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    assert "is this dataset already" in capsys.readouterr().out
+    assert "already holds this dataset" in capsys.readouterr().out
     (folder / "train_000001.bin").write_bytes(b"\0\0")  # a shard that was added
     prepared(folder, LINE * 9)
     assert (tmp_path / "mine.1" / "train_000001.bin").exists()

@@ -890,11 +890,7 @@ def test_an_evaluation_that_exhausts_patience_right_after_resuming_is_saved(
     assert call(train, *flags, "--checkpoint_interval=4").returncode == 143
     assert call(train, *flags, "--init_from=resume").returncode == 0
     state = load_checkpoint(tmp_path / "run")["train_state"]
-    assert [state[name] for name in ("step", "last_eval_step", "evaluations_since_best")] == [
-        6,
-        6,
-        2,
-    ]
+    assert (state["step"], state["last_eval_step"], state["evaluations_since_best"]) == (6, 6, 2)
 
 
 # --- Finetuning and evaluation ---
