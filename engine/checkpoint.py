@@ -271,7 +271,7 @@ def check_saving(model: GPT) -> None:
     if sums != [parameter.sum().item() for parameter in model.parameters()]:
         raise FolioError(
             "model.py: the forward pass changes parameters, so resuming would not be exact; "
-            "compute the changed numbers where they are used, and leave the parameters alone"
+            "compute the changed numbers where they are used, and do not store them"
         )
     try:
         with tempfile.TemporaryDirectory() as folder:
